@@ -1,0 +1,1 @@
+"""The hospital: holds images, keys and policy, and may refuse."""

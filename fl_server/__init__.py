@@ -1,0 +1,1 @@
+"""The coordinator: sees orders, updates and score histograms, never patients."""

@@ -1,0 +1,1 @@
+"""What is learned: studies, labels, images, networks, metrics. Knows neither Flower nor hospitals."""

@@ -1,0 +1,273 @@
+"""The study protocol: one strict YAML document that says what is trained, on what, by whom, and what leaves a site.
+
+A `Study` is immutable. Its SHA-256 over a canonical form (`digest`) is its identity in every order, checkpoint, journal line
+and report, so two studies that differ in one number are two studies. `read` is the one reader of all YAML files of Isocenter:
+an unknown key, a wrong type or a value out of range is a `DocumentError` that names file, line and the nearest known key.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from privacy.errors import DocumentError, StudyConflict
+
+LABEL = b"isocenter/v1/study"
+YAML_BYTES_MAX = 256 * 1024  # a study is a page; anything larger is a mistake or an attack on the parser
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+"""Names that may leave a site: lower case, short, without blanks, dots or slashes, so never a path or a person's name."""
+
+
+class Document(BaseModel):
+    """A section of a YAML file: immutable, and unknown keys are errors. Types are strict: "3" is no number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Task(Document):
+    """What is predicted: one binary target, or several at once (multi-label). Missing labels are masked, never negative."""
+
+    kind: Literal["classification"] = "classification"
+    targets: list[Name] = Field(min_length=1, max_length=32)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Task":
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError("targets must differ from each other")
+        return self
+
+
+class Images(Document):
+    """Which images take part and the grid they are brought to: float32 (1, size_px, size_px)."""
+
+    modalities: list[Literal["CR", "DX"]] = Field(default=["CR", "DX"], min_length=1)
+    view: Literal["frontal"] = "frontal"
+    size_px: int = Field(default=96, ge=32, le=512)
+
+
+class Network(Document):
+    """Which network of `models.networks` is trained; every one of them uses GroupNorm."""
+
+    name: Literal["small_cnn", "densenet121"] = "small_cnn"
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+
+class Training(Document):
+    """The local loop of one round at one site."""
+
+    rounds: int = Field(ge=1, le=10_000)
+    local_epochs: int = Field(default=1, ge=1, le=100)
+    batch_size: int = Field(default=16, ge=1, le=1024)
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0, le=10)
+    weight_decay: float = Field(default=1e-4, ge=0, le=1)
+    augmentation: Literal["none", "light"] = "light"
+    balance: bool = Field(default=True, description="weigh the two classes of a target equally in the local loss")
+    seed: int = Field(default=1, ge=0, lt=2**31)
+
+
+class Strategy(Document):
+    """How updates become the next model. FedAvg: their mean, weighted by cases (McMahan et al. 2017)."""
+
+    name: Literal["fedavg"] = "fedavg"
+
+
+class Participation(Document):
+    """Who takes part. A round needs `quorum` training sites; a site later than `round_timeout_s` is left out, by name."""
+
+    sites: list[Name] = Field(min_length=1, max_length=1000, description="sites that train and evaluate")
+    evaluate_only: list[Name] = Field(default=[], max_length=1000, description="sites that evaluate and do not train")
+    quorum: int = Field(ge=1)
+    minimum_patients: int = Field(default=10, ge=1, description="least patients in each split of a site")
+    round_timeout_s: int = Field(default=3600, ge=5, le=7 * 86400)
+
+
+class Evaluation(Document):
+    """Splits by patient, and the resolution of the score histograms that leave a site."""
+
+    validation: float = Field(default=0.15, ge=0.05, le=0.4)
+    test: float = Field(default=0.2, ge=0.05, le=0.5)
+    bins: int = Field(default=1000, ge=10, le=10_000)
+    select: Literal["best_validation", "last"] = Field(
+        default="best_validation", description="the round whose model is evaluated on the test split and released"
+    )
+
+
+class Study(Document):
+    """One study protocol. `protection: plain` means the coordinator sees every site's update: each site must permit it."""
+
+    version: Literal[1] = 1
+    name: Name
+    title: str = Field(min_length=1, max_length=200)
+    purpose: str = Field(min_length=1, max_length=2000)
+    task: Task
+    images: Images = Images()
+    network: Network = Network()
+    training: Training
+    strategy: Strategy = Strategy()
+    protection: Literal["plain"]
+    privacy: Literal["none"]
+    participation: Participation
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def digest(self) -> str:
+        """64 hex characters: SHA-256 of the label and the canonical form. The identity of the study everywhere."""
+        return hashlib.sha256(LABEL + b"\n" + self.canonical()).hexdigest()
+
+    def canonical(self) -> bytes:
+        """UTF-8 JSON with every default written out, keys sorted, no blanks; equal studies give equal bytes."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+    @classmethod
+    def from_canonical(cls, text: bytes) -> "Study":
+        """The study behind `canonical()`; raises DocumentError if `text` is anything else, even another spelling of it."""
+        try:
+            study = cls.model_validate_json(text, strict=True)
+        except ValidationError as error:
+            raise DocumentError(f"this is no study: {error.errors()[0]['msg']}") from None
+        if study.canonical() != text:
+            raise DocumentError("this study is not in its canonical form")
+        return study
+
+    @property
+    def all_sites(self) -> list[str]:
+        return [*self.participation.sites, *self.participation.evaluate_only]
+
+    def check(self) -> None:
+        """Raise StudyConflict with one sentence for each contradiction between settings."""
+        part, split = self.participation, self.evaluation
+        found = []
+        if len(set(self.all_sites)) != len(self.all_sites):
+            found.append("a site is named twice in participation (sites, evaluate_only)")
+        if part.quorum > len(part.sites):
+            found.append(f"quorum {part.quorum} is more than the {len(part.sites)} training sites, so no round could end")
+        if split.validation + split.test > 0.8:
+            found.append("validation and test together take more than 80 % of the patients, which leaves too few to train on")
+        if found:
+            raise StudyConflict("; ".join(found))
+
+
+D = TypeVar("D", bound=Document)
+
+
+def read(kind: type[D], path: Path) -> D:
+    """Read one YAML document strictly. Errors name the file, the line and, for an unknown key, the nearest known one."""
+    if not path.is_file():
+        raise DocumentError(f"{path}: there is no such file", remedy="Check the path.")
+    if path.stat().st_size > YAML_BYTES_MAX:
+        raise DocumentError(f"{path}: larger than {YAML_BYTES_MAX // 1024} KiB; this is not one of our documents")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    return parse(kind, text, str(path))
+
+
+def parse(kind: type[D], text: str, name: str) -> D:
+    """`read` for text already in memory; `name` stands where the file name would in messages."""
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+        data = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader that also refuses aliases and repeated keys
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise DocumentError(f"{name}, line {line}: {error.problem or 'not YAML'}") from None
+    except (yaml.YAMLError, RecursionError):
+        raise DocumentError(f"{name}: not YAML") from None
+    if not isinstance(data, dict):
+        raise DocumentError(f"{name}, line 1: expected keys and values, found {type(data).__name__}")
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise DocumentError("\n".join(_explain(kind, root, name, dict(e)) for e in error.errors())) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader without aliases (they make YAML bombs), with repeated keys refused (the last would win in silence).
+
+    Only `true` and `false` are booleans: label words such as yes, no, on and off stay words.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed here", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | bool):
+                raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key_node.start_mark)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+
+
+def _explain(kind: type[BaseModel], root: yaml.Node, name: str, error: dict[str, Any]) -> str:
+    """One sentence for one pydantic error: file, line, dotted key, what is wrong, nearest known key."""
+    place = [part for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
+    line = _line(root, place)
+    dotted = ".".join(str(part) for part in place)
+    if error["type"] == "extra_forbidden":
+        known = sorted(_known_keys(kind, place[:-1]))
+        near = difflib.get_close_matches(str(place[-1]), known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
+        return f"{name}, line {line}: unknown key {dotted!r}{hint}"
+    if error["type"] == "missing":
+        return f"{name}, line {line}: the key {dotted!r} is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    given = error.get("input")
+    shown = f" (found {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{name}, line {line}: {dotted}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _line(node: yaml.Node | None, place: list[Any]) -> int:
+    """1-based line of the key at `place`, or of the nearest section above it."""
+    line = node.start_mark.line + 1 if node is not None else 1
+    for part in place:
+        if isinstance(node, yaml.MappingNode):
+            hit = next(((k, v) for k, v in node.value if str(k.value) == str(part)), None)
+            if hit is None:
+                return line
+            line, node = hit[0].start_mark.line + 1, hit[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def _known_keys(kind: type[BaseModel], place: list[Any]) -> list[str]:
+    """Field names of the section at `place` below `kind`, through optional and mapped sections."""
+    section: Any = kind
+    for part in place:
+        fields = getattr(section, "model_fields", {})
+        annotation = fields[part].annotation if part in fields else section
+        section = _document_in(annotation) or section
+    return list(getattr(section, "model_fields", {}))
+
+
+def _document_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if found := _document_in(argument):
+            return found
+    return None

@@ -1,0 +1,184 @@
+"""Every error of Isocenter: a message that stays where it happened, a public code that may leave, and a remedy.
+
+    IsocenterError
+    ├── DocumentError             a YAML file that is malformed, has an unknown key or a value out of range
+    │   └── StudyConflict         settings of a study that contradict each other
+    ├── TrustError                who is speaking, and may they?
+    │   ├── InvitationRefused     unknown, expired, used before, or for somebody else
+    │   ├── WrongAuthority        the coordinator's certificate authority is not the invited one
+    │   ├── NotEnrolled           no certificate here, or one that the consortium does not know
+    │   ├── SignatureInvalid      a signature, or what it covers, is not what it should be
+    │   └── KeyFileUnsafe         a private key that others can read
+    ├── OrderRefused              the gate of a site said no
+    │   ├── StudyNotApproved      nobody at this site approved the digest
+    │   ├── OrderForged           the order is not signed by the coordinator
+    │   ├── OrderReplayed         this round and attempt was answered before
+    │   └── PolicyForbids         site.yaml does not permit it
+    ├── DataError
+    │   ├── ImageLeftOut          one file, with one of the named reasons of `fl_client.ingest`
+    │   ├── LabelTableError       a label table that cannot be read as mapped
+    │   ├── CohortTooSmall        fewer patients than the site's or the study's minimum
+    │   └── CacheLost             the index names an image that is not in the cache, or there is no index
+    ├── RunError
+    │   ├── TooFewApprovals       fewer sites approved than the study's quorum
+    │   ├── QuorumLost            a round ended with fewer reports than the quorum
+    │   └── RunUnknown            no such run or study here
+    ├── Unreachable               nothing answered at the address
+    ├── MessageMalformed          a message or record that does not follow its schema
+    └── WorkerDied                the process that trains ended without an answer
+
+Only `code` crosses a site's boundary (inside `privacy.wire.Refusal`); messages may name files and values and never do.
+"""
+
+
+class IsocenterError(Exception):
+    """An expected failure. `code` is public and enumerated; `str(error)` stays local; `remedy` says what to do next."""
+
+    code = "internal"
+    remedy = "See the log of this command; if it happens again, report it with the command and its version."
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        if remedy is not None:
+            self.remedy = remedy
+
+
+class DocumentError(IsocenterError):
+    code = "bad-document"
+    remedy = "Correct the line named above and run the command again."
+
+
+class StudyConflict(DocumentError):
+    code = "study-conflict"
+    remedy = "Change one of the settings named above; `fl-study check FILE` repeats this check."
+
+
+class TrustError(IsocenterError):
+    code = "trust"
+    remedy = "Ask the coordinator of your consortium."
+
+
+class InvitationRefused(TrustError):
+    code = "invitation-refused"
+    remedy = "Ask the coordinator for a new invitation (`fl-server invite NAME`)."
+
+
+class WrongAuthority(TrustError):
+    code = "wrong-authority"
+    remedy = (
+        "Do not continue: the server at this address is not the one that invited you, or TLS is inspected on the way. "
+        "Ask the coordinator to read the fingerprint of `fl-server sites` to you over the telephone."
+    )
+
+
+class NotEnrolled(TrustError):
+    code = "not-enrolled"
+    remedy = "Join first, with the line that the coordinator's `fl-server invite` printed."
+
+
+class SignatureInvalid(TrustError):
+    code = "signature-invalid"
+    remedy = "Check the clocks of both machines; if they are right, treat the message as forged and tell the coordinator."
+
+
+class KeyFileUnsafe(TrustError):
+    code = "key-file-unsafe"
+    remedy = "Run `chmod 600` on the file named above."
+
+
+class OrderRefused(IsocenterError):
+    code = "order-refused"
+    remedy = "Nothing to do at the site: the order was not carried out."
+
+
+class StudyNotApproved(OrderRefused):
+    code = "study-not-approved"
+    remedy = "Read the study with `fl-client studies`, then approve it with `fl-client approve DIGEST`."
+
+
+class OrderForged(OrderRefused):
+    code = "order-forged"
+
+
+class OrderReplayed(OrderRefused):
+    code = "order-replayed"
+
+
+class PolicyForbids(OrderRefused):
+    code = "policy-forbids"
+    remedy = "Ask the researcher for another study, or change the policy in site.yaml."
+
+
+class DataError(IsocenterError):
+    code = "data"
+    remedy = "Run `fl-client check` at the site; it lists what is missing."
+
+
+class ImageLeftOut(DataError):
+    """One file that is not taken. `reason` is one of the enumerated reasons; the message may quote the file."""
+
+    code = "image-left-out"
+
+    def __init__(self, reason: str, message: str = "") -> None:
+        super().__init__(message or reason)
+        self.reason = reason
+
+
+class LabelTableError(DataError):
+    code = "label-table"
+    remedy = "Correct `data.labels` in site.yaml; `fl-client check` shows the columns that were found."
+
+
+class CohortTooSmall(DataError):
+    code = "cohort-too-small"
+    remedy = "Ingest more studies, or label more of them, or decline the study."
+
+
+class CacheLost(DataError):
+    code = "cache-lost"
+    remedy = "Run `fl-client ingest` again; it only reads what is missing."
+
+
+class RunError(IsocenterError):
+    code = "run"
+    remedy = "See `fl-server runs` for the state of the run."
+
+
+class TooFewApprovals(RunError):
+    code = "too-few-approvals"
+    remedy = "Ask the sites that have not answered to run `fl-client studies`."
+
+
+class QuorumLost(RunError):
+    code = "quorum-lost"
+    remedy = "Find out why the sites named above did not report, then launch the run again; it goes on at this round."
+
+
+class RunUnknown(RunError):
+    code = "run-unknown"
+    remedy = "List what there is with `fl-server runs` or `fl-study runs`."
+
+
+class Unreachable(IsocenterError):
+    code = "unreachable"
+    remedy = "Check that the coordinator runs (`fl-server start`), the address, and that no firewall blocks its two ports."
+
+
+class MessageMalformed(IsocenterError):
+    code = "message-malformed"
+    remedy = "Both sides must run the same version of Isocenter; compare `fl-client --version` and `fl-server --version`."
+
+
+class WorkerDied(IsocenterError):
+    code = "worker-died"
+    remedy = "Most often the machine ran out of memory: lower `batch_size` in the study or free memory at the site."
+
+
+def public_codes() -> frozenset[str]:
+    """Every code that a Refusal may carry; anything else is malformed."""
+    found, todo = set(), [IsocenterError]
+    while todo:
+        kind = todo.pop()
+        found.add(kind.code)
+        todo += kind.__subclasses__()
+    return frozenset(found)
