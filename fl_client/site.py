@@ -1,11 +1,33 @@
-"""The site: what site.yaml says. (The gate, approvals and journal are added below by the same module.)"""
+"""The site: what site.yaml says, what was approved, and the only gate an order passes.
 
+    HOME/
+      site.yaml               owned by the hospital; never leaves it
+      keys/                   site.key (0600), site.pem, ca.pem, coordinator.pem
+      studies/<digest>.json   signed offers with this site's decision; <digest>.pins.json the split of patients
+      state/                  index.sqlite and cache/ (images, 0700), orders.sqlite (what was answered)
+      journal.jsonl           everything this site sent or refused, hash-chained
+
+Trust rules, in the order `Site.admit` applies them:
+ 1. the order carries the coordinator's signature and is not stale;
+ 2. the study it names was offered with the coordinator's signature, and this site approved it;
+ 3. the policy in site.yaml permits the study, today;
+ 4. the round is one of the study's rounds, and this order was not answered before, which is durable before work starts.
+"""
+
+import sqlite3
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field
 
 from models.labels import LabelMap
-from models.study import Document, Name
+from models.study import Document, Name, Study, read
+from privacy import keys
+from privacy.errors import DataError, NotEnrolled, OrderReplayed, PolicyForbids, StudyNotApproved
+from privacy.journal import Journal
+from privacy.wire import Crossing, EvaluateOrder, EvaluateReport, Order, Refusal, Report, TrainOrder, TrainReport
 
 
 class Coordinator(Document):
@@ -52,3 +74,115 @@ class SiteFile(Document):
     @staticmethod
     def path(home: Path) -> Path:
         return home / "site.yaml"
+
+
+@dataclass(frozen=True)
+class Site:
+    """An opened site: its settings, its keys' public halves, its memory. Opening changes nothing."""
+
+    home: Path
+    settings: SiteFile
+    coordinator: ec.EllipticCurvePublicKey
+
+    @classmethod
+    def open(cls, home: Path) -> "Site":
+        """Raises DocumentError for site.yaml and NotEnrolled before `fl-client join`."""
+        settings = cls.settings_of(home)
+        pinned = home / "keys" / "coordinator.pem"
+        if not pinned.is_file():
+            raise NotEnrolled(f"{home} has not joined a consortium")
+        return cls(home, settings, keys.load_public(pinned.read_bytes()))
+
+    @property
+    def name(self) -> str:
+        return self.settings.site
+
+    @staticmethod
+    def settings_of(home: Path) -> SiteFile:
+        return read(SiteFile, SiteFile.path(home))
+
+    @staticmethod
+    def state_of(home: Path) -> Path:
+        """Where images and the memory of answered orders lie; readable by this user only."""
+        path = home / "state"
+        path.mkdir(mode=0o700, exist_ok=True)
+        return path
+
+    @staticmethod
+    def source_of(settings: SiteFile, home: Path) -> Source:
+        if settings.data is None:
+            raise DataError(
+                f"{SiteFile.path(home)} has no data section",
+                remedy="Fill in `data:` in site.yaml (the template shows how), then run `fl-client ingest`.",
+            )
+        return settings.data
+
+    @property
+    def state(self) -> Path:
+        return self.state_of(self.home)
+
+    @property
+    def source(self) -> Source:
+        return self.source_of(self.settings, self.home)
+
+    @property
+    def journal(self) -> Journal:
+        return Journal(self.home / "journal.jsonl")
+
+    def admit(self, order: Order) -> Study:
+        """The study that `order` may work on. Raises OrderForged, StudyNotApproved, PolicyForbids or OrderReplayed."""
+        order.verify(self.coordinator)
+        study = approved(self.home, order.study, self.coordinator)
+        self.check_policy(study)
+        part = study.participation
+        may = part.sites if isinstance(order, TrainOrder) else study.all_sites
+        if self.name not in may:
+            raise StudyNotApproved(f"the study does not name {self.name} for {order.kind}")
+        if order.round > study.training.rounds:
+            raise PolicyForbids(f"round {order.round} of a study of {study.training.rounds} rounds")
+        self._remember(order)
+        return study
+
+    def check_policy(self, study: Study) -> None:
+        """Raise PolicyForbids with one sentence for each rule of site.yaml that `study` breaks."""
+        policy, broken = self.settings.policy, []
+        if study.protection == "plain" and not policy.permit_plain:
+            broken.append(
+                "the study is unprotected (protection: plain): the coordinator would see this site's own model update; "
+                "policy.permit_plain in site.yaml does not permit that"
+            )
+        if study.training.rounds > policy.maximum_rounds:
+            broken.append(f"{study.training.rounds} rounds are more than policy.maximum_rounds ({policy.maximum_rounds})")
+        if broken:
+            raise PolicyForbids("; ".join(broken))
+
+    def _remember(self, order: Order) -> None:
+        """Durably note that this order is being answered; raise OrderReplayed if it was noted before."""
+        split = order.split if isinstance(order, EvaluateOrder) else ""
+        row = (order.run, order.kind, split, order.round, order.attempt)
+        with sqlite3.connect(self.state / "orders.sqlite", timeout=30) as memory:
+            memory.execute("PRAGMA synchronous=FULL")
+            memory.execute(
+                "CREATE TABLE IF NOT EXISTS answered (run TEXT, kind TEXT, split TEXT, round INTEGER, attempt INTEGER,"
+                " PRIMARY KEY (run, kind, split, round, attempt))"
+            )
+            try:
+                memory.execute("INSERT INTO answered VALUES (?, ?, ?, ?, ?)", row)
+            except sqlite3.IntegrityError:
+                raise OrderReplayed(f"round {order.round}, attempt {order.attempt} of run {order.run} was answered") from None
+        memory.close()
+
+    def note(self, report: Report) -> None:
+        """Write what is about to leave into the journal: kinds, sizes and counts; durable before it is sent."""
+        facts: dict[str, Any] = _about(report)
+        if isinstance(report, Refusal):
+            facts |= {"code": report.code}
+        elif isinstance(report, TrainReport):
+            facts |= {"cases": report.cases, "values": int(report.update.size)}
+        else:
+            facts |= {"split": report.split, "images": report.images, "values": int(report.counts.size)}
+        self.journal.append(report.kind, **facts)
+
+
+def _about(crossing: Crossing) -> dict[str, Any]:
+    return {"study": crossing.study, "run": crossing.run, "round": crossing.round, "attempt": crossing.attempt}

@@ -66,6 +66,9 @@ class Training(Document):
     batch_size: int = Field(default=16, ge=1, le=1024)
     optimizer: Literal["sgd", "adamw"] = "adamw"
     learning_rate: float = Field(default=1e-3, gt=0, le=10)
+    schedule: Literal["constant", "cosine"] = Field(
+        default="cosine", description="the rate over the rounds: the same in all, or falling along half a cosine to 0"
+    )
     weight_decay: float = Field(default=1e-4, ge=0, le=1)
     augmentation: Literal["none", "light"] = "light"
     balance: bool = Field(default=True, description="weigh the two classes of a target equally in the local loss")

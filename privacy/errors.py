@@ -8,6 +8,7 @@
     │   ├── WrongAuthority        the coordinator's certificate authority is not the invited one
     │   ├── NotEnrolled           no certificate here, or one that the consortium does not know
     │   ├── SignatureInvalid      a signature, or what it covers, is not what it should be
+    │   ├── ClockSkewed           caller and coordinator disagree about the time
     │   └── KeyFileUnsafe         a private key that others can read
     ├── OrderRefused              the gate of a site said no
     │   ├── StudyNotApproved      nobody at this site approved the digest
@@ -23,7 +24,11 @@
     │   ├── TooFewApprovals       fewer sites approved than the study's quorum
     │   ├── QuorumLost            a round ended with fewer reports than the quorum
     │   └── RunUnknown            no such run or study here
+    ├── LearningError
+    │   ├── TrainingDiverged      a loss or a weight is no longer a finite number
+    │   └── TrainingStopped       the site was told to stop in the middle of a round
     ├── Unreachable               nothing answered at the address
+    ├── JournalDamaged            a line of a journal was changed, removed, reordered or cut off
     ├── MessageMalformed          a message or record that does not follow its schema
     └── WorkerDied                the process that trains ended without an answer
 
@@ -78,7 +83,14 @@ class NotEnrolled(TrustError):
 
 class SignatureInvalid(TrustError):
     code = "signature-invalid"
-    remedy = "Check the clocks of both machines; if they are right, treat the message as forged and tell the coordinator."
+    remedy = (
+        "Check the clocks of both machines; if they are right, treat the message as forged and tell the coordinator."
+    )
+
+
+class ClockSkewed(TrustError):
+    code = "clock-skewed"
+    remedy = "Set the clock of this machine (time synchronisation), then run the command again."
 
 
 class KeyFileUnsafe(TrustError):
@@ -159,14 +171,38 @@ class RunUnknown(RunError):
     remedy = "List what there is with `fl-server runs` or `fl-study runs`."
 
 
+class LearningError(IsocenterError):
+    code = "learning"
+    remedy = "See the log of the site; the round goes on without it."
+
+
+class TrainingDiverged(LearningError):
+    code = "training-diverged"
+    remedy = "Ask the researcher for a lower `learning_rate`; the update was not sent."
+
+
+class TrainingStopped(LearningError):
+    code = "training-stopped"
+    remedy = "Start the node again; it takes part from the next round on."
+
+
 class Unreachable(IsocenterError):
     code = "unreachable"
-    remedy = "Check that the coordinator runs (`fl-server start`), the address, and that no firewall blocks its two ports."
+    remedy = (
+        "Check that the coordinator runs (`fl-server start`), the address, and that no firewall blocks its two ports."
+    )
 
 
 class MessageMalformed(IsocenterError):
     code = "message-malformed"
-    remedy = "Both sides must run the same version of Isocenter; compare `fl-client --version` and `fl-server --version`."
+    remedy = (
+        "Both sides must run the same version of Isocenter; compare `fl-client --version` and `fl-server --version`."
+    )
+
+
+class JournalDamaged(IsocenterError):
+    code = "journal-damaged"
+    remedy = "Keep the file as it is, find out who changed it, and restore the journal from a backup beside it."
 
 
 class WorkerDied(IsocenterError):

@@ -1,0 +1,231 @@
+"""The hospital's command, `fl-client`: join, point at data, check, approve or decline studies, run the node."""
+
+import json
+import logging
+import shutil
+import signal
+import sys
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fl_client import enrol
+from fl_client.site import Site, SiteFile
+from models.study import Study, read
+from privacy import keys
+from privacy.console import run as run_command
+from privacy.console import show_version
+from privacy.errors import DocumentError, IsocenterError
+
+app = typer.Typer(help="Run a hospital's node: images stay here, you decide what is learned from them.", no_args_is_help=True)
+console = Console()
+
+Home = Annotated[Path, typer.Option("--home", "-H", help="The site's folder, with site.yaml and keys.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Digest = Annotated[str, typer.Argument(help="Digest of a study (its beginning is enough); see `fl-client studies`.")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Run a hospital's node: images stay here, you decide what is learned from them."""
+
+
+@app.command()
+def join(line: Annotated[str, typer.Argument(help="The line that the coordinator sent you.")], home: Home = Path()) -> None:
+    """Join a consortium. The key is made here and never leaves; a commented site.yaml is written."""
+    enrolment = enrol.join(line, home)
+    console.print(f"Joined as site [bold]{enrolment.name}[/bold].", highlight=False)
+    console.print(f"Next: describe your images in {home / 'site.yaml'}, then run: fl-client ingest", highlight=False)
+
+
+@app.command()
+def ingest(home: Home = Path(), as_json: AsJson = False) -> None:
+    """Read the images named in site.yaml into the site's cache; run it again at any time, it only reads what is new."""
+    from fl_client import ingest as reading
+
+    site = Site.open(home) if (home / "keys" / "coordinator.pem").is_file() else None
+    settings = site.settings if site else read(SiteFile, SiteFile.path(home))
+    source = Site.source_of(settings, home)
+    bars = Progress(
+        TextColumn("reading images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+    )
+    with bars:
+        task = bars.add_task("", total=None)
+        report = reading.ingest(
+            source, home, Site.state_of(home), lambda done, total: bars.update(task, completed=done, total=total)
+        )
+    if as_json:
+        print(json.dumps(report.to_json()))
+        return
+    show_ingested(report)
+
+
+def show_ingested(report: Any) -> None:
+    """What was taken, and what was left out by reason."""
+    console.print(f"{report.taken} images of {report.patients} patients taken from {report.found} files.", highlight=False)
+    if report.reasons:
+        table = Table("left out", "files", "why", box=None, header_style="bold")
+        for reason, count in sorted(report.reasons.items(), key=lambda item: (-item[1], item[0])):
+            table.add_row(str(reason), str(count), reason.explanation)
+        console.print(table)
+    for target, labels in sorted(report.labels.items()):
+        console.print(
+            f"{target}: {labels.positive} positive, {labels.negative} negative, {labels.missing} without a label",
+            highlight=False,
+        )
+        for word, count in sorted(labels.unmapped.items()):
+            console.print(f"  {count} rows say {word!r}, which site.yaml does not map: counted as missing", highlight=False)
+
+
+@app.command()
+def check(home: Home = Path(), as_json: AsJson = False) -> None:
+    """Say in ten lines whether this site is ready; exit code 1 if it is not."""
+    from fl_client.readiness import findings
+
+    found = findings(home)
+    ready = all(finding.good for finding in found)
+    if as_json:
+        print(json.dumps({"ready": ready, "findings": [vars(finding) for finding in found]}))
+    else:
+        for finding in found:
+            mark = "[green]ok  [/green]" if finding.good else "[red]FIX [/red]"
+            console.print(f"{mark} {finding.subject:<12} ", end="", highlight=False)
+            console.print(finding.sentence, highlight=False, markup=False, soft_wrap=True)
+        console.print("This site is ready." if ready else "This site is not ready.", style="green" if ready else "red")
+    if not ready:
+        raise typer.Exit(1)
+
+
+@app.command()
+def studies(home: Home = Path(), as_json: AsJson = False) -> None:
+    """Fetch the studies offered to this site and list them with your decisions."""
+    offers = enrol.fetch_offers(home)
+    if as_json:
+        rows = [{"digest": o.digest, "study": o.study.model_dump(mode="json"), "decision": o.decision} for o in offers]
+        print(json.dumps(rows))
+        return
+    if not offers:
+        console.print("No study has been offered to this site yet.")
+        return
+    table = Table("digest", "title", "rounds", "researcher", "your decision", box=None, header_style="bold")
+    for offer in offers:
+        rounds = str(offer.study.training.rounds)
+        table.add_row(offer.digest[:12], offer.study.title, rounds, offer.researcher, offer.decision or "not yet")
+    console.print(table)
+    console.print("Read and decide: fl-client approve DIGEST, or fl-client decline DIGEST")
+
+
+@app.command()
+def approve(
+    digest: Digest,
+    home: Home = Path(),
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; the study is still shown.")] = False,
+) -> None:
+    """Show a study in plain words and, if you agree, send your signed approval."""
+    site, offer = Site.open(home), enrol.find_offer(home, digest)
+    show_study(offer.study, site, offer.researcher)
+    site.check_policy(offer.study)
+    if not yes:
+        typer.confirm("Do you approve this study for your site?", abort=True)
+    enrol.decide(home, offer, "approved")
+    site.journal.append("approved", study=offer.digest)
+    console.print(f"Approved {offer.digest[:12]}. Orders of this study, and of no other, are carried out.", highlight=False)
+
+
+@app.command()
+def decline(digest: Digest, home: Home = Path()) -> None:
+    """Decline a study, or withdraw an approval; no further order of it is carried out."""
+    site, offer = Site.open(home), enrol.find_offer(home, digest)
+    enrol.decide(home, offer, "declined")
+    site.journal.append("declined", study=offer.digest)
+    console.print(f"Declined {offer.digest[:12]}.", highlight=False)
+
+
+def show_study(study: Study, site: Site, researcher: str) -> None:
+    """The study in plain words: what is learned, from what, how long, what leaves, who sees it."""
+    others = [name for name in study.all_sites if name != site.name]
+    plan, part = study.training, study.participation
+    trains = site.name in part.sites
+    lines = [
+        ("Study", f"{study.title} ({study.digest[:12]}), by researcher {researcher}"),
+        ("Purpose", study.purpose.strip()),
+        ("Learned", f"{', '.join(study.task.targets)} from {study.images.view} {'/'.join(study.images.modalities)} images"),
+        ("Here", f"{plan.rounds} rounds of training on your labelled images" if trains else "evaluation only, no training"),
+        ("Others", f"{', '.join(others) or 'nobody'}; a round needs {part.quorum} sites"),
+        ("Stays", "images, identifiers, dates, file names, the score of any single image"),
+        ("Leaves", "model updates, mean losses, numbers of patients and images, histograms of scores by label"),
+    ]
+    if study.protection == "plain":
+        lines.append(("Seen by", "the coordinator sees YOUR site's own update and histograms (protection: plain)"))
+    if study.privacy == "none":
+        lines.append(("Privacy", "no differential privacy: an update can reveal something about patients behind it"))
+    for name, text in lines:
+        console.print(f"[bold]{name:<8}[/bold] ", end="")
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def start(
+    home: Home = Path(),
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also print the node's log.")] = False,
+) -> None:
+    """Run the node until Ctrl-C: it connects outwards only, and carries out orders of approved studies."""
+    from fl_client import node
+
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    node.serve(home, stop, _say)
+    _say("The node has stopped.")
+
+
+def _say(sentence: str) -> None:
+    stamp = datetime.now(UTC).strftime("%H:%M:%SZ")
+    console.print(f"{stamp} {sentence}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def phantom(
+    folder: Annotated[Path, typer.Argument(help="Where the made-up hospital goes; it must be empty or new.")],
+    name: Annotated[str, typer.Option(help="Name of the site, part of the made-up identifiers.")] = "phantom",
+    vendor: Annotated[str, typer.Option(help="Whose devices are imitated; see the list in the documentation.")] = "aurora",
+    patients: Annotated[int, typer.Option(min=10, max=5000, help="Number of made-up patients.")] = 120,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed makes other patients.")] = 1,
+) -> None:
+    """Make a hospital of synthetic radiographs, to try everything without a patient's data."""
+    from fl_client.phantom import VENDORS, make_hospital
+
+    if vendor not in VENDORS:
+        raise DocumentError(f"there is no vendor {vendor!r}; there are {', '.join(VENDORS)}", remedy="Use one of these.")
+    if folder.exists() and any(folder.iterdir()):
+        raise DocumentError(f"{folder} is not empty", remedy="Choose a new folder; nothing was written.")
+    labels = make_hospital(folder, name, patients, seed, VENDORS[vendor])
+    console.print(f"Made {patients} phantom patients in {folder}. For site.yaml:", highlight=False)
+    console.print(data_section(folder, labels), highlight=False, markup=False, soft_wrap=True)
+
+
+def data_section(folder: Path, labels: dict[str, Any]) -> str:
+    """The `data:` section of a site.yaml for a phantom hospital."""
+    import yaml
+
+    table = {**labels, "table": str((folder / labels["table"]).resolve())}
+    section = {"data": {"folder": str((folder / "dicom").resolve()), "format": "dicom", "labels": table}}
+    return yaml.safe_dump(section, sort_keys=False, allow_unicode=True, default_style=None)
+
+
+def main() -> None:
+    run_command(app)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

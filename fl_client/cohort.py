@@ -1,0 +1,288 @@
+"""One study's patients at one site: labels joined to images, split by patient, held as tensors on the study's grid.
+
+A patient is on one side of the split for ever. The order of patients comes from a secret of the site, so nobody outside can
+tell who is where, and the assignment is written down once (`pins`): images that arrive later follow their patient, and new
+patients go where most are lacking, each stratum (any positive label, none) by itself.
+"""
+
+import fcntl
+import hashlib
+import hmac
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from fl_client.ingest import Index, IndexedImage
+from models.imaging import to_grid
+from models.labels import Label, LabelTable
+from models.study import Evaluation, Study
+from privacy.errors import CohortTooSmall, DataError, LabelTableError
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+PINS_VERSION = 1
+PINS_BYTES_MAX = 256 * 1024 * 1024  # three million patients
+TOKEN_LABEL = b"isocenter/v1/split-token"
+SECRET_LABEL = b"isocenter/v1/split-secret"
+GRID_LABEL = b"isocenter/v1/grid"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much a split holds; positives and negatives are images per target. Stays at the site unless a report rounds it."""
+
+    patients: int
+    images: int
+    positives: dict[str, int]
+    negatives: dict[str, int]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Images that were taken and do not take part in this study: no label for its targets, or another modality."""
+
+    unlabelled: int
+    modality: int
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One image that takes part, with its patient's token and its label for each target of the study, in order."""
+
+    image: IndexedImage
+    token: str
+    labels: tuple[Label, ...]
+
+
+class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
+    """One split of one study at one site.
+
+    `images` float32 (N, 1, S, S) in 0..1, memory-mapped; `targets` float32 (N, T), 0 where missing; `known` float32 (N, T),
+    1 where labelled; `patients` int64 (N,), numbers from 0 that mean nothing outside this object.
+    """
+
+    def __init__(self, members: list[_Member], images: torch.Tensor, names: list[str]) -> None:
+        self.images = images
+        labels = [[math.nan if label is None else float(label) for label in member.labels] for member in members]
+        table = torch.tensor(labels, dtype=torch.float32).reshape(len(members), len(names))
+        self.known = (~table.isnan()).float()
+        self.targets = table.nan_to_num(nan=0.0)
+        tokens = {token: number for number, token in enumerate(sorted({member.token for member in members}))}
+        self.patients = torch.tensor([tokens[member.token] for member in members], dtype=torch.int64)
+        self._names = names
+        self.ingested = 0
+        self.left_out = LeftOut(0, 0)
+
+    @classmethod
+    def open(cls, index: Index, labels: LabelTable, study: Study, split: Split, pins: Path) -> "Cohort":
+        """The `split` of `study` here. Splits are pinned in the file `pins`, which is made on the first call.
+
+        Raises CohortTooSmall below the study's minimum of patients, LabelTableError if the site maps none of the study's
+        targets, CacheLost if pixels are missing, DataError if pins and secret do not belong together.
+        """
+        names = study.task.targets
+        if not set(names) & set(labels.mapping.targets):
+            mapped = ", ".join(sorted(labels.mapping.targets))
+            raise LabelTableError(f"none of the study's targets ({', '.join(names)}) is in data.labels.targets ({mapped})")
+        secret = _secret(index.state / "split.key")
+        members, left_out = _join(index, labels, study, secret)
+        placed = _pinned(pins, secret, _strata(members), study.evaluation)
+        mine = [member for member in members if placed[member.token] == split]
+        cohort = cls(mine, _grid(index, study, split, mine), names)
+        cohort.ingested, cohort.left_out = index.taken, left_out
+        patients, least = cohort.counts.patients, study.participation.minimum_patients
+        if patients < least:
+            raise CohortTooSmall(f"the {split} split has {patients} labelled patients and the study asks for {least}")
+        return cohort
+
+    def __len__(self) -> int:
+        return len(self.patients)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(image float32 (1, S, S), target float32 (T,), known float32 (T,))."""
+        return self.images[number], self.targets[number], self.known[number]
+
+    @property
+    def counts(self) -> Counts:
+        positive = (self.targets * self.known).sum(0).int().tolist()
+        labelled = self.known.sum(0).int().tolist()
+        return Counts(
+            patients=len(self.patients.unique()),
+            images=len(self),
+            positives=dict(zip(self._names, positive, strict=True)),
+            negatives={n: k - p for n, k, p in zip(self._names, labelled, positive, strict=True)},
+        )
+
+
+def _join(index: Index, labels: LabelTable, study: Study, secret: bytes) -> tuple[list[_Member], LeftOut]:
+    """Images with a label for at least one target, ordered by patient token and file."""
+    members: list[_Member] = []
+    unlabelled = modality = 0
+    for image in index.images():
+        # Pictures have no modality of their own; the study's list is about DICOM.
+        if image.modality and image.modality not in study.images.modalities:
+            modality += 1
+            continue
+        key = image.key(labels.mapping.matches)
+        found = labels.lookup(key)
+        row = tuple(found.get(name) for name in study.task.targets)
+        if all(label is None for label in row):
+            unlabelled += 1
+            continue
+        patient = labels.patient_of(key) or image.patient
+        members.append(_Member(image, _token(secret, patient), row))
+    members.sort(key=lambda member: (member.token, member.image.file))
+    return members, LeftOut(unlabelled, modality)
+
+
+def _token(secret: bytes, patient: str) -> str:
+    """32 hex characters that stand for a patient at this site and mean nothing without the secret."""
+    return hmac.new(secret, TOKEN_LABEL + b"\n" + patient.encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def _strata(members: list[_Member]) -> dict[str, bool]:
+    """Token -> does the patient have any positive label?"""
+    strata: dict[str, bool] = {}
+    for member in members:
+        strata[member.token] = strata.get(member.token, False) or 1 in member.labels
+    return strata
+
+
+def _secret(path: Path) -> bytes:
+    """32 bytes that exist only at this site; made once, linked into place so that two workers agree on one."""
+    if not path.exists():
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        _write_private(part, secrets.token_bytes(32))
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            pass  # another worker was first; its secret counts
+        finally:
+            part.unlink()
+    secret = path.read_bytes()
+    if len(secret) != 32:
+        raise DataError(f"{path}: damaged", remedy="Restore it from a backup; without it patients would change sides.")
+    return secret
+
+
+def _pinned(pins: Path, secret: bytes, strata: dict[str, bool], evaluation: Evaluation) -> dict[str, Split]:
+    """Token -> split for every patient of `strata`; new ones are placed and written down before anybody uses them."""
+    owner = hashlib.sha256(SECRET_LABEL + b"\n" + secret).hexdigest()[:16]
+    pins.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _locked(pins):
+        known = _read_pins(pins, owner) if pins.exists() else {}
+        placed = dict(known)
+        for stratum in (True, False):
+            _place([token for token, positive in strata.items() if positive == stratum], placed, evaluation)
+        if placed != known:
+            document = {"version": PINS_VERSION, "secret": owner, "splits": placed}
+            part = pins.with_name(pins.name + ".part")
+            _write_private(part, json.dumps(document, sort_keys=True, indent=0).encode())
+            part.replace(pins)
+    return placed
+
+
+def _place(tokens: list[str], placed: dict[str, Split], evaluation: Evaluation) -> None:
+    """Put each new patient of one stratum, in token order, into the split that lacks most; nobody is moved."""
+    share = {"test": evaluation.test, "validation": evaluation.validation}
+    share["train"] = 1 - share["test"] - share["validation"]
+    lacking = {split: share[split] * len(tokens) for split in SPLITS}
+    new = []
+    for token in sorted(tokens):
+        if token in placed:
+            lacking[placed[token]] -= 1
+        else:
+            new.append(token)
+    for token in new:
+        split = max(SPLITS, key=lambda name: lacking[name])
+        placed[token] = split
+        lacking[split] -= 1
+
+
+def _read_pins(pins: Path, owner: str) -> dict[str, Split]:
+    """The written assignment. A damaged file is an error and never made anew: that would move patients between splits."""
+    remedy = "Restore the file from a backup. If it is removed, patients used for training may be used for testing."
+    try:
+        if pins.stat().st_size > PINS_BYTES_MAX:
+            raise ValueError
+        document = json.loads(pins.read_text(encoding="ascii"))
+        version, secret, splits = document["version"], document["secret"], document["splits"]
+        good = version == PINS_VERSION and isinstance(splits, dict) and set(splits.values()) <= set(SPLITS)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        good, secret, splits = False, "", {}
+    if not good:
+        raise DataError(f"{pins}: the assignment of patients to splits cannot be read", remedy=remedy)
+    if secret != owner:
+        raise DataError(f"{pins}: made with another split.key than the one that is here now", remedy=remedy)
+    return dict(splits)
+
+
+def _grid(index: Index, study: Study, split: Split, members: list[_Member]) -> torch.Tensor:
+    """float32 (N, 1, S, S), memory-mapped from a file that is made once per selection of images and size."""
+    size = study.images.size_px
+    shape = (len(members), 1, size, size)
+    if not members:
+        return torch.zeros(shape)
+    caches = "\n".join([f"{size}", *(member.image.cache for member in members)])
+    name = hashlib.sha256(GRID_LABEL + b"\n" + caches.encode()).hexdigest()[:32]
+    folder, stem = index.state / "grids", f"{study.digest[:16]}-{split}"
+    path = folder / f"{stem}-{name}.npy"
+    if not _is_grid(path, shape):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        _make_grid(path, shape, index, members)
+        # A running worker keeps its map of an older file: unlinking takes the name, not the content.
+        for old in folder.glob(f"{stem}-*.npy"):
+            if old != path:
+                old.unlink(missing_ok=True)
+    stored: npt.NDArray[np.float32] = np.load(path, mmap_mode="c", allow_pickle=False)
+    return torch.from_numpy(stored)
+
+
+def _is_grid(path: Path, shape: tuple[int, ...]) -> bool:
+    try:
+        stored = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return False
+    return bool(stored.shape == shape and stored.dtype == np.float32)
+
+
+def _make_grid(path: Path, shape: tuple[int, ...], index: Index, members: list[_Member]) -> None:
+    """Write the images one by one into a file that gets its name when it is whole; never all of them in memory."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        _write_private(part, b"")
+        grid = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
+        for number, member in enumerate(members):
+            grid[number] = to_grid(index.pixels(member.image), shape[-1])
+        grid.flush()
+        del grid
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    """Write and sync a file that only its owner can read; the caller renames it into place."""
+    with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(pins: Path) -> Iterator[None]:
+    """One writer at a time; the lock ends with the process, however that ends."""
+    with os.fdopen(os.open(pins.with_name(pins.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o600), "r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,320 @@
+"""The long-lived node: it holds the site's connection to the consortium and one resident worker process that trains.
+
+The node speaks Flower's Fleet API itself, over TLS 1.3 with the site's certificate, and never calls get-fab: nothing that the
+coordinator could offer as code is asked for. Flower's own SuperNode starts a process that imports torch for every message
+and looks for messages every three seconds; here the worker keeps network and cohort in memory, and the node looks often
+while a run is going on and seldom when nothing happens.
+
+What the node process does: connection, keys, polling. What the worker does: `fl_client.app` (images, training, the gate).
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import httpx
+from flwr.app import Context, Message, RecordDict
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import (
+    make_confirm_message_received_fn_protobuf,
+    make_pull_object_fn_protobuf,
+    make_push_object_fn_protobuf,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fl_client.site import Site
+from privacy import keys
+from privacy.errors import IsocenterError, MessageMalformed, NotEnrolled, Unreachable, WorkerDied, WrongAuthority
+from privacy.wire import EvaluateOrder, Refusal, TrainOrder, decode
+
+PAUSE_FIRST_S, PAUSE_GROWTH, PAUSE_MOST_S = 0.03, 1.15, 1.0
+"""Looks for orders: often after one came (the next stage of a round follows at once), slower and slower when none does."""
+RETRY_FIRST_S, RETRY_MOST_S = 0.5, 15.0
+OBJECT_BACKOFF_S = 0.02  # a message is visible before its objects are; Flower's own first wait is a second
+CALL_TIMEOUT_S = 60.0
+log = logging.getLogger("isocenter.node")
+
+
+@dataclass
+class Connection:
+    """One activated Fleet connection; raises httpx errors when the link breaks."""
+
+    client: FleetHttpClient
+    node: Node
+
+    def receive(self) -> Message | None:
+        """The next order with everything that belongs to it, or None."""
+        answer = self.client.PullMessages(PullMessagesRequest(node=self.node))
+        if not answer.messages_list:
+            return None
+        envelope = message_from_proto(answer.messages_list[0])
+        run_id, message_id = envelope.metadata.run_id, envelope.metadata.message_id
+        contents = pull_objects(
+            [tree.object_id for tree in iterate_object_tree(answer.message_object_trees[0])],
+            make_pull_object_fn_protobuf(self.client.PullObject, self.node, run_id),
+            initial_backoff=OBJECT_BACKOFF_S,
+        )
+        make_confirm_message_received_fn_protobuf(self.client.ConfirmMessageReceived, self.node, run_id)(message_id)
+        message = inflate_object_from_contents(message_id, contents)
+        if not isinstance(message, Message):
+            raise MessageMalformed("what was received is no Flower message")
+        message.metadata.__dict__["_message_id"] = message_id
+        return message
+
+    def send(self, reply: Message, seconds: float) -> None:
+        """Push a reply and its objects."""
+        run_id = reply.metadata.run_id
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
+        answer = self.client.PushMessages(
+            PushMessagesRequest(
+                node=self.node,
+                messages_list=[message_to_proto(_without_content(reply))],
+                message_object_trees=[tree],
+                clientapp_runtime_list=[seconds],
+            )
+        )
+        push_objects(
+            objects,
+            make_push_object_fn_protobuf(self.client.PushObject, self.node, run_id, answer.session_id),
+            object_ids_to_push=set(answer.objects_to_push),
+        )
+
+    def beat(self) -> None:
+        self.client.SendNodeHeartbeat(
+            SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        )
+
+
+@contextlib.contextmanager
+def connect(site: Site) -> Iterator[Connection]:
+    """An activated connection to the gateway named in site.yaml; deactivated at the end.
+
+    Raises Unreachable, WrongAuthority or NotEnrolled with the cause in words.
+    """
+    if site.settings.coordinator is None:
+        raise NotEnrolled("site.yaml names no coordinator")
+    key = keys.load_key(site.home / "keys" / "site.key")
+    client = _Fleet(site.settings.coordinator.gateway, tls_context(site), NodeAuthHttpInterceptor(key, key.public_key()))
+    node: Node | None = None
+    try:
+        public = keys.public_pem(key)
+        answer = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL))
+        node = Node(node_id=answer.node_id)
+        yield Connection(client, node)
+    except httpx.HTTPStatusError as error:
+        raise _explained(error.response.status_code) from error
+    except httpx.ConnectError as error:
+        raise _explained_connect(error, site.settings.coordinator.gateway) from error
+    except httpx.HTTPError as error:
+        raise Unreachable(f"the connection to the gateway broke ({type(error).__name__})") from error
+    finally:
+        if node is not None:
+            with contextlib.suppress(httpx.HTTPError):
+                client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+        client.close()
+
+
+def tls_context(site: Site) -> ssl.SSLContext:
+    """TLS 1.3, trusting the consortium's CA alone, with the site's certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    folder = site.home / "keys"
+    try:
+        context.load_verify_locations(folder / "ca.pem")
+        context.load_cert_chain(folder / "site.pem", folder / "site.key")
+    except (OSError, ssl.SSLError) as error:
+        raise NotEnrolled(f"the certificate in {folder} cannot be used ({error})") from None
+    return context
+
+
+class _Fleet(FleetHttpClient):
+    """Flower's Fleet client over our TLS context: its own constructor knows no client certificates."""
+
+    def __init__(self, gateway: str, context: ssl.SSLContext, identity: NodeAuthHttpInterceptor) -> None:
+        interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), identity]
+        super().__init__(f"https://{gateway}", interceptors=interceptors, verify=context, timeout=CALL_TIMEOUT_S)
+
+
+class Worker:
+    """One resident process that runs the ClientApp. If it dies, the order is refused and a new one takes its place."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.pool = self._start()
+
+    def _start(self) -> ProcessPoolExecutor:
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin_worker)
+        pool.submit(_warm)  # imports torch once, before the first order comes
+        return pool
+
+    def answer(self, message: Message) -> Message:
+        """The reply to an order, a Refusal if it could not be worked on; MessageMalformed if the message is no order."""
+        try:
+            pending: Future[Message] = self.pool.submit(_work, str(self.site.home), message)
+            return pending.result()
+        except BrokenProcessPool:
+            log.error("the worker process died while it worked on an order; a new one is started")
+            self.pool = self._start()
+            code = WorkerDied.code
+        except IsocenterError as error:
+            log.error("the order could not be worked on: %s", error)
+            code = error.code
+        except Exception:
+            log.exception("the order could not be worked on")
+            code = IsocenterError.code
+        report = Refusal.of(decode(message, TrainOrder, EvaluateOrder), self.site.name, code)
+        self.site.note(report)
+        return Message(report.to_records(), reply_to=message)
+
+    def stop(self) -> None:
+        for process in list((self.pool._processes or {}).values()):
+            process.terminate()
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the node ends the worker in order
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """A worker whose node was killed would train on for nobody."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _warm() -> None:
+    import torch
+
+    import fl_client.app  # noqa: F401  the import is the work
+
+    # The first optimizer of a process imports a second's worth of modules; better now than in the first round.
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()
+
+
+def _work(home: str, message: Message) -> Message:
+    from fl_client.app import app
+
+    metadata = message.metadata
+    context = Context(
+        run_id=metadata.run_id, node_id=metadata.dst_node_id, node_config={"site": home}, state=RecordDict(), run_config={}
+    )
+    return app(message, context)
+
+
+@dataclass
+class _Serving:
+    """State of `serve` between connections."""
+
+    site: Site
+    worker: Worker
+    stop: threading.Event
+    tell: Callable[[str], None]
+    unsent: list[tuple[Message, float]] = field(default_factory=list)
+
+
+def serve(home: Path, stop: threading.Event, tell: Callable[[str], None]) -> None:
+    """Answer orders until `stop` is set. A broken link is retried for ever; a finished reply is kept and sent again.
+
+    `tell` gets short sentences for people. Raises what no retry can mend: NotEnrolled, WrongAuthority, DocumentError.
+    """
+    site = Site.open(home)
+    worker = Worker(site)
+    state = _Serving(site, worker, stop, tell)
+    pause = RETRY_FIRST_S
+    try:
+        while not stop.is_set():
+            try:
+                with connect(site) as connection:
+                    tell(f"{site.name} is connected and waits for orders.")
+                    pause = RETRY_FIRST_S
+                    _answer_orders(state, connection)
+            except Unreachable as error:
+                tell(f"{error}; trying again in {pause:.0f} s" if pause >= 1 else f"{error}; trying again")
+                stop.wait(pause)
+                pause = min(pause * 2, RETRY_MOST_S)
+    finally:
+        worker.stop()
+
+
+def _answer_orders(state: _Serving, connection: Connection) -> None:
+    """Work through orders one by one until `stop`, with heartbeats from a thread of their own."""
+    done = threading.Event()
+    beats = threading.Thread(target=_keep_beating, args=(connection, done), daemon=True)
+    beats.start()
+    pause = PAUSE_FIRST_S
+    try:
+        while not state.stop.is_set():
+            while state.unsent:
+                connection.send(*state.unsent[0])
+                state.unsent.pop(0)
+            message = connection.receive()
+            if message is None:
+                state.stop.wait(pause)
+                pause = min(pause * PAUSE_GROWTH, PAUSE_MOST_S)
+                continue
+            pause, began = PAUSE_FIRST_S, time.monotonic()
+            try:
+                reply = state.worker.answer(message)
+            except MessageMalformed as error:
+                log.warning("a message that is no order was dropped (%s)", error)
+                continue
+            state.unsent.append((reply, time.monotonic() - began))
+            state.tell(_sentence(reply, time.monotonic() - began))
+    finally:
+        done.set()
+
+
+def _keep_beating(connection: Connection, done: threading.Event) -> None:
+    while not done.wait(HEARTBEAT_DEFAULT_INTERVAL / 3):
+        with contextlib.suppress(httpx.HTTPError):  # the main loop meets the same broken link and reconnects
+            connection.beat()
+
+
+def _sentence(reply: Message, seconds: float) -> str:
+    header: dict[str, Any] = dict(reply.content["header"])
+    what = f"refused: {header['code']}" if header["kind"] == Refusal.kind else f"{header['kind']} sent"
+    return f"round {header['round']}: {what} ({seconds:.1f} s)"
+
+
+def _without_content(message: Message) -> Message:
+    from flwr.app.message import remove_content_from_message
+
+    return remove_content_from_message(message)
+
+
+def _explained(status: int) -> Exception:
+    if status == 401:
+        return NotEnrolled(
+            "the coordinator does not know this site's key",
+            remedy="Ask the coordinator whether the site was removed; join again with a new invitation.",
+        )
+    return Unreachable(f"the gateway answered {status}")
+
+
+def _explained_connect(error: httpx.ConnectError, gateway: str) -> Exception:
+    text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return WrongAuthority(f"the gateway {gateway} does not show a certificate of the consortium this site joined")
+    return Unreachable(f"nothing answers at the gateway {gateway}")

@@ -1,0 +1,128 @@
+"""The process that carries out runs: it takes Flower's ServerApp task itself and runs `fl_server.app` of this installation.
+
+`python -m fl_server.executor HOME PORT`, started by `fl_server.link`, with the SuperExec secret on standard input. A run left
+in state running by a process that died is simply carried on: a new Flower run, the next round that is not committed.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from flwr.cli.build import build_fab_from_files
+from flwr.common.constant import SubStatus
+from flwr.common.serde import context_from_proto, fab_to_proto, run_from_proto
+from flwr.proto.control_pb2 import StartRunRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, PushTaskOutputRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.fab import Fab
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid.http_grid import HttpGrid
+
+from fl_server.app import app
+from fl_server.link import LOOPBACK, control
+from fl_server.roster import Home
+from fl_server.run import list_runs
+from privacy.errors import RunError
+
+LOOK_S = 0.2  # between two looks for queued runs: one stat of a folder
+BUNDLE = """
+[project]
+name = "isocenter-study"
+version = "1.0.0"
+license = "Apache-2.0"
+[tool.flwr.app]
+publisher = "isocenter"
+[tool.flwr.app.components]
+serverapp = "fl_server.app:app"
+clientapp = "fl_client.app:app"
+"""
+"""A Flower bundle without code: Flower wants one for each run; nobody ever unpacks it."""
+
+
+def execute(root: Path, port: int, secret: bytes) -> None:
+    """Carry out queued and interrupted runs, oldest first, for ever."""
+    runs = Home.open(root).runs
+    while True:
+        for facts in list_runs(runs):
+            if facts["state"] in ("queued", "running"):
+                carry_out(root, str(facts["run_id"]), port, secret)
+        time.sleep(LOOK_S)
+
+
+def carry_out(root: Path, run_id: str, port: int, secret: bytes) -> None:
+    """One run from where it stands to its end, as one Flower run."""
+    flower_run = _start_flower_run(root / "runs" / run_id, port)
+    token = _acquire(flower_run, port, secret)
+    grid = HttpGrid(f"{LOOPBACK}:{port}", insecure=True, token=token)
+    client = grid._runtime_client  # the grid's own connection: Flower has no public door to its task calls
+    heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
+    heartbeat.start()
+    outcome = SubStatus.FAILED
+    try:
+        given = client.PullTaskInput(PullTaskInputRequest())
+        # Message() needs to know which task it is created in.
+        TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
+        TaskIdentity.node_id = given.context.node_id
+        grid.set_run(run_from_proto(given.run))
+        context = context_from_proto(given.context)
+        context.run_config = {"home": str(root), "run": run_id}
+        app(grid, context)
+        outcome = SubStatus.COMPLETED
+    finally:
+        heartbeat.stop()
+        client.PushTaskOutput(PushTaskOutputRequest(sub_status=outcome, details=""))
+        grid.close()
+
+
+def _start_flower_run(folder: Path, port: int) -> int:
+    bundle, _ = build_fab_from_files({"pyproject.toml": BUNDLE.encode(), "study.json": folder / "study.json"})
+    with control(port) as client:
+        response = client.StartRun(StartRunRequest(fab=fab_to_proto(Fab("", bundle, {}))))
+    if not response.run_id:
+        raise RunError("Flower's SuperLink did not start the run")
+    return int(response.run_id)
+
+
+def _acquire(flower_run: int, port: int, secret: bytes) -> str:
+    """The token of our run's ServerApp task; tasks that an earlier, dead executor left behind are ended."""
+    acquire = SuperExecAuthHttpInterceptor(
+        master_secret=secret, protected_methods=frozenset({"/flwr.proto.Runtime/AcquireTask"})
+    )
+    version = RuntimeVersionHttpInterceptor(component_name="isocenter")
+    client = RuntimeHttpClient.from_server_address(f"{LOOPBACK}:{port}", True, None, [version, acquire])
+    try:
+        while True:
+            answer = client.AcquireTask(AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP]))
+            if not answer.token:
+                time.sleep(LOOK_S / 10)
+            elif answer.task.run_id == flower_run:
+                return str(answer.token)
+            else:
+                stale = HttpGrid(f"{LOOPBACK}:{port}", insecure=True, token=answer.token)
+                stale._runtime_client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="stale"))
+                stale.close()
+    finally:
+        client.close()
+
+
+def _end_with_parent() -> None:
+    """The coordinator holds the other end of standard input; when it is gone, so are we."""
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator ends us in order
+    root, port, secret = Path(sys.argv[1]), int(sys.argv[2]), bytes.fromhex(sys.stdin.buffer.readline().decode().strip())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    execute(root, port, secret)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""The coordinator's processes and doors.
+
+    loopback only     Flower's SuperLink with its full API (Control, Runtime, Fleet) and a durable database
+    gateway, public   TLS 1.3, client certificate required; passes what a node needs of the Fleet API, 404 for everything else
+    service, public   the gRPC consortium service (`fl_server.consortium`)
+    executor          a child process that carries out queued runs, one after the other (`fl_server.executor`)
+
+Flower 1.41's Control API has no authentication: whoever reaches it can submit code or stop runs. So it never leaves loopback,
+and the gateway lists the paths it passes instead of those it blocks.
+"""
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from flwr.proto.control_pb2 import RegisterNodeRequest
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.main import create_app
+
+from fl_server import consortium
+from fl_server.roster import Home
+from fl_server.run import Run, list_runs
+from models.study import Study
+from privacy.errors import IsocenterError, RunError
+
+LOOPBACK = "127.0.0.1"
+FLEET_PATHS = frozenset(
+    f"/v1/fleet/{name}"
+    for name in (
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "pull-object",
+        "push-object",
+        "confirm-message-received",
+    )
+)
+"""What `fl_client.node` calls. Left out on purpose: register-node and unregister-node (only enrolment registers), get-run, and
+get-fab (no node of ours ever asks for code)."""
+RESTART_PAUSE_S = 1.0  # before a dead executor is started again, so that a crash at start does not spin
+STOP_S = 5.0
+
+Scope = MutableMapping[str, Any]
+Channel = Callable[..., Awaitable[Any]]
+Application = Callable[[Scope, Channel, Channel], Awaitable[None]]
+log = logging.getLogger("isocenter.link")
+
+
+def serve(home: Home, ready: Callable[[str], None] = print) -> None:
+    """Run the coordinator until SIGINT or SIGTERM; `ready` gets one sentence once every door is open."""
+    asyncio.run(_serve(home, ready))
+
+
+async def _serve(home: Home, ready: Callable[[str], None]) -> None:
+    settings, secret = home.settings, secrets.token_bytes(32)
+    inner = _listen(LOOPBACK, 0)
+    port = inner.getsockname()[1]
+    outer = _listen(settings.listen, settings.gateway_port)
+    superlink = superlink_app(home.root / "superlink" / "superlink.sqlite", port, secret)
+    servers = [
+        _Server(uvicorn.Config(superlink, log_config=None, access_log=False)),
+        _Server(
+            uvicorn.Config(
+                only_fleet(superlink),
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ssl_context_factory=lambda *_: gateway_context(home),
+            )
+        ),
+    ]
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    tasks = [asyncio.create_task(servers[0].serve(sockets=[inner])), asyncio.create_task(servers[1].serve(sockets=[outer]))]
+    while not all(server.started for server in servers):
+        if any(task.done() for task in tasks):
+            raise RunError("the SuperLink or the gateway did not start", remedy="See the lines above.")
+        await asyncio.sleep(0.02)
+    service = await asyncio.to_thread(consortium.serve, home, hooks(home, port))
+    executor = asyncio.create_task(_keep_executor(home, port, secret))
+    ready(
+        f"Coordinator {settings.name} is ready: gateway {settings.host}:{settings.gateway_port}, "
+        f"consortium service {settings.host}:{settings.service_port}. Stop it with Ctrl-C."
+    )
+    try:
+        await stop.wait()
+    finally:
+        executor.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await executor
+        service.stop(grace=1).wait()
+        for server in reversed(servers):
+            server.should_exit = True
+        await asyncio.wait(tasks, timeout=STOP_S)
+
+
+def superlink_app(database: Path, port: int, secret: bytes) -> Any:
+    """Flower's SuperLink as an ASGI app: node authentication on, code of bundles neither installed nor run by it."""
+    database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    config = SuperLinkLifespanConfig(
+        control_address=LOOPBACK,
+        health_server_address=None,
+        host=LOOPBACK,
+        port=port,
+        insecure=True,  # this server listens on loopback only; what is public is the gateway, with TLS
+        certificates=None,
+        superexec_auth_secret=secret,
+        authn_plugin=NoOpControlAuthnPlugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type="grpc-rere",
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=None,
+        ssl_certfile=None,
+        ssl_keyfile=None,
+        database=str(database),
+        isolation="process",
+        runtime_dependency_install=False,
+    )
+    return create_app(config, SuperLinkLifespan)
+
+
+def only_fleet(app: Application) -> Application:
+    """`app`, reachable by POST on exactly the paths of FLEET_PATHS; anything else is 404 and never reaches it."""
+
+    async def gateway(scope: Scope, receive: Channel, send: Channel) -> None:
+        exact = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in FLEET_PATHS
+        if exact and scope.get("raw_path", b"").decode("latin-1") == scope["path"]:  # no encoded spelling of a path
+            await app(scope, receive, send)
+        elif scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    return gateway
+
+
+def gateway_context(home: Home) -> ssl.SSLContext:
+    """TLS 1.3 only; a client without a certificate of this consortium's CA does not get past the handshake."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(home.tls_pem, home.tls_key)
+    context.load_verify_locations(cadata=home.ca_pem.decode("ascii"))
+    return context
+
+
+def hooks(home: Home, port: int) -> consortium.Hooks:
+    """What the consortium service asks of this process: register a node, launch a run."""
+
+    def enrolled(name: str, role: str, public_key_pem: bytes) -> int | None:
+        if role != "site":
+            return None
+        with control(port) as client:
+            return int(client.RegisterNode(RegisterNodeRequest(public_key=public_key_pem, name=name)).node_id)
+
+    def launch(digest: str, researcher: str) -> str:
+        study = Study.from_canonical(home.roster.study(digest).canonical)
+        for facts in reversed(list_runs(home.runs)):
+            if facts["digest"] == digest and facts["state"] in ("queued", "running"):
+                raise RunError(
+                    f"run {facts['run_id']} of this study is {facts['label']}", remedy="Watch it with `fl-study run --watch`."
+                )
+            if facts["digest"] == digest and facts["state"] == "failed":
+                run = Run.open(home.runs / facts["run_id"])
+                run.facts["sites"] = home.roster.approvals(digest)
+                run.requeue()
+                return run.run_id
+        return Run.create(home.runs, study, researcher, home.roster.approvals(digest)).run_id
+
+    return consortium.Hooks(enrolled=enrolled, launch=launch)
+
+
+@contextlib.contextmanager
+def control(port: int) -> Any:
+    """Flower's Control API on loopback, its failures as our errors."""
+    client = ControlHttpClient.from_server_address(
+        f"{LOOPBACK}:{port}", True, None, [RuntimeVersionHttpInterceptor(component_name="isocenter")]
+    )
+    try:
+        yield client
+    except httpx.HTTPError as error:
+        raise RunError(f"Flower's SuperLink did not do what was asked ({type(error).__name__})") from error
+    finally:
+        client.close()
+
+
+async def _keep_executor(home: Home, port: int, secret: bytes) -> None:
+    """Keep one executor alive. Its standard input carries the secret, and ends when this process does, however it dies."""
+    while True:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "fl_server.executor", str(home.root), str(port), stdin=subprocess.PIPE
+        )
+        try:
+            if child.stdin is not None:
+                child.stdin.write(secret.hex().encode() + b"\n")
+                await child.stdin.drain()
+            code = await child.wait()
+            log.error("the executor ended with code %s and is started again", code)
+            await asyncio.sleep(RESTART_PAUSE_S)
+        except asyncio.CancelledError:
+            with contextlib.suppress(ProcessLookupError):
+                child.terminate()
+            try:
+                await asyncio.wait_for(child.wait(), STOP_S)
+            except TimeoutError:
+                child.kill()
+            raise
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers: `_serve` stops all servers together."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Any:
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket, so that a port in use is our error with a remedy and not a line in a log."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise IsocenterError(
+            f"cannot listen on {host}:{port}: {error.strerror}",
+            remedy="Stop what uses the port, or change the port in server.yaml.",
+        ) from None
+    bound.listen(128)
+    bound.setblocking(False)
+    return bound

@@ -1,0 +1,348 @@
+"""The researcher's command, `fl-study`: write a study, check it, rehearse it, submit it, run it, read the report."""
+
+import importlib.resources
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from models.study import Study, read
+from privacy import calls
+from privacy.console import run as run_command
+from privacy.console import show_version
+from privacy.errors import DocumentError, RunError, RunUnknown
+
+app = typer.Typer(help="Write, rehearse, submit and evaluate a federated study.", no_args_is_help=True)
+console = Console()
+
+Home = Annotated[Path, typer.Option("--home", "-H", help="Folder with your keys; made by `fl-study join`.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+StudyFile = Annotated[Path, typer.Argument(help="The study, a YAML file.")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Write, rehearse, submit and evaluate a federated study."""
+
+
+def templates() -> dict[str, str]:
+    """Name -> text of the study templates that ship with Isocenter."""
+    folder = importlib.resources.files("configs.studies")
+    found = sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
+    return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in found}
+
+
+@app.command()
+def new(
+    file: Annotated[Path, typer.Argument(help="Where to write the study; it must not exist.")],
+    template: Annotated[str, typer.Option(help="Which template to start from; see --list.")] = "opacity",
+    list_: Annotated[bool, typer.Option("--list", help="List the templates and write nothing.")] = False,
+) -> None:
+    """Write a commented study to start from."""
+    known = templates()
+    if list_:
+        for name, text in known.items():
+            console.print(f"{name:<14} {text.splitlines()[0].lstrip('# ')}", highlight=False)
+        return
+    if template not in known:
+        raise DocumentError(f"there is no template {template!r}; there are {', '.join(known)}", remedy="Use one of these.")
+    if file.exists():
+        raise DocumentError(f"{file} exists already", remedy="Choose another name; nothing was overwritten.")
+    file.write_text(known[template], encoding="utf-8")
+    console.print(f"Wrote {file}. Edit it, then run: fl-study check {file}")
+
+
+@app.command()
+def check(file: StudyFile, as_json: AsJson = False) -> None:
+    """Read a study strictly and explain every conflict; print its digest, its identity everywhere."""
+    study = read(Study, file)
+    study.check()
+    if as_json:
+        print(json.dumps({"digest": study.digest, "study": study.model_dump(mode="json")}))
+        return
+    plan, part = study.training, study.participation
+    console.print(f"[bold]{study.title}[/bold]", highlight=False)
+    rows = [
+        ("digest", study.digest),
+        ("predicts", ", ".join(study.task.targets)),
+        ("from", f"{study.images.view} {'/'.join(study.images.modalities)}, {study.images.size_px} px"),
+        ("network", f"{study.network.name}, {plan.rounds} rounds of {plan.local_epochs} epoch(s), {plan.optimizer}"),
+        ("sites", f"{', '.join(part.sites)}; a round needs {part.quorum}"),
+        ("evaluates", ", ".join(study.all_sites)),
+        ("protection", f"{study.protection}: the coordinator sees each site's update"),
+        ("privacy", f"{study.privacy}: no differential privacy"),
+    ]
+    for name, value in rows:
+        console.print(f"{name:<11} {value}", highlight=False, soft_wrap=True)
+    console.print("The study is consistent.", style="green")
+
+
+@app.command()
+def join(line: Annotated[str, typer.Argument(help="The line from `fl-server invite NAME --researcher`.")], home: Home = Path()) -> None:
+    """Join a consortium as a researcher; your key is made here and never leaves."""
+    enrolment = calls.join(line, home / "keys", role="researcher")
+    console.print(f"Joined as researcher {enrolment.name}. Next: fl-study new study.yaml")
+
+
+@app.command()
+def submit(file: StudyFile, home: Home = Path()) -> None:
+    """Sign a study and offer it to the sites it names."""
+    study = read(Study, file)
+    study.check()
+    with calls.Caller.open(home / "keys") as caller:
+        digest = caller.submit(study.canonical())
+    console.print(f"Submitted {study.name}, digest {digest}", highlight=False, soft_wrap=True)
+    console.print(f"Each site now runs: fl-client approve {digest[:12]}", highlight=False)
+    console.print(f"When {study.participation.quorum} have approved: fl-study run {digest[:12]}", highlight=False)
+
+
+@app.command()
+def studies(home: Home = Path(), as_json: AsJson = False) -> None:
+    """List your studies, who approved them, and their runs."""
+    with calls.Caller.open(home / "keys") as caller:
+        found = caller.studies()
+    if as_json:
+        print(json.dumps([_study_facts(state) for state in found]))
+        return
+    table = Table("digest", "study", "approved", "declined", "no answer", "runs", box=None, header_style="bold")
+    for state in found:
+        runs = "\n".join(f"{run.run_id}: {run.label}" for run in state.runs) or "none"
+        names = (", ".join(group) or "-" for group in (state.approved, state.declined, state.unanswered))
+        table.add_row(state.digest[:12], state.name, *names, runs)
+    console.print(table)
+
+
+def _study_facts(state: Any) -> dict[str, Any]:
+    return {
+        "digest": state.digest,
+        "name": state.name,
+        "submitted": state.submitted,
+        "quorum": state.quorum,
+        "approved": list(state.approved),
+        "declined": list(state.declined),
+        "unanswered": list(state.unanswered),
+        "runs": [{"run_id": run.run_id, "state": run.state, "label": run.label} for run in state.runs],
+    }
+
+
+@app.command()
+def run(
+    study: Annotated[str, typer.Argument(help="Digest (its beginning is enough) or file of a submitted study.")],
+    home: Home = Path(),
+    detach: Annotated[bool, typer.Option("--detach", help="Launch and return; watch later with `fl-study watch`.")] = False,
+) -> None:
+    """Launch a study once enough sites approved it, and watch it with a progress bar."""
+    with calls.Caller.open(home / "keys") as caller:
+        run_id = caller.launch(_digest(caller, study))
+        console.print(f"Run {run_id}", highlight=False)
+        if not detach:
+            follow(iter(text for _, text in caller.watch(run_id)))
+            console.print(f"Next: fl-study report {run_id}", highlight=False)
+
+
+@app.command()
+def watch(run_id: Annotated[str, typer.Argument(help="A run of yours; see `fl-study studies`.")], home: Home = Path()) -> None:
+    """Watch a run from its beginning until it ends."""
+    with calls.Caller.open(home / "keys") as caller:
+        follow(iter(text for _, text in caller.watch(run_id)))
+
+
+@app.command()
+def report(
+    run_id: Annotated[str, typer.Argument(help="A finished run, or a study's digest or file (its latest finished run).")],
+    home: Home = Path(),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html, metrics.json and the plots.")] = Path("report"),
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a run's results and write the evaluation report."""
+    from fl_server import report as evaluation
+
+    out.mkdir(parents=True, exist_ok=True)
+    with calls.Caller.open(home / "keys") as caller:
+        files = caller.results(_run_id(caller, run_id), out)
+    results = next((file for file in files if file.name == "results.json"), None)
+    if results is None:
+        raise RunUnknown(f"run {run_id} has no results yet", remedy="Watch it with `fl-study watch`.")
+    page = evaluation.write(json.loads(results.read_bytes()), out)
+    say_report(page, as_json)
+
+
+def say_report(page: Path, as_json: bool) -> None:
+    """Print what the report says in a few lines, or metrics.json itself."""
+    text = (page.parent / "metrics.json").read_text(encoding="utf-8")
+    if as_json:
+        print(text)
+        return
+    metrics = json.loads(text)
+    table = Table("", "AUROC", "95 % interval", "patients", "images", "positives", box=None, header_style="bold")
+    for name, row in {"pooled": metrics["pooled"], **metrics["sites"]}.items():
+        value = f"{row['auroc']:.3f}" if row["auroc"] is not None else "not estimable"
+        interval = "{:.3f} to {:.3f}".format(*row["interval"]) if row.get("interval") else "-"
+        table.add_row(name, value, interval, *(str(row[key]) for key in ("patients", "images", "positives")))
+    console.print(f"Held-out test images, {metrics['label']}:", highlight=False)
+    console.print(table)
+    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def simulate(  # noqa: PLR0913  each argument is one option of the command
+    file: StudyFile,
+    site: Annotated[
+        list[str] | None,
+        typer.Option("--site", help="NAME=FOLDER of a site's home (site.yaml, ingested); repeat. Default: phantoms."),
+    ] = None,
+    patients: Annotated[int, typer.Option(min=30, max=2000, help="Patients of each phantom hospital.")] = 120,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("simulation"),
+    compare: Annotated[bool, typer.Option("--compare", help="Also train at each site alone and evaluate everywhere.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the same coordinator and site programs in this one process, on phantoms or on given site folders."""
+    from fl_server import simulation
+
+    study = read(Study, file)
+    study.check()
+    homes = dict(_pair(text) for text in site or [])
+    with progress() as tell:
+        outcome = simulation.simulate(study, homes, patients, out, tell)
+    matrix = None
+    if compare:
+        matrix = {"federated": simulation.test_auroc(outcome.results)}
+        for name in study.participation.sites:
+            with progress() as tell:
+                matrix[name] = simulation.test_auroc(simulation.alone(study, name, outcome, tell))
+        (out / "comparison.json").write_text(json.dumps(matrix, indent=1), encoding="utf-8")
+    say_report(outcome.page, as_json)
+    if matrix is not None and not as_json:
+        _say_matrix(matrix)
+
+
+def _say_matrix(matrix: dict[str, dict[str, float | None]]) -> None:
+    columns = list(matrix["federated"])
+    table = Table("trained at", *(f"on {name}" for name in columns), box=None, header_style="bold")
+    for trained, row in matrix.items():
+        table.add_row(trained, *("-" if row[name] is None else f"{row[name]:.3f}" for name in columns))
+    console.print("Test AUROC by where the model was trained and where it is evaluated:")
+    console.print(table)
+
+
+def _pair(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise DocumentError(f"--site {text!r} is not NAME=FOLDER", remedy="For example: --site north=/data/north")
+    return name, Path(folder)
+
+
+def _digest(caller: calls.Caller, text: str) -> str:
+    """The digest of a submitted study, from its beginning or from the study's file."""
+    if Path(text).is_file():
+        return read(Study, Path(text)).digest
+    found = [state.digest for state in caller.studies() if state.digest.startswith(text)]
+    if len(found) != 1 or len(text) < 6:
+        what = "no study of yours" if not found else "more than one study"
+        raise RunUnknown(f"{what} begins with {text!r}", remedy="List them with `fl-study studies`.")
+    return found[0]
+
+
+def _run_id(caller: calls.Caller, text: str) -> str:
+    states = caller.studies()
+    if any(run.run_id == text for state in states for run in state.runs):
+        return text
+    digest = _digest(caller, text)
+    done = [run.run_id for s in states if s.digest == digest for run in s.runs if run.state in ("complete", "partial")]
+    if not done:
+        raise RunUnknown(f"no run of study {digest[:12]} has finished", remedy="Launch it with `fl-study run`.")
+    return done[-1]
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """A function that takes run events and shows them: a bar on a terminal, a line per round elsewhere."""
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[news]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bars:
+        yield _Teller(bars)
+
+
+class _Teller:
+    """Turns one run's events into a bar for the rounds and one for each site's part of the round."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.rounds: TaskID | None = None
+        self.sites: dict[str, TaskID] = {}
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        handler = getattr(self, f"_{event['event']}", None)
+        if handler is not None:
+            handler(event)
+
+    def _started(self, event: dict[str, Any]) -> None:
+        self.rounds = self.bars.add_task("rounds", total=event["rounds"], completed=event["round"], news="")
+        if event["attempt"] > 1:
+            console.print(f"continuing after round {event['round']}", highlight=False)
+
+    def _waiting(self, event: dict[str, Any]) -> None:
+        console.print(f"waiting for {', '.join(event['sites'])}", highlight=False)
+
+    def _asked(self, event: dict[str, Any]) -> None:
+        for name in event["sites"]:
+            if name not in self.sites:
+                self.sites[name] = self.bars.add_task(f"  {name}", total=1, news="")
+            stage = "training" if event["stage"] == "train" else "evaluating"
+            self.bars.reset(self.sites[name], total=1, news=stage)
+
+    def _site(self, event: dict[str, Any]) -> None:
+        self.bars.update(self.sites[event["site"]], completed=1, news=f"{event['seconds']:.1f} s")
+
+    def _site_missing(self, event: dict[str, Any]) -> None:
+        if event["site"] in self.sites:
+            self.bars.update(self.sites[event["site"]], news=event["reason"])
+
+    def _round_done(self, event: dict[str, Any]) -> None:
+        scores = [f"{name} {value:.3f}" for name, value in event["auroc"].items() if value is not None]
+        loss = f"loss {event['loss']:.3f}  " if event["loss"] is not None else ""
+        missing = "".join(f"  [{name} missing: {why}]" for name, why in event["missing"].items())
+        news = f"{loss}AUROC {'  '.join(scores[-1:])}"
+        if self.rounds is not None:
+            self.bars.update(self.rounds, completed=event["round"], news=news)
+        if not console.is_terminal or missing:
+            line = f"round {event['round']}  {event['seconds']:.1f} s  {loss}AUROC {'  '.join(scores)}{missing}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _finished(self, event: dict[str, Any]) -> None:
+        style = "green" if event["label"] == "complete" else "yellow"
+        console.print(f"Run finished: {event['label']}", style=style, highlight=False, markup=False)
+
+    def _failed(self, event: dict[str, Any]) -> None:
+        raise RunError(f"the run failed: {event['message']}", remedy="Mend the cause, then `fl-study run` continues it.")
+
+
+def follow(lines: Iterator[str]) -> None:
+    """Show a run's events until its end; raises RunError if it failed."""
+    with progress() as tell:
+        for line in lines:
+            tell(json.loads(line))
+
+
+def main() -> None:
+    run_command(app)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

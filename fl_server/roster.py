@@ -1,0 +1,483 @@
+"""The consortium's home folder, and who may take part: invitations, parties, studies and the sites' decisions.
+
+    HOME/
+    ├── server.yaml          settings; written last, so it marks a finished founding
+    ├── keys/                ca.key ca.pem, coordinator.key (statements), tls.key tls.pem (server certificate and ca.pem)
+    ├── roster.sqlite        this module's tables (0600)
+    ├── journal.jsonl        what the coordinator did, hash-chained
+    ├── runs/<run_id>/       durable state of each run
+    └── superlink/           Flower's database
+
+Rules: a token is stored only as its hash; an invitation makes one party and no second one; a name belongs to one key;
+every change is one SQLite transaction that is on the disk before anything is answered.
+"""
+
+import datetime as dt
+import ipaddress
+import json
+import re
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+from pydantic import Field, field_validator
+
+from models.study import Document, Name, Study, read
+from privacy import keys
+from privacy.calls import Decision, InvitationLine, PartyRole, Statement, token_hash
+from privacy.errors import (
+    DocumentError,
+    InvitationRefused,
+    MessageMalformed,
+    NotEnrolled,
+    RunUnknown,
+    SignatureInvalid,
+    TrustError,
+)
+from privacy.journal import Journal
+
+SECONDS_BUSY = 20.0  # how long a writer waits for another process's transaction
+NONCES_PER_PARTY = 20_000  # of the last minutes: more than 80 calls a second from one party is no honest use
+_HOST = re.compile(r"(?=.*[a-z.])[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+
+
+class ServerFile(Document):
+    """server.yaml: owned by the coordinator."""
+
+    version: Literal[1] = Field(description="version of this file's layout")
+    name: Name = Field(description="the consortium's name, as sites and researchers see it")
+    host: str = Field(description="what the hospitals connect to: a DNS name in lower case or an IPv4 address")
+    listen: str = Field(default="127.0.0.1", description="address of this machine on which the two ports listen")
+    gateway_port: int = Field(default=9440, ge=1, le=65535, description="port for training (mutual TLS)")
+    service_port: int = Field(default=9441, ge=1, le=65535, description="port for joining, studies, approvals, results")
+    invitation_hours: int = Field(default=72, ge=1, le=24 * 30, description="how long an invitation can be used")
+    certificate_days: int = Field(
+        # Certificates of 30 days need renewal by the node itself, which does not exist yet; until then a project's length.
+        default=365,
+        ge=1,
+        le=3650,
+        description="how long a certificate of a site or researcher is valid",
+    )
+
+    @field_validator("host")
+    @classmethod
+    def _host(cls, host: str) -> str:
+        if not _HOST.fullmatch(host):
+            raise ValueError("expected a DNS name in lower case or an IPv4 address")
+        return host
+
+    @field_validator("listen")
+    @classmethod
+    def _address(cls, listen: str) -> str:
+        try:
+            return str(ipaddress.IPv4Address(listen))
+        except ValueError:
+            raise ValueError("expected an IPv4 address of this machine, such as 127.0.0.1 or 0.0.0.0") from None
+
+
+@dataclass(frozen=True)
+class Home:
+    """An opened consortium: settings, keys, roster, journal and the folders of its runs."""
+
+    root: Path
+    settings: ServerFile
+    ca_pem: bytes
+    coordinator_key: keys.PrivateKey
+    roster: "Roster"
+    journal: Journal
+
+    @classmethod
+    def found(cls, root: Path, settings: ServerFile) -> "Home":
+        """Create a consortium in an empty or new folder. Raises TrustError rather than touch a folder with content."""
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise TrustError(f"{root} is not empty", remedy="Choose a new folder; nothing in this one was changed.")
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        root.chmod(0o700)
+        secret = root / "keys"
+        authority = keys.make_ca(keys.make_key(secret / "ca.key"), settings.name)
+        keys.make_key(secret / "coordinator.key")
+        tls_key = keys.make_key(secret / "tls.key")
+        request = keys.make_csr(tls_key, settings.name)
+        server = keys.issue(authority, request, settings.name, "server", keys.CA_DAYS, settings.host)
+        ca_pem = keys.certificate_pem(authority.certificate)
+        keys.write_public(secret / "ca.pem", ca_pem)
+        keys.write_public(secret / "tls.pem", keys.certificate_pem(server) + ca_pem)
+        for folder in ("runs", "superlink"):
+            (root / folder).mkdir(mode=0o700)
+        Roster(root / "roster.sqlite")
+        Journal(root / "journal.jsonl").append("founded", authority=keys.fingerprint(authority.certificate))
+        keys.write_private(root / "server.yaml", _rendered(settings).encode())
+        return cls.open(root)
+
+    @classmethod
+    def open(cls, root: Path) -> "Home":
+        """The consortium in `root`; raises DocumentError if there is none, and errors of its parts."""
+        path = root / "server.yaml"
+        if not path.is_file():
+            raise DocumentError(
+                f"there is no consortium in {root} (no server.yaml)",
+                remedy="Give its folder with --home, or found one with `fl-server init HOME`.",
+            )
+        settings = read(ServerFile, path)
+        ca_path = root / "keys" / "ca.pem"
+        if not ca_path.is_file() or not (root / "roster.sqlite").is_file():
+            raise DocumentError(
+                f"{root} has lost keys/ca.pem or roster.sqlite", remedy="Restore the folder from your backup."
+            )
+        coordinator_key = keys.load_key(root / "keys" / "coordinator.key")
+        roster, journal = Roster(root / "roster.sqlite"), Journal(root / "journal.jsonl")
+        return cls(root, settings, ca_path.read_bytes(), coordinator_key, roster, journal)
+
+    @property
+    def ca_fingerprint(self) -> str:
+        """64 hex characters; `privacy.keys.grouped` makes them readable."""
+        return keys.fingerprint(keys.load_certificate(self.ca_pem))
+
+    @property
+    def tls_key(self) -> Path:
+        return self.root / "keys" / "tls.key"
+
+    @property
+    def tls_pem(self) -> Path:
+        return self.root / "keys" / "tls.pem"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    def invite(self, name: str, role: PartyRole) -> InvitationLine:
+        """A new one-use invitation; raises InvitationRefused if the name is taken."""
+        token = self.roster.invite(name, role, self.settings.invitation_hours)
+        self.journal.append("invited", party=name, role=role)
+        return InvitationLine(name, self.settings.host, self.settings.service_port, self.ca_fingerprint, token)
+
+    def enrol(self, token: str, name: str, role: str, csr: bytes) -> "Party":
+        """Redeem an invitation with this consortium's authority. Repeating it with the same key is harmless."""
+
+        def issue() -> x509.Certificate:
+            key = keys.load_key(self.root / "keys" / "ca.key")
+            authority = keys.Authority(key, keys.load_certificate(self.ca_pem))
+            return keys.issue(authority, csr, name, party_role(role), self.settings.certificate_days)
+
+        party, fresh = self.roster.redeem(token, name, role, keys.key_of_csr(csr), issue)
+        if fresh:
+            self.journal.append("enrolled", party=name, role=role, certificate=keys.fingerprint(party.certificate))
+        return party
+
+
+def _rendered(settings: ServerFile) -> str:
+    text = resources.files("configs").joinpath("server.yaml").read_text(encoding="utf-8")
+    for key in ("name", "host", "listen", "gateway_port", "service_port"):
+        text = text.replace("{" + key + "}", str(getattr(settings, key)))
+    return text
+
+
+@dataclass(frozen=True)
+class Party:
+    """One enrolled site or researcher."""
+
+    name: str
+    role: PartyRole
+    certificate: x509.Certificate
+    node_id: int | None  # of Flower; sites only
+    joined: str  # UTC, 2026-01-31T12:00:00Z
+    last_seen: str | None  # of its last signed call
+
+    @property
+    def public_key(self) -> keys.PublicKey:
+        return keys.public_key_of(self.certificate)
+
+
+@dataclass(frozen=True)
+class OpenInvitation:
+    name: str
+    role: str
+    expires: str
+
+
+@dataclass(frozen=True)
+class Offered:
+    """A study as it was handed in and countersigned."""
+
+    digest: str
+    canonical: bytes
+    researcher: str
+    researcher_signature: bytes
+    coordinator_signature: bytes
+    submitted: str
+
+    @property
+    def study(self) -> Study:
+        return Study.from_canonical(self.canonical)
+
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS invitations (
+    token_hash BLOB PRIMARY KEY, name TEXT NOT NULL, role TEXT NOT NULL, expires REAL NOT NULL, used_by_key BLOB);
+CREATE TABLE IF NOT EXISTS parties (
+    name TEXT PRIMARY KEY, role TEXT NOT NULL, public_key BLOB NOT NULL UNIQUE, certificate BLOB NOT NULL,
+    serial TEXT NOT NULL UNIQUE, node_id TEXT, joined TEXT NOT NULL, last_seen TEXT);
+CREATE TABLE IF NOT EXISTS studies (
+    digest TEXT PRIMARY KEY, canonical BLOB NOT NULL, researcher TEXT NOT NULL REFERENCES parties(name),
+    researcher_signature BLOB NOT NULL, coordinator_signature BLOB NOT NULL, submitted TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS named_sites (
+    digest TEXT NOT NULL REFERENCES studies(digest), site TEXT NOT NULL, PRIMARY KEY (digest, site));
+CREATE TABLE IF NOT EXISTS decisions (
+    digest TEXT NOT NULL REFERENCES studies(digest), site TEXT NOT NULL REFERENCES parties(name), decision TEXT NOT NULL,
+    time_ms INTEGER NOT NULL, statement BLOB NOT NULL, signature BLOB NOT NULL, PRIMARY KEY (digest, site));
+CREATE TABLE IF NOT EXISTS nonces (nonce TEXT PRIMARY KEY, name TEXT NOT NULL, until REAL NOT NULL);
+CREATE INDEX IF NOT EXISTS nonces_until ON nonces(until);
+"""
+
+
+class Roster:
+    """The tables. Safe for several threads and processes: every method is one transaction on its own connection."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.exists():
+            path.touch(mode=0o600)
+        with self._transaction() as db:
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, 1):
+                raise DocumentError(
+                    f"{path} was written by a newer version of Isocenter", remedy="Upgrade this installation."
+                )
+            for statement in _TABLES.split(";"):
+                db.execute(statement)
+            db.execute("PRAGMA user_version = 1")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing, and on the disk when it ends. The write lock is taken at once, so nothing read can change."""
+        try:
+            db = sqlite3.connect(self.path, timeout=SECONDS_BUSY, isolation_level=None)
+        except sqlite3.Error as error:
+            raise DocumentError(f"{self.path} cannot be opened ({error})") from None
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute("PRAGMA foreign_keys = ON")
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+        except sqlite3.DatabaseError as error:
+            raise DocumentError(
+                f"{self.path} could not be used ({error})",
+                remedy="Check disk space; restore it from a backup if damaged.",
+            ) from None
+        finally:
+            db.close()
+
+    # Invitations and parties
+
+    def invite(self, name: str, role: PartyRole, hours: int) -> str:
+        """A one-use token for `name`, which only its receiver will know; raises InvitationRefused if the name is taken."""
+        keys.check_name(name)
+        token = InvitationLine.new_token()
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM parties WHERE name = ?", (name,)).fetchone():
+                raise InvitationRefused(f"{name} is enrolled already", remedy="Choose another name.")
+            row = (token_hash(token), name, role, time.time() + hours * 3600)
+            db.execute("INSERT INTO invitations (token_hash, name, role, expires) VALUES (?, ?, ?, ?)", row)
+        return token
+
+    def redeem(
+        self, token: str, name: str, role: str, key: keys.PublicKey, issue: Callable[[], x509.Certificate]
+    ) -> tuple[Party, bool]:
+        """The party that the invitation makes, and whether it is new.
+
+        Raises InvitationRefused, and changes nothing, if the token is unknown, expired, used with another key, or made for
+        another name or role, or if the name or key is enrolled already. The same key again gets what it got.
+        """
+        wanted, key_pem = token_hash(token), keys.public_pem(key)
+        with self._transaction() as db:
+            # By hash: what an attacker can learn from the time of this look-up is about the hash, not about a token.
+            row = db.execute("SELECT * FROM invitations WHERE token_hash = ?", (wanted,)).fetchone()
+            if row is None or not secrets.compare_digest(row[0], wanted):
+                raise InvitationRefused("this invitation is not known here")
+            _, invited, invited_role, expires, used_by = row
+            if invited != name:
+                raise InvitationRefused("this invitation was made for another name")
+            if invited_role != role:
+                command = "fl-client" if invited_role == "site" else "fl-study"
+                raise InvitationRefused(f"this invitation was made for a {invited_role}; use `{command} join`")
+            if time.time() > expires:
+                raise InvitationRefused(f"this invitation expired on {_iso(expires)}")
+            if used_by is not None:
+                if used_by != key_pem:
+                    raise InvitationRefused("this invitation was used before, with another key")
+                return _party(db, name), False
+            taken = "SELECT name FROM parties WHERE name = ? OR public_key = ?"
+            if db.execute(taken, (name, key_pem)).fetchone():
+                raise InvitationRefused(f"{name} or this key is enrolled already")
+            certificate = issue()
+            row = (name, role, key_pem, keys.certificate_pem(certificate), f"{certificate.serial_number:x}", _iso())
+            db.execute(
+                "INSERT INTO parties (name, role, public_key, certificate, serial, joined) VALUES (?, ?, ?, ?, ?, ?)",
+                row,
+            )
+            db.execute("UPDATE invitations SET used_by_key = ? WHERE token_hash = ?", (key_pem, wanted))
+            return _party(db, name), True
+
+    def party(self, name: str) -> Party:
+        """The enrolled party of that name; raises NotEnrolled."""
+        with self._transaction() as db:
+            return _party(db, name)
+
+    def sites(self) -> list[Party]:
+        """Enrolled sites by name."""
+        return self._parties("site")
+
+    def researchers(self) -> list[Party]:
+        """Enrolled researchers by name."""
+        return self._parties("researcher")
+
+    def _parties(self, role: PartyRole) -> list[Party]:
+        with self._transaction() as db:
+            names = db.execute("SELECT name FROM parties WHERE role = ? ORDER BY name", (role,)).fetchall()
+            return [_party(db, name) for (name,) in names]
+
+    def invitations(self) -> list[OpenInvitation]:
+        """Invitations that can still be used, without their tokens, which nobody here knows."""
+        with self._transaction() as db:
+            found = db.execute(
+                "SELECT name, role, expires FROM invitations WHERE used_by_key IS NULL AND expires > ? "
+                "AND name NOT IN (SELECT name FROM parties) ORDER BY name, expires",
+                (time.time(),),
+            )
+            return [OpenInvitation(name, role, _iso(expires)) for name, role, expires in found]
+
+    def set_node(self, name: str, node_id: int) -> None:
+        """Note the Flower node of a site."""
+        with self._transaction() as db:
+            db.execute("UPDATE parties SET node_id = ? WHERE name = ?", (str(node_id), name))
+
+    def admit_call(self, name: str, nonce: str, until: float) -> None:
+        """Raise SignatureInvalid if the nonce was used before; else remember it till `until` and note the party as seen."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM nonces WHERE until < ?", (time.time(),))
+            if db.execute("SELECT count(*) FROM nonces WHERE name = ?", (name,)).fetchone()[0] >= NONCES_PER_PARTY:
+                raise TrustError(f"{name} makes too many calls", remedy="Wait five minutes.")
+            try:
+                db.execute("INSERT INTO nonces (nonce, name, until) VALUES (?, ?, ?)", (f"{name}:{nonce}", name, until))
+            except sqlite3.IntegrityError:
+                raise SignatureInvalid("this call was received before; a call can be made once") from None
+            db.execute("UPDATE parties SET last_seen = ? WHERE name = ?", (_iso(), name))
+
+    # Studies and decisions
+
+    def add_study(self, study: Study, researcher: str, signature: bytes, coordinator_signature: bytes) -> None:
+        """Offer a study to the sites it names. The same study again changes nothing; another researcher's is refused.
+
+        Raises NotEnrolled naming every site that the study names and the consortium does not have.
+        """
+        with self._transaction() as db:
+            known = {name for (name,) in db.execute("SELECT name FROM parties WHERE role = 'site'")}
+            if missing := [site for site in study.all_sites if site not in known]:
+                raise NotEnrolled(
+                    f"not enrolled here: {', '.join(missing)}",
+                    remedy="Correct the names in the study's participation, or have the sites invited first.",
+                )
+            owner = db.execute("SELECT researcher FROM studies WHERE digest = ?", (study.digest,)).fetchone()
+            if owner is not None:
+                if owner[0] != researcher:
+                    raise TrustError("this study was submitted by another researcher")
+                return
+            row = (study.digest, study.canonical(), researcher, signature, coordinator_signature, _iso())
+            db.execute("INSERT INTO studies VALUES (?, ?, ?, ?, ?, ?)", row)
+            sites = [(study.digest, site) for site in study.all_sites]
+            db.executemany("INSERT INTO named_sites VALUES (?, ?)", sites)
+
+    def study(self, digest: str) -> Offered:
+        """The submitted study; raises RunUnknown."""
+        with self._transaction() as db:
+            row = db.execute("SELECT * FROM studies WHERE digest = ?", (digest,)).fetchone()
+        if row is None:
+            raise RunUnknown("there is no study with this digest here")
+        return Offered(*row)
+
+    def studies_of(self, researcher: str) -> list[Offered]:
+        """Studies that this researcher submitted, newest first."""
+        with self._transaction() as db:
+            order = "SELECT * FROM studies WHERE researcher = ? ORDER BY submitted DESC, digest"
+            return [Offered(*row) for row in db.execute(order, (researcher,))]
+
+    def offered_to(self, site: str) -> list[tuple[Offered, Decision | None]]:
+        """Studies that name `site`, newest first, each with the site's decision if it has sent one."""
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT s.*, d.decision FROM studies s JOIN named_sites n ON n.digest = s.digest AND n.site = ? "
+                "LEFT JOIN decisions d ON d.digest = s.digest AND d.site = n.site ORDER BY s.submitted DESC, s.digest",
+                (site,),
+            )
+            return [(Offered(*row[:-1]), row[-1]) for row in rows]
+
+    def decide(self, statement: Statement, signature: bytes) -> bool:
+        """Record a verified decision; True if it changed something. Raises TrustError for a site the study does not name.
+
+        A later statement replaces an earlier one, an earlier one never a later one, whatever order they arrive in.
+        """
+        with self._transaction() as db:
+            place = (statement.digest, statement.site)
+            if not db.execute("SELECT 1 FROM named_sites WHERE digest = ? AND site = ?", place).fetchone():
+                raise TrustError("no study with this digest is offered to this site")
+            old = db.execute("SELECT time_ms, statement FROM decisions WHERE digest = ? AND site = ?", place).fetchone()
+            if old is not None and old[0] >= statement.time_ms:
+                if old[1] == statement.body():
+                    return False
+                raise SignatureInvalid("a later decision of this site about this study is recorded already")
+            row = (*place, statement.decision, statement.time_ms, statement.body(), signature)
+            db.execute("INSERT OR REPLACE INTO decisions VALUES (?, ?, ?, ?, ?, ?)", row)
+            return True
+
+    def decisions(self, digest: str) -> dict[str, Decision]:
+        """What each site that answered said."""
+        with self._transaction() as db:
+            return dict(db.execute("SELECT site, decision FROM decisions WHERE digest = ? ORDER BY site", (digest,)))
+
+    def approvals(self, digest: str) -> list[str]:
+        """Sites, by name, whose present decision about the study is to approve."""
+        return [site for site, decision in self.decisions(digest).items() if decision == "approved"]
+
+    def statements(self, digest: str) -> dict[str, tuple[bytes, bytes]]:
+        """Each site's signed statement about the study: (body, signature)."""
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT site, statement, signature FROM decisions WHERE digest = ? ORDER BY site", (digest,)
+            )
+            return {site: (statement, signature) for site, statement, signature in rows}
+
+
+def party_role(text: str) -> PartyRole:
+    """The role behind a word from outside; raises MessageMalformed."""
+    if text == "site":
+        return "site"
+    if text == "researcher":
+        return "researcher"
+    raise MessageMalformed("a party is a site or a researcher")
+
+
+def _party(db: sqlite3.Connection, name: str) -> Party:
+    columns = "name, role, certificate, node_id, joined, last_seen"
+    row = db.execute(f"SELECT {columns} FROM parties WHERE name = ?", (name,)).fetchone()  # noqa: S608  fixed columns
+    if row is None:
+        raise NotEnrolled("the consortium has no party of this name")
+    node_id = None if row[3] is None else int(row[3])  # an unsigned 64-bit number, which SQLite's INTEGER cannot hold
+    return Party(row[0], row[1], keys.load_certificate(row[2]), node_id, row[4], row[5])
+
+
+def _iso(moment: float | None = None) -> str:
+    when = dt.datetime.now(dt.UTC) if moment is None else dt.datetime.fromtimestamp(moment, dt.UTC)
+    return when.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,234 @@
+"""Pixels of radiographs brought to one scale and one grid, the same at every site whatever its devices write.
+
+The order of a DICOM value is fixed (PS3.4 N.2): stored value -> modality LUT or rescale -> polarity. Polarity is decided by
+Photometric Interpretation alone and inverted exactly once, so bright always means dense: Presentation LUT Shape says the same
+thing a second time in many files, and applying both turns the image back. Windows are not used: nearly half of all
+radiographs have none and the others carry the site's taste; percentiles 0.5 and 99.5 take their place.
+
+Only lossless transfer syntaxes are decoded, each by one chosen decoder, so that two sites never see different pixels.
+Nothing pydicom says is passed on: its warnings and errors quote the header's values.
+"""
+
+import contextlib
+import logging
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.pixels import pixel_array
+from pydicom.pixels.processing import apply_modality_lut
+from torch.nn import functional
+
+from privacy.errors import ImageLeftOut
+
+NATIVE = {
+    "1.2.840.10008.1.2": "Implicit VR Little Endian",
+    "1.2.840.10008.1.2.1": "Explicit VR Little Endian",
+    "1.2.840.10008.1.2.1.99": "Deflated Explicit VR Little Endian",
+    "1.2.840.10008.1.2.2": "Explicit VR Big Endian",
+}
+DECODERS = {
+    "1.2.840.10008.1.2.5": "pylibjpeg",  # RLE Lossless
+    "1.2.840.10008.1.2.4.57": "gdcm",  # JPEG Lossless, process 14
+    "1.2.840.10008.1.2.4.70": "gdcm",  # JPEG Lossless, process 14, selection value 1
+    "1.2.840.10008.1.2.4.80": "pyjpegls",  # JPEG-LS Lossless; the others return damaged data as if it were whole
+    "1.2.840.10008.1.2.4.90": "pylibjpeg",  # JPEG 2000 Lossless Only
+    "1.2.840.10008.1.2.4.201": "pylibjpeg",  # HTJ2K Lossless Only
+    "1.2.840.10008.1.2.4.202": "pylibjpeg",  # HTJ2K Lossless RPCL
+}
+"""Compressed transfer syntaxes that are lossless by definition, and the one decoder used for each."""
+
+RLE = "1.2.840.10008.1.2.5"
+PIXELS_MAX = 64_000_000  # the largest detectors have 20 million pixels
+LOW, HIGH = 0.5, 99.5  # percentiles mapped to 0 and 1: robust against markers and dead pixels
+SPACING_MM_MAX = 10.0  # a radiograph with coarser pixels is a typing error
+
+READING_ERRORS = (
+    *(ValueError, AttributeError, RuntimeError, KeyError, IndexError, TypeError, EOFError, OSError, ArithmeticError),
+    *(AssertionError, MemoryError, InvalidDicomError, struct.error, zlib.error),
+)
+"""What pydicom and its decoders raise on damaged files, found by damaging files; caught per file, never passed on."""
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """One image in modality values with one polarity: bright is dense.
+
+    `values` float32 (H, W), finite; `padding` bool (H, W), true where the device says there is no image; `spacing_mm` is
+    (between rows, between columns) in the detector's or, where calibrated, the patient's plane.
+    """
+
+    values: npt.NDArray[np.float32]
+    padding: npt.NDArray[np.bool_] | None
+    spacing_mm: tuple[float, float] | None
+
+
+@contextlib.contextmanager
+def quiet_reading() -> Iterator[None]:
+    """Nothing that pydicom or a decoder warns of or logs inside this block is shown: those texts quote patient data."""
+    names = ("pydicom", "pynetdicom", "pylibjpeg", "openjpeg", "jpeg_ls")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(logger, logger.disabled) for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.disabled = True
+        try:
+            yield
+        finally:
+            for logger, disabled in before:
+                logger.disabled = disabled
+
+
+def decode(dataset: Dataset) -> Radiograph:
+    """The radiograph in `dataset` in DICOM's value order. Raises ImageLeftOut with a named reason, and nothing else.
+
+    Reasons: no_pixels, colour, polarity_unknown, too_large, unsupported_syntax, truncated, unreadable_pixels.
+    """
+    with quiet_reading():
+        try:
+            stored = stored_values(dataset)
+            photometric = str(dataset.get("PhotometricInterpretation", "")).strip()
+            if photometric not in ("MONOCHROME1", "MONOCHROME2"):
+                raise ImageLeftOut("polarity_unknown")
+            padding = _padding(dataset, stored)
+            values = np.asarray(apply_modality_lut(stored, dataset), dtype=np.float32)
+            spacing_mm = _spacing_mm(dataset)
+        except READING_ERRORS:
+            raise ImageLeftOut("unreadable_pixels") from None
+    if not np.isfinite(values).all():
+        raise ImageLeftOut("unreadable_pixels")
+    if photometric == "MONOCHROME1":
+        values = -values
+    return Radiograph(values, padding, spacing_mm)
+
+
+def stored_values(dataset: Dataset) -> npt.NDArray[Any]:
+    """Integers (H, W) as the device stored them: bits outside Bits Stored removed, sign kept. Raises ImageLeftOut."""
+    syntax = transfer_syntax(dataset)
+    if syntax not in NATIVE and syntax not in DECODERS:
+        raise ImageLeftOut("unsupported_syntax")
+    if "PixelData" not in dataset:
+        raise ImageLeftOut("truncated" if "Rows" in dataset else "no_pixels")
+    if int(dataset.get("SamplesPerPixel") or 1) != 1:
+        raise ImageLeftOut("colour")
+    rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
+    if rows < 1 or columns < 1 or int(dataset.get("NumberOfFrames") or 1) != 1:
+        raise ImageLeftOut("unreadable_pixels")
+    if rows * columns > PIXELS_MAX:
+        raise ImageLeftOut("too_large")
+    if syntax in NATIVE and len(dataset.PixelData) * 8 < rows * columns * int(dataset.BitsAllocated):
+        raise ImageLeftOut("truncated")
+    try:
+        stored = pixel_array(dataset, raw=True, decoding_plugin=DECODERS.get(syntax, ""))
+    except READING_ERRORS:
+        raise ImageLeftOut("unreadable_pixels") from None
+    if stored.shape != (rows, columns):
+        raise ImageLeftOut("unreadable_pixels")
+    return _significant_bits(stored, dataset) if syntax in NATIVE or syntax == RLE else stored
+
+
+def transfer_syntax(dataset: Dataset) -> str:
+    """UID of the transfer syntax; files written without file meta information get the native one they were read with."""
+    meta = getattr(dataset, "file_meta", None)
+    syntax = str(meta.get("TransferSyntaxUID", "") or "") if meta is not None else ""
+    if not syntax and meta is not None:
+        implicit, little = dataset.original_encoding
+        syntax = "1.2.840.10008.1.2" if implicit else "1.2.840.10008.1.2.1" if little else "1.2.840.10008.1.2.2"
+        meta.TransferSyntaxUID = syntax
+    return syntax
+
+
+def _significant_bits(stored: npt.NDArray[Any], dataset: Dataset) -> npt.NDArray[Any]:
+    """Old devices keep overlays in the unused bits of native pixels; only High Bit downwards, Bits Stored of them, is image."""
+    allocated, bits = int(dataset.BitsAllocated), int(dataset.get("BitsStored") or dataset.BitsAllocated)
+    if bits == allocated or allocated > 32:
+        return stored
+    shift = int(dataset.get("HighBit") or bits - 1) + 1 - bits
+    if not 0 < bits <= allocated or not 0 <= shift <= allocated - bits:
+        raise ImageLeftOut("unreadable_pixels")
+    plain = (stored.astype(np.int64) >> shift) & ((1 << bits) - 1)
+    if int(dataset.get("PixelRepresentation") or 0) == 1:
+        plain = np.where(plain >> (bits - 1), plain - (1 << bits), plain)
+    return plain.astype(np.int32 if bits < 32 else np.int64)
+
+
+def _padding(dataset: Dataset, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_] | None:
+    """Where the stored value is Pixel Padding Value, or between it and Pixel Padding Range Limit (PS3.3 C.7.5.1.1.2)."""
+    value = dataset.get("PixelPaddingValue")
+    if value is None or isinstance(value, bytes):
+        return None
+    limit = dataset.get("PixelPaddingRangeLimit")
+    ends = [int(value), int(value if limit is None or isinstance(limit, bytes) else limit)]
+    padding = (stored >= min(ends)) & (stored <= max(ends))
+    return padding if bool(padding.any()) else None
+
+
+def _spacing_mm(dataset: Dataset) -> tuple[float, float] | None:
+    """(rows, columns) in mm: Pixel Spacing, else the detector's over the magnification, else the scanner's; else None."""
+    for keyword in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
+        try:
+            row, column = (float(part) for part in dataset.get(keyword) or ())
+            factor = float(dataset.get("EstimatedRadiographicMagnificationFactor") or 1)
+        except READING_ERRORS:
+            continue
+        if keyword == "ImagerPixelSpacing" and factor >= 1 and math.isfinite(factor):
+            row, column = row / factor, column / factor
+        if 0 < row < SPACING_MM_MAX and 0 < column < SPACING_MM_MAX:
+            return row, column
+    return None
+
+
+def scaled(image: Radiograph) -> npt.NDArray[np.float32]:
+    """float32 (H, W) in 0..1: percentile 0.5 of the image proper to 0, 99.5 to 1, padding black. Raises ImageLeftOut("blank")."""
+    values, padding = image.values, image.padding
+    proper = values if padding is None else values[~padding]
+    if proper.size == 0:
+        raise ImageLeftOut("blank")
+    low, high = (float(v) for v in np.percentile(proper, [LOW, HIGH]))
+    if not high > low:
+        # Fewer than one pixel in two hundred differs: an empty exposure, or a test image of the device.
+        raise ImageLeftOut("blank")
+    result = np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
+    if padding is not None:
+        result[padding] = 0
+    return result
+
+
+def reduced(pixels: npt.NDArray[np.float32], longest_side_px: int) -> npt.NDArray[np.float32]:
+    """float32 (H, W) with the same aspect and no side above `longest_side_px`; never enlarged."""
+    height, width = pixels.shape
+    longest = max(height, width)
+    if longest <= longest_side_px:
+        return pixels
+    size = (max(1, round(height * longest_side_px / longest)), max(1, round(width * longest_side_px / longest)))
+    return _resized(pixels, size)
+
+
+def to_grid(pixels: npt.NDArray[np.float32], size_px: int) -> npt.NDArray[np.float32]:
+    """float32 (1, size_px, size_px): padded with black to a centred square, then averaged down or interpolated up."""
+    height, width = pixels.shape
+    side = max(height, width)
+    square = np.zeros((side, side), np.float32)
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = pixels
+    return _resized(square, (size_px, size_px))[np.newaxis]
+
+
+def _resized(pixels: npt.NDArray[np.float32], size: tuple[int, int]) -> npt.NDArray[np.float32]:
+    """Bilinear with antialiasing: the kernel widens with the reduction, so fine ribs and noise do not alias."""
+    if pixels.shape == size:
+        return pixels
+    tensor = torch.from_numpy(np.ascontiguousarray(pixels))[None, None]
+    grown = functional.interpolate(tensor, size=size, mode="bilinear", antialias=True, align_corners=False)
+    result: npt.NDArray[np.float32] = grown[0, 0].clamp_(0, 1).numpy()
+    return result

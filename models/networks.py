@@ -1,0 +1,140 @@
+"""Networks for radiographs: one study builds the same parameters at the server and at every site, without BatchNorm.
+
+A network takes float32 (B, 1, size_px, size_px) in [0, 1] and returns logits float32 (B, T), T the targets of the
+study. Statistics of a batch are statistics of patients: they would leave the site with the weights, couple the
+gradients of different patients (which differential privacy forbids) and differ by hospital. So every norm is a
+GroupNorm, and `build` looks at what it built, because some networks ignore the norm they are asked for.
+"""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from monai.networks.blocks import Convolution, ResidualUnit
+from monai.networks.nets import DenseNet121
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.study import Network, Study
+from privacy.errors import MessageMalformed, StudyConflict
+
+CHANNELS_PER_GROUP = 8  # between InstanceNorm (1) and LayerNorm (all) for the 32 to 128 channels of the small network
+DENSENET_GROUPS = 8  # every channel count of DenseNet121 is a multiple of 32, so 8 groups divide all of them
+SMALL_CHANNELS = (16, 32, 64, 128, 128)  # the stem, then one residual unit each; 0.8 million parameters
+
+
+class Layer(NamedTuple):
+    """One parameter or buffer, as it lies in the vector."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class SmallCNN(nn.Module):
+    """A residual network that one CPU core trains on some hundred radiographs in seconds per epoch."""
+
+    def __init__(self, network: Network, targets: int) -> None:
+        super().__init__()
+        self.stem = Convolution(2, 1, SMALL_CHANNELS[0], strides=2, kernel_size=5, conv_only=True, bias=False)
+        self.body = nn.Sequential(*(_residual(before, after) for before, after in pairwise(SMALL_CHANNELS)))
+        self.dropout = nn.Dropout(network.dropout)
+        self.head = nn.Linear(2 * SMALL_CHANNELS[-1], targets)
+
+    def forward(self, images: Tensor) -> Tensor:
+        found = self.body(self.stem(_centred(images)))  # (B, C, h, w)
+        # The mean tells how widespread a finding is, the maximum whether a small one is anywhere.
+        pooled = torch.cat([found.mean(dim=(2, 3)), found.amax(dim=(2, 3))], dim=1)  # (B, 2C)
+        logits: Tensor = self.head(self.dropout(pooled))
+        return logits
+
+
+class Radiograph121(nn.Module):
+    """MONAI's DenseNet121 in two dimensions for one channel, with GroupNorm; needs a strong machine or patience."""
+
+    def __init__(self, network: Network, targets: int) -> None:
+        super().__init__()
+        norm = ("group", {"num_groups": DENSENET_GROUPS})
+        self.net = DenseNet121(2, 1, targets, norm=norm, dropout_prob=network.dropout)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(_centred(images))
+        return logits
+
+
+def build(study: Study) -> nn.Module:
+    """The network of `study`, float32, on the CPU, its parameters a function of `study.training.seed` alone.
+
+    The caller's random state is left as it was. Raises StudyConflict if any layer keeps or uses statistics of a batch.
+    """
+    kinds: dict[str, type[SmallCNN | Radiograph121]] = {"small_cnn": SmallCNN, "densenet121": Radiograph121}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(study.training.seed)
+        net = kinds[study.network.name](study.network, len(study.task.targets))
+    refuse_batch_statistics(net)
+    return net
+
+
+def refuse_batch_statistics(net: nn.Module) -> None:
+    """Raise StudyConflict, naming the layers, if a BatchNorm or a norm with running statistics is anywhere in `net`."""
+    found = [
+        name
+        for name, module in net.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) or getattr(module, "track_running_stats", False)
+    ]
+    if found:
+        raise StudyConflict(f"the network keeps statistics of patients in {len(found)} layers: {', '.join(found[:3])}")
+
+
+def layout(net: nn.Module) -> list[Layer]:
+    """Names and shapes of everything `to_vector` holds, in its order, so that a vector can be stored under names."""
+    return [Layer(name, tuple(tensor.shape)) for name, tensor in _tensors(net)]
+
+
+def to_vector(net: nn.Module) -> NDArray[np.float32]:
+    """Copy every parameter and floating-point buffer into one float32 (P,), in the order of `state_dict`.
+
+    Raises MessageMalformed for a buffer of another type: a counter has no mean over sites.
+    """
+    return np.concatenate([tensor.detach().cpu().numpy().reshape(-1) for _, tensor in _tensors(net)])
+
+
+def load_vector(net: nn.Module, vector: NDArray[np.float32]) -> None:
+    """Copy `vector`, float32 (P,), into `net`; all or nothing.
+
+    Raises MessageMalformed for another type or length, or a value that is not a finite number.
+    """
+    tensors = list(_tensors(net))
+    length = sum(math.prod(tensor.shape) for _, tensor in tensors)
+    if vector.dtype != np.float32 or vector.shape != (length,):
+        raise MessageMalformed(f"the model is {vector.dtype} {vector.shape}, this network needs float32 ({length},)")
+    if not np.isfinite(vector).all():
+        raise MessageMalformed("the model holds values that are not finite numbers")
+    start = 0
+    with torch.no_grad():
+        for _, tensor in tensors:
+            size = math.prod(tensor.shape)
+            # np.array copies: the tensor must not share memory with an array that the caller may change.
+            tensor.copy_(torch.from_numpy(np.array(vector[start : start + size])).reshape(tensor.shape))
+            start += size
+
+
+def _tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in net.state_dict().items():
+        if tensor.dtype != torch.float32:
+            raise MessageMalformed(f"{name!r} is {tensor.dtype}; only float32 can be averaged over sites")
+        yield name, tensor
+
+
+def _centred(images: Tensor) -> Tensor:
+    """Map [0, 1] to about zero mean and unit variance with fixed numbers: those of a cohort would be data."""
+    return (images - 0.5) * 4
+
+
+def _residual(before: int, after: int) -> nn.Module:
+    """Halve the side and go from `before` to `after` channels, around a shortcut."""
+    groups = ("group", {"num_groups": after // CHANNELS_PER_GROUP})
+    unit: nn.Module = ResidualUnit(2, before, after, strides=2, subunits=2, norm=groups, act="relu", bias=False)
+    return unit

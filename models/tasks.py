@@ -1,0 +1,49 @@
+"""Classification: what a target means to the loss, the activation and the class weights. A missing label never counts.
+
+`targets` float (B, T) hold 1 for present and 0 for absent; `known` float (B, T) hold 1 where the reference standard
+says something and 0 where it does not. What `targets` holds where `known` is 0 reaches no result, not even a NaN.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from privacy.errors import MessageMalformed
+
+
+def class_weights(targets: Tensor, known: Tensor, *, balance: bool) -> Tensor:
+    """Weights float32 (T, 2), column 0 for absent, 1 for present; their mean over the labelled images is 1 per target.
+
+    With `balance`, both classes of a target count equally: n / (2 n_class). A target of which a site has only one class
+    (a ward of confirmed cases) or no label keeps weight 1: there is nothing to balance, and nothing divides by 0.
+    """
+    weights = torch.ones(targets.shape[1], 2)
+    if not balance:
+        return weights
+    present = ((targets == 1) & (known > 0)).sum(dim=0)
+    absent = ((targets == 0) & (known > 0)).sum(dim=0)
+    both = (present > 0) & (absent > 0)
+    counts = torch.stack([absent, present], dim=1).to(torch.float32)
+    balanced = counts.sum(dim=1, keepdim=True) / (2 * counts.clamp(min=1))
+    return torch.where(both[:, None], balanced, weights)
+
+
+def loss(logits: Tensor, targets: Tensor, known: Tensor, weights: Tensor) -> Tensor:
+    """Weighted binary cross-entropy, a scalar: the mean over known labels (0 if there is none, with a zero gradient).
+
+    logits, targets, known: (B, T); weights: (T, 2) of `class_weights`. Raises MessageMalformed when shapes differ.
+    """
+    if not logits.shape == targets.shape == known.shape or weights.shape != (logits.shape[1], 2):
+        shapes = ", ".join(str(tuple(part.shape)) for part in (logits, targets, known, weights))
+        raise MessageMalformed(f"logits, targets, known and class weights do not fit together: {shapes}")
+    labelled = known > 0
+    # A NaN in a missing cell would survive a product with 0, so missing cells are replaced before anything is computed.
+    target = torch.where(labelled, targets, torch.zeros_like(targets)).to(logits.dtype)
+    weight = torch.where(target > 0.5, weights[:, 1], weights[:, 0]).to(logits.dtype) * labelled
+    each = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (each * weight).sum() / labelled.sum().clamp(min=1)
+
+
+def activation(logits: Tensor) -> Tensor:
+    """Scores in [0, 1] of the logits' shape: each target on its own (sigmoid), because several may occur together."""
+    return torch.sigmoid(logits)

@@ -1,0 +1,511 @@
+"""Calls to the consortium service: joining, and signed calls over TLS that trusts one authority only.
+
+Rules, which both ends share:
+1. Nothing is sent to a server before its authority's fingerprint equals the invited one; afterwards only that authority is
+   trusted, whatever the machine's own certificate store says.
+2. Every call but Enrol carries a signature of the caller over method, SHA-256 of the request, name, time and nonce.
+3. A failure arrives as "<code>: <sentence>" and is raised here as the class of `privacy.errors` with that code. The sentence
+   comes from another machine, so it is stripped of control characters before anyone prints it.
+"""
+
+import base64
+import binascii
+import hashlib
+import itertools
+import json
+import os
+import re
+import secrets
+import select
+import socket
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, cast
+
+import grpc
+from cryptography import x509
+from OpenSSL import SSL
+
+from privacy import consortium_pb2 as pb
+from privacy import consortium_pb2_grpc, keys
+from privacy.errors import (
+    InvitationRefused,
+    IsocenterError,
+    MessageMalformed,
+    NotEnrolled,
+    TrustError,
+    Unreachable,
+    WrongAuthority,
+)
+
+Decision = Literal["approved", "declined"]
+PartyRole = Literal["site", "researcher"]
+
+SERVICE = "isocenter.v1.Consortium"
+CALL_SECONDS = 30.0  # every unary call; a coordinator that needs longer is not well
+HANDSHAKE_SECONDS = 10.0
+LAUNCH_SECONDS = 120.0  # a launch waits for the SuperLink to accept the run
+REQUEST_BYTES_MAX = 1024 * 1024  # the largest request is a study of at most 256 KiB
+REPLY_BYTES_MAX = 32 * 1024 * 1024  # all offers of a site in one reply
+RESULT_BYTES_MAX = 16 * 1024**3  # one result file; a model of four billion float32 weights
+RESULT_FILES = ("results.json", "model.safetensors", "card.json")
+SENTENCE_CHARACTERS_MAX = 2000  # status details travel in a header of at most 8 KiB
+TOKEN_BYTES = 20
+
+_generated: Any = consortium_pb2_grpc  # the generated module carries no annotations
+_LINE = re.compile(
+    r"isocenter-join:v1:([a-z][a-z0-9_-]{0,31})@([a-z0-9][a-z0-9.-]{0,252}):(\d{1,5}):([0-9a-f]{64}):([a-z2-7]{32})"
+)
+
+
+# The invitation ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class InvitationLine:
+    """What `fl-server invite` prints: one word that survives copying. `str()` and `parse` are each other's inverse."""
+
+    name: str
+    host: str
+    service_port: int
+    ca_fingerprint: str  # 64 hex characters
+    token: str  # base32 of TOKEN_BYTES random bytes, lower case
+
+    @staticmethod
+    def new_token() -> str:
+        return base64.b32encode(secrets.token_bytes(TOKEN_BYTES)).decode().lower()
+
+    @classmethod
+    def parse(cls, line: str) -> "InvitationLine":
+        """Read a line, also one that a mail program wrapped; raises InvitationRefused without quoting the token."""
+        found = _LINE.fullmatch("".join(line.split()))
+        if not found or not 0 < int(found[3]) < 65536:
+            raise InvitationRefused(
+                "this is no invitation line; it begins with isocenter-join:v1: and is one long word",
+                remedy="Copy the whole line that `fl-server invite` printed, and put it between quotation marks.",
+            )
+        return cls(found[1], found[2], int(found[3]), found[4], found[5])
+
+    def __str__(self) -> str:
+        return f"isocenter-join:v1:{self.name}@{self.host}:{self.service_port}:{self.ca_fingerprint}:{self.token}"
+
+
+@dataclass(frozen=True)
+class Enrolment:
+    """Who this folder's keys speak for, and where its consortium is. Written last of all, so it marks a finished join."""
+
+    name: str
+    role: PartyRole
+    gateway: str  # host:port for training
+    service: str  # host:port of the consortium service
+    ca_fingerprint: str
+
+    @classmethod
+    def open(cls, folder: Path) -> "Enrolment":
+        """The enrolment in a keys folder; raises NotEnrolled if joining was never finished."""
+        path = folder / "enrolment.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{field: str(found[field]) for field in cls.__dataclass_fields__})  # type: ignore[arg-type]
+        except FileNotFoundError:
+            raise NotEnrolled(f"{folder} belongs to no consortium yet") from None
+        except (ValueError, KeyError, TypeError):
+            raise NotEnrolled(f"{path} is damaged", remedy="Restore the keys folder from your backup.") from None
+
+    def store(self, folder: Path) -> None:
+        keys.write_private(folder / "enrolment.json", json.dumps(asdict(self), indent=1).encode())
+
+
+def join(line: str, folder: Path, role: PartyRole = "site") -> Enrolment:
+    """Redeem an invitation: afterwards `folder` holds <role>.key, <role>.pem, ca.pem, coordinator.pem and enrolment.json.
+
+    The key is made here and never leaves. Killed at any point, the same line can be used again: the key is kept, and the
+    coordinator answers the same key with the same certificate. Raises WrongAuthority, InvitationRefused, Unreachable.
+    """
+    invitation = InvitationLine.parse(line)
+    if (folder / "enrolment.json").exists():
+        done = Enrolment.open(folder)
+        if (done.name, done.role, done.ca_fingerprint) == (invitation.name, role, invitation.ca_fingerprint):
+            return done
+        raise TrustError(
+            f"{folder} already belongs to {done.role} {done.name}", remedy="Join with another, empty home folder."
+        )
+    service = f"{invitation.host}:{invitation.service_port}"
+    ca = _invited_authority(invitation)
+    key_path = folder / f"{role}.key"
+    key = keys.load_key(key_path) if key_path.exists() else keys.make_key(key_path)
+    request = pb.EnrolRequest(
+        name=invitation.name, role=role, token=invitation.token, csr=keys.make_csr(key, invitation.name)
+    )
+    channel = _channel(service, keys.certificate_pem(ca))
+    try:
+        reply = _generated.ConsortiumStub(channel).Enrol(request, timeout=CALL_SECONDS)
+    except grpc.RpcError as error:
+        raise _translated(error, service) from None
+    finally:
+        channel.close()
+    certificate = keys.load_certificate(reply.certificate)
+    keys.check_issued(ca, certificate, invitation.name, role)
+    if keys.public_key_of(certificate) != key.public_key():
+        raise TrustError("the coordinator answered with a certificate for another key")
+    keys.load_public(reply.coordinator_key)
+    if not 0 < reply.gateway_port < 65536:
+        raise MessageMalformed("the coordinator named no port for training")
+    keys.write_public(folder / "ca.pem", keys.certificate_pem(ca))
+    keys.write_public(folder / "coordinator.pem", reply.coordinator_key)
+    keys.write_public(folder / f"{role}.pem", keys.certificate_pem(certificate))
+    gateway = f"{invitation.host}:{reply.gateway_port}"
+    enrolment = Enrolment(invitation.name, role, gateway, service, invitation.ca_fingerprint)
+    enrolment.store(folder)
+    return enrolment
+
+
+def _invited_authority(invitation: InvitationLine) -> x509.Certificate:
+    """The certificate in the server's chain whose fingerprint is the invited one; raises WrongAuthority if there is none."""
+    chain = _shown_chain(invitation.host, invitation.service_port)
+    for certificate in chain:
+        if secrets.compare_digest(keys.fingerprint(certificate), invitation.ca_fingerprint):
+            return certificate
+    shown = keys.grouped(keys.fingerprint(chain[-1]))
+    raise WrongAuthority(
+        f"the server at {invitation.host}:{invitation.service_port} belongs to another authority than the one that invited "
+        f"{invitation.name}. It showed {shown}; the invitation says {keys.grouped(invitation.ca_fingerprint)}"
+    )
+
+
+def _shown_chain(host: str, port: int) -> list[x509.Certificate]:
+    """The certificates a server shows, believed by nobody yet. Only the opening of a TLS handshake is sent."""
+    context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+    context.set_min_proto_version(SSL.TLS1_3_VERSION)
+    context.set_alpn_protos([b"h2"])  # gRPC servers hang up without it
+    context.set_verify(SSL.VERIFY_NONE)  # on purpose: the caller compares fingerprints, then connects anew with a pin
+    deadline = time.monotonic() + HANDSHAKE_SECONDS
+    try:
+        with socket.create_connection((host, port), HANDSHAKE_SECONDS) as connection:
+            connection.setblocking(False)
+            tls = SSL.Connection(context, connection)
+            tls.set_connect_state()
+            _handshake(tls, connection, deadline)
+            chain = tls.get_peer_cert_chain(as_cryptography=True)
+    except ConnectionRefusedError:
+        raise Unreachable(f"nothing listens at {host}:{port} (connection refused)") from None
+    except socket.gaierror:
+        raise Unreachable(f"the host name {host} cannot be resolved") from None
+    except TimeoutError:
+        raise Unreachable(f"{host}:{port} did not answer within {HANDSHAKE_SECONDS:.0f} s") from None
+    except (SSL.Error, ValueError):
+        raise Unreachable(
+            f"{host}:{port} answers, but no TLS 1.3 connection could be made; is it the consortium's service port?"
+        ) from None
+    except OSError as error:
+        raise Unreachable(f"no connection to {host}:{port} ({error.strerror})") from None
+    if not chain:
+        raise Unreachable(f"{host}:{port} showed no certificate")
+    return list(chain)
+
+
+def _handshake(tls: Any, connection: socket.socket, deadline: float) -> None:
+    while True:
+        try:
+            tls.do_handshake()
+            return
+        except SSL.WantReadError:
+            readable, writable = [connection], []
+        except SSL.WantWriteError:
+            readable, writable = [], [connection]
+        left = deadline - time.monotonic()
+        if left <= 0 or not any(select.select(readable, writable, [], left)):
+            raise TimeoutError
+
+
+# Signed calls --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Signed:
+    """The metadata of one signed call."""
+
+    name: str
+    time_s: int  # seconds since 1970, UTC
+    nonce: str  # 32 hex characters
+    signature: bytes
+
+    def body(self, method: str, request: bytes) -> bytes:
+        """What is signed. No part can hold a line feed, so the parts cannot be shifted into each other."""
+        return "\n".join([method, keys.digest(request), self.name, str(self.time_s), self.nonce]).encode()
+
+    @classmethod
+    def make(cls, key: keys.PrivateKey, name: str, method: str, request: bytes) -> "Signed":
+        unsigned = cls(name, int(time.time()), secrets.token_hex(16), b"")
+        signature = keys.sign(key, keys.CALL, unsigned.body(method, request))
+        return cls(unsigned.name, unsigned.time_s, unsigned.nonce, signature)
+
+    def metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        return (
+            ("isocenter-name", self.name),
+            ("isocenter-time", str(self.time_s)),
+            ("isocenter-nonce", self.nonce),
+            ("isocenter-signature-bin", self.signature),
+        )
+
+    @classmethod
+    def read(cls, metadata: Iterable[tuple[str, str | bytes]]) -> "Signed":
+        """Read the metadata of a received call; raises MessageMalformed if a part is missing, double or misshapen."""
+        found: dict[str, str | bytes] = {}
+        for key, value in metadata:
+            if key.startswith("isocenter-"):
+                if key in found:
+                    raise MessageMalformed("a part of the call's signature came twice")
+                found[key] = value
+        name, moment, nonce = (found.get(f"isocenter-{part}", "") for part in ("name", "time", "nonce"))
+        signature = found.get("isocenter-signature-bin", b"")
+        texts_match = (
+            isinstance(name, str)
+            and isinstance(moment, str)
+            and isinstance(nonce, str)
+            and re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", name)
+            and re.fullmatch(r"[0-9]{1,12}", moment, re.ASCII)
+            and re.fullmatch(r"[0-9a-f]{32}", nonce)
+        )
+        if not texts_match or not isinstance(signature, bytes) or not 0 < len(signature) <= 128:
+            raise MessageMalformed("this call is not signed as the consortium requires")
+        return cls(cast(str, name), int(moment), cast(str, nonce), signature)
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A site's decision about one study: what `fl-client approve` and `decline` sign."""
+
+    digest: str
+    site: str
+    decision: Decision
+    time_ms: int  # of the site's clock; a later statement replaces an earlier one
+
+    def body(self) -> bytes:
+        """Canonical JSON: what the signature with label STUDY_DECISION covers."""
+        return json.dumps({"version": 1, **asdict(self)}, sort_keys=True, separators=(",", ":")).encode()
+
+    @classmethod
+    def read(cls, body: bytes) -> "Statement":
+        """The statement behind `body()`; raises MessageMalformed for anything else, even another spelling of it."""
+        try:
+            found = json.loads(body)
+            statement = cls(found["digest"], found["site"], found["decision"], found["time_ms"])
+            exact = statement.body() == body
+        except (ValueError, KeyError, TypeError, RecursionError):
+            exact = False
+        if not exact or type(statement.time_ms) is not int or not 0 <= statement.time_ms < 2**53:
+            raise MessageMalformed("this is no decision about a study")
+        if statement.decision not in ("approved", "declined") or not re.fullmatch(
+            "[0-9a-f]{64}", str(statement.digest)
+        ):
+            raise MessageMalformed("this is no decision about a study")
+        return statement
+
+
+class Caller:
+    """One party's signed calls to its coordinator. Every method raises the error the coordinator named, or Unreachable."""
+
+    def __init__(self, address: str, ca_pem: bytes, name: str, key: keys.PrivateKey) -> None:
+        """`address` is host:port of the consortium service; only certificates issued below `ca_pem` are accepted."""
+        self.address, self.name, self._key = address, name, key
+        self._channel = _channel(address, ca_pem)
+        self._stub = _generated.ConsortiumStub(self._channel)
+
+    @classmethod
+    def open(cls, folder: Path, service: str | None = None) -> "Caller":
+        """The caller whose enrolment `join` left in `folder`; `service` overrides the address noted there."""
+        enrolment = Enrolment.open(folder)
+        key = keys.load_key(folder / f"{enrolment.role}.key")
+        return cls(service or enrolment.service, (folder / "ca.pem").read_bytes(), enrolment.name, key)
+
+    def __enter__(self) -> "Caller":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def offers(self) -> list[pb.Offer]:
+        """Site: the studies that name this site. Their signatures are still to be checked."""
+        return list(self._call("Offers", pb.OffersRequest()).offers)
+
+    def decide(self, body: bytes, signature: bytes) -> None:
+        """Site: deliver a signed `Statement`."""
+        self._call("Decide", pb.DecideRequest(statement=body, signature=signature))
+
+    def submit(self, study: bytes) -> str:
+        """Researcher: sign a study's canonical form and hand it in; returns the digest the coordinator computed."""
+        signature = keys.sign(self._key, keys.STUDY_SUBMIT, study)
+        return str(self._call("Submit", pb.SubmitRequest(study=study, signature=signature)).digest)
+
+    def studies(self) -> list[pb.StudyState]:
+        """Researcher: own studies, newest first, with approvals and runs."""
+        return list(self._call("Studies", pb.StudiesRequest()).studies)
+
+    def launch(self, digest: str) -> str:
+        """Researcher: start a run of an approved study; returns its run id. Raises TooFewApprovals."""
+        return str(self._call("Launch", pb.LaunchRequest(digest=digest), LAUNCH_SECONDS).run_id)
+
+    def watch(self, run_id: str, first: int = 0) -> Iterator[tuple[int, str]]:
+        """Researcher: (number, JSON text) of each event of a run from number `first` on, until the run ends.
+
+        After Unreachable, call again with the number after the last one received: no event is lost or doubled.
+        """
+        for event in self._stream("Watch", pb.WatchRequest(run_id=run_id, first=first)):
+            yield int(event.number), str(event.text)
+
+    def results(self, run_id: str, folder: Path) -> list[Path]:
+        """Researcher: store the result files of a run below `folder`; each appears whole, with the hash it was sent with."""
+        return _store(self._stream("Results", pb.ResultsRequest(run_id=run_id)), folder)
+
+    def _call(self, name: str, request: Any, timeout_s: float = CALL_SECONDS) -> Any:
+        try:
+            return getattr(self._stub, name)(request, timeout=timeout_s, metadata=self._sign(name, request))
+        except grpc.RpcError as error:
+            raise _translated(error, self.address) from None
+
+    def _stream(self, name: str, request: Any) -> Iterator[Any]:
+        stream = getattr(self._stub, name)(request, metadata=self._sign(name, request))
+        try:
+            yield from stream
+        except grpc.RpcError as error:
+            raise _translated(error, self.address) from None
+        finally:
+            stream.cancel()
+
+    def _sign(self, name: str, request: Any) -> tuple[tuple[str, str | bytes], ...]:
+        return Signed.make(self._key, self.name, f"/{SERVICE}/{name}", request.SerializeToString()).metadata()
+
+
+def _store(chunks: Iterable[pb.Chunk], folder: Path) -> list[Path]:
+    """Write streamed files. Names are compared with the fixed list, never used as they came."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stored: list[Path] = []
+    for name, pieces in itertools.groupby(chunks, key=lambda chunk: chunk.name):
+        path = next((folder / known for known in RESULT_FILES if known == name), None)
+        if path is None or path in stored:
+            raise MessageMalformed("the coordinator sent a result file that was not expected")
+        part = path.with_name(f".{path.name}.part")
+        try:
+            _store_one(part, pieces, path.name)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        stored.append(path)
+    return stored
+
+
+def _store_one(part: Path, pieces: Iterable[pb.Chunk], name: str) -> None:
+    size, hashed, announced = 0, hashlib.sha256(), ""
+    with part.open("wb") as file:
+        for chunk in pieces:
+            size += len(chunk.data)
+            if announced or size > RESULT_BYTES_MAX:
+                raise MessageMalformed(f"{name} is larger than announced, or than any result may be")
+            hashed.update(chunk.data)
+            file.write(chunk.data)
+            announced = chunk.sha256
+    if announced != hashed.hexdigest():
+        raise MessageMalformed(f"{name} broke off or was changed on the way: its SHA-256 is not the announced one")
+
+
+# Channel and failures ------------------------------------------------------------------------------------------------
+
+
+def require_tls13() -> None:
+    """Make TLS 1.3 the only version that gRPC can negotiate in this process.
+
+    gRPC's Python interface has no setting for the version, only this one for the TLS 1.2 cipher suites. It is set to a suite
+    that needs an RSA certificate; ours are P-256, so no TLS 1.2 handshake can succeed. TLS 1.3 suites are not affected.
+    """
+    os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
+
+
+def _channel(address: str, ca_pem: bytes) -> Any:
+    require_tls13()
+    options = [
+        ("grpc.max_receive_message_length", REPLY_BYTES_MAX),
+        ("grpc.max_send_message_length", REQUEST_BYTES_MAX),
+        ("grpc.enable_http_proxy", 0),  # no hidden environment variables: the address is where the call goes
+        ("grpc.service_config_disable_resolution", 1),  # no extra DNS question
+        ("grpc.enable_retries", 0),  # a nonce is good for one call
+        ("grpc.keepalive_time_ms", 60_000),  # a watch through a firewall is not dropped in silence
+    ]
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(root_certificates=ca_pem), options=options)
+
+
+def details_of(error: IsocenterError) -> str:
+    """What travels as status details: the public code and one sentence."""
+    return f"{error.code}: {_printable(str(error))}"
+
+
+def error_of(details: str) -> IsocenterError | None:
+    """The error that `details_of` described, of the class with that code; None if it is of another form."""
+    code, separator, sentence = details.partition(": ")
+    kinds, todo = {}, [IsocenterError]
+    while todo:
+        kind = todo.pop()
+        kinds.setdefault(kind.code, kind)
+        todo += kind.__subclasses__()
+    if not separator or code not in kinds:
+        return None
+    return kinds[code](_printable(sentence))
+
+
+def _printable(sentence: str) -> str:
+    """One line without control and direction-changing characters, which could rewrite what a terminal shows."""
+    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in sentence)
+    return " ".join(text.split())[:SENTENCE_CHARACTERS_MAX]
+
+
+def _translated(error: Any, address: str) -> IsocenterError:
+    """The error to raise for a failed call; transport failures are told apart by what gRPC says about them."""
+    code, details = error.code(), str(error.details() or "")
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return _unreachable(details, address)
+    if code == grpc.StatusCode.DEADLINE_EXCEEDED:
+        return Unreachable(f"{address} did not answer in time")
+    if named := error_of(details):
+        return named
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return Unreachable(f"{address} is too busy, or the message is too large", remedy="Try again in a minute.")
+    if code == grpc.StatusCode.UNIMPLEMENTED:
+        return MessageMalformed(f"{address} does not know this call")
+    return IsocenterError(f"the call to {address} failed ({code.name.lower().replace('_', ' ')})")
+
+
+def _unreachable(details: str, address: str) -> IsocenterError:
+    lower = details.lower()
+    if "certificate_verify_failed" in lower or "hostname" in lower or "peer name" in lower:
+        return WrongAuthority(
+            f"the certificate of {address} is not from this consortium's authority, has ended, or is for another host"
+        )
+    if "handshake" in lower or "ssl" in lower:
+        return Unreachable(
+            f"{address} answers, but no TLS 1.3 connection could be made; is it the consortium's service port?"
+        )
+    if "refused" in lower:
+        return Unreachable(f"nothing listens at {address} (connection refused)")
+    if "dns" in lower or "name resolution" in lower:
+        return Unreachable(f"the host name of {address} cannot be resolved")
+    return Unreachable(f"no connection to {address}")
+
+
+def token_hash(token: str) -> bytes:
+    """32 bytes: what the coordinator stores instead of a token; raises InvitationRefused if it cannot be one."""
+    try:
+        raw = base64.b32decode(token.upper().encode())
+    except (binascii.Error, ValueError):
+        raw = b""
+    if len(raw) != TOKEN_BYTES:
+        raise InvitationRefused("this is no token of an invitation")
+    return bytes.fromhex(keys.digest(b"isocenter/v1/token\n" + raw))

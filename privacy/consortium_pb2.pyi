@@ -1,0 +1,167 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class EnrolRequest(_message.Message):
+    __slots__ = ("name", "role", "token", "csr")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CSR_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    role: str
+    token: str
+    csr: bytes
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., token: _Optional[str] = ..., csr: _Optional[bytes] = ...) -> None: ...
+
+class EnrolReply(_message.Message):
+    __slots__ = ("certificate", "coordinator_key", "gateway_port")
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_KEY_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_PORT_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    coordinator_key: bytes
+    gateway_port: int
+    def __init__(self, certificate: _Optional[bytes] = ..., coordinator_key: _Optional[bytes] = ..., gateway_port: _Optional[int] = ...) -> None: ...
+
+class OffersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Offer(_message.Message):
+    __slots__ = ("study", "researcher", "researcher_certificate", "researcher_signature", "coordinator_signature", "submitted", "decision")
+    STUDY_FIELD_NUMBER: _ClassVar[int]
+    RESEARCHER_FIELD_NUMBER: _ClassVar[int]
+    RESEARCHER_CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    RESEARCHER_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    SUBMITTED_FIELD_NUMBER: _ClassVar[int]
+    DECISION_FIELD_NUMBER: _ClassVar[int]
+    study: bytes
+    researcher: str
+    researcher_certificate: bytes
+    researcher_signature: bytes
+    coordinator_signature: bytes
+    submitted: str
+    decision: str
+    def __init__(self, study: _Optional[bytes] = ..., researcher: _Optional[str] = ..., researcher_certificate: _Optional[bytes] = ..., researcher_signature: _Optional[bytes] = ..., coordinator_signature: _Optional[bytes] = ..., submitted: _Optional[str] = ..., decision: _Optional[str] = ...) -> None: ...
+
+class OffersReply(_message.Message):
+    __slots__ = ("offers",)
+    OFFERS_FIELD_NUMBER: _ClassVar[int]
+    offers: _containers.RepeatedCompositeFieldContainer[Offer]
+    def __init__(self, offers: _Optional[_Iterable[_Union[Offer, _Mapping]]] = ...) -> None: ...
+
+class DecideRequest(_message.Message):
+    __slots__ = ("statement", "signature")
+    STATEMENT_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    statement: bytes
+    signature: bytes
+    def __init__(self, statement: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class DecideReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class SubmitRequest(_message.Message):
+    __slots__ = ("study", "signature")
+    STUDY_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    study: bytes
+    signature: bytes
+    def __init__(self, study: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
+
+class SubmitReply(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    def __init__(self, digest: _Optional[str] = ...) -> None: ...
+
+class StudiesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class RunState(_message.Message):
+    __slots__ = ("run_id", "state", "label")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    state: str
+    label: str
+    def __init__(self, run_id: _Optional[str] = ..., state: _Optional[str] = ..., label: _Optional[str] = ...) -> None: ...
+
+class StudyState(_message.Message):
+    __slots__ = ("digest", "name", "submitted", "quorum", "approved", "declined", "unanswered", "runs")
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SUBMITTED_FIELD_NUMBER: _ClassVar[int]
+    QUORUM_FIELD_NUMBER: _ClassVar[int]
+    APPROVED_FIELD_NUMBER: _ClassVar[int]
+    DECLINED_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_FIELD_NUMBER: _ClassVar[int]
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    name: str
+    submitted: str
+    quorum: int
+    approved: _containers.RepeatedScalarFieldContainer[str]
+    declined: _containers.RepeatedScalarFieldContainer[str]
+    unanswered: _containers.RepeatedScalarFieldContainer[str]
+    runs: _containers.RepeatedCompositeFieldContainer[RunState]
+    def __init__(self, digest: _Optional[str] = ..., name: _Optional[str] = ..., submitted: _Optional[str] = ..., quorum: _Optional[int] = ..., approved: _Optional[_Iterable[str]] = ..., declined: _Optional[_Iterable[str]] = ..., unanswered: _Optional[_Iterable[str]] = ..., runs: _Optional[_Iterable[_Union[RunState, _Mapping]]] = ...) -> None: ...
+
+class StudiesReply(_message.Message):
+    __slots__ = ("studies",)
+    STUDIES_FIELD_NUMBER: _ClassVar[int]
+    studies: _containers.RepeatedCompositeFieldContainer[StudyState]
+    def __init__(self, studies: _Optional[_Iterable[_Union[StudyState, _Mapping]]] = ...) -> None: ...
+
+class LaunchRequest(_message.Message):
+    __slots__ = ("digest",)
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    digest: str
+    def __init__(self, digest: _Optional[str] = ...) -> None: ...
+
+class LaunchReply(_message.Message):
+    __slots__ = ("run_id",)
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    def __init__(self, run_id: _Optional[str] = ...) -> None: ...
+
+class WatchRequest(_message.Message):
+    __slots__ = ("run_id", "first")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    first: int
+    def __init__(self, run_id: _Optional[str] = ..., first: _Optional[int] = ...) -> None: ...
+
+class Event(_message.Message):
+    __slots__ = ("number", "text")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    text: str
+    def __init__(self, number: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
+
+class ResultsRequest(_message.Message):
+    __slots__ = ("run_id",)
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    run_id: str
+    def __init__(self, run_id: _Optional[str] = ...) -> None: ...
+
+class Chunk(_message.Message):
+    __slots__ = ("name", "data", "sha256")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    data: bytes
+    sha256: str
+    def __init__(self, name: _Optional[str] = ..., data: _Optional[bytes] = ..., sha256: _Optional[str] = ...) -> None: ...

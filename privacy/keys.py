@@ -1,0 +1,355 @@
+"""Keys, certificates and signed statements: every check here raises, and a private key is never readable by others.
+
+Trust rules, in the order in which they bite:
+1. One kind of key: EC P-256. It serves TLS, the node's authentication at Flower (which asks for a NIST curve) and statements.
+2. A private key is made where it is used, in a file of mode 0600, and is never overwritten and never sent.
+3. A certificate is issued only for a signing request whose own signature holds; subject and uses come from the authority's
+   arguments, never from the request.
+4. Every signature covers a label `isocenter/v1/<use>` before its body, so a statement of one use is none of another.
+5. An authority is known by the SHA-256 of its certificate, which people compare.
+"""
+
+import datetime as dt
+import hashlib
+import ipaddress
+import os
+import re
+import secrets
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from privacy.errors import KeyFileUnsafe, MessageMalformed, NotEnrolled, SignatureInvalid, TrustError
+
+PrivateKey = ec.EllipticCurvePrivateKey
+PublicKey = ec.EllipticCurvePublicKey
+Role = Literal["site", "researcher", "server"]
+
+STUDY_SUBMIT = b"isocenter/v1/study/submit"  # a researcher stands for the canonical study
+STUDY_OFFER = b"isocenter/v1/study/offer"  # the coordinator offers the canonical study to the sites it names
+STUDY_DECISION = b"isocenter/v1/study/decision"  # a site approves or declines a digest
+CALL = b"isocenter/v1/call"  # one gRPC call
+
+PEM_BYTES_MAX = 64 * 1024  # a chain of three P-256 certificates is under 4 KiB
+CA_DAYS = 3650  # the authority outlives every certificate it issues; replacing it means joining again
+BACKDATE = dt.timedelta(minutes=5)  # a certificate is valid at once on a machine whose clock is a little behind
+_LABEL = re.compile(rb"isocenter/v1/[a-z0-9/-]{1,64}")
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+
+
+@dataclass(frozen=True)
+class Authority:
+    """The certificate authority of one consortium."""
+
+    key: PrivateKey
+    certificate: x509.Certificate
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Replace `path` in one step by a file of mode 0600; after a crash either the old or the whole new content is there."""
+    _write(path, content, 0o600)
+
+
+def write_public(path: Path, content: bytes) -> None:
+    """`write_private` for what others may read, such as certificates: mode 0644."""
+    _write(path, content, 0o644)
+
+
+def _write(path: Path, content: bytes, mode: int, *, replace: bool = True) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            part.replace(path)
+        else:
+            path.hardlink_to(part)  # fails if `path` exists, whoever made it and whenever
+    finally:
+        part.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make names created or replaced in `folder` survive a power loss."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_key(path: Path) -> PrivateKey:
+    """A new P-256 key, stored unencrypted with mode 0600. Raises KeyFileUnsafe rather than overwrite anything."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    try:
+        _write(path, pem, 0o600, replace=False)
+    except FileExistsError:
+        raise KeyFileUnsafe(
+            f"{path} exists already; a key is never overwritten",
+            remedy="Choose another folder, or move the old key away if it is certain that nobody needs it.",
+        ) from None
+    return key
+
+
+def load_key(path: Path) -> PrivateKey:
+    """The P-256 key in `path`. Raises KeyFileUnsafe if group or others may read or write the file, NotEnrolled if absent."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise NotEnrolled(f"there is no key at {path}") from None
+    except OSError as error:
+        raise KeyFileUnsafe(f"{path} cannot be opened as a plain file ({error.strerror})") from None
+    with os.fdopen(descriptor, "rb") as file:
+        # The open file is examined, not its name, so nobody can exchange it between the look and the read.
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise KeyFileUnsafe(
+                f"{path} can be read or changed by other users (mode {stat.S_IMODE(status.st_mode):04o})"
+            )
+        pem = file.read(PEM_BYTES_MAX)
+    try:
+        key = serialization.load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise TrustError(f"{path} holds no private key", remedy="Restore the file from your backup.") from None
+    if not isinstance(key, PrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise TrustError(f"the key in {path} is not of type EC P-256", remedy="Restore the file from your backup.")
+    return key
+
+
+# Public keys and certificates ----------------------------------------------------------------------------------------
+
+
+def public_pem(key: PrivateKey | PublicKey) -> bytes:
+    """PEM of the public half of `key`."""
+    public = key.public_key() if isinstance(key, PrivateKey) else key
+    return public.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def load_public(pem: bytes) -> PublicKey:
+    """The P-256 public key in `pem`; raises MessageMalformed for anything else."""
+    try:
+        key = serialization.load_pem_public_key(pem[: PEM_BYTES_MAX + 1])
+    except (ValueError, UnsupportedAlgorithm):
+        raise MessageMalformed("this is no public key in PEM form") from None
+    return _p256(key, "public key")
+
+
+def load_certificate(pem: bytes) -> x509.Certificate:
+    """The one certificate in `pem`; raises MessageMalformed for none, several or garbage."""
+    try:
+        found = x509.load_pem_x509_certificates(pem[: PEM_BYTES_MAX + 1])
+    except ValueError:
+        raise MessageMalformed("this is no certificate in PEM form") from None
+    if len(found) != 1:
+        raise MessageMalformed(f"expected one certificate, found {len(found)}")
+    return found[0]
+
+
+def certificate_pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def public_key_of(certificate: x509.Certificate) -> PublicKey:
+    """The P-256 key that `certificate` speaks for; raises MessageMalformed for another type of key."""
+    try:
+        return _p256(certificate.public_key(), "key of the certificate")
+    except (ValueError, UnsupportedAlgorithm):
+        raise MessageMalformed("the key of the certificate cannot be read") from None
+
+
+def _p256(key: object, what: str) -> PublicKey:
+    if not isinstance(key, PublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise MessageMalformed(f"the {what} is not of type EC P-256")
+    return key
+
+
+def fingerprint(certificate: x509.Certificate) -> str:
+    """64 lower-case hex characters: SHA-256 of the certificate's DER bytes."""
+    return certificate.fingerprint(hashes.SHA256()).hex()
+
+
+def grouped(fingerprint_hex: str) -> str:
+    """A fingerprint in groups of four, as people read it to each other over the telephone."""
+    return " ".join(fingerprint_hex[i : i + 4] for i in range(0, len(fingerprint_hex), 4))
+
+
+# The authority -------------------------------------------------------------------------------------------------------
+
+
+def make_ca(key: PrivateKey, name: str) -> Authority:
+    """A self-signed authority for the consortium `name` that may issue end certificates and no further authorities."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"{check_name(name)} consortium authority")])
+    now = dt.datetime.now(dt.UTC)
+    public = key.public_key()
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATE)
+        .not_valid_after(now + dt.timedelta(days=CA_DAYS))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(authority=True), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    return Authority(key, certificate)
+
+
+def make_csr(key: PrivateKey, name: str) -> bytes:
+    """PEM of a signing request: proof that whoever asks holds `key`. The authority takes nothing else from it."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, check_name(name))])
+    request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
+    return request.public_bytes(serialization.Encoding.PEM)
+
+
+def key_of_csr(csr_pem: bytes) -> PublicKey:
+    """The P-256 key of a signing request whose signature holds; raises MessageMalformed or SignatureInvalid."""
+    if len(csr_pem) > PEM_BYTES_MAX:
+        raise MessageMalformed(f"a signing request over {PEM_BYTES_MAX} bytes")
+    try:
+        request = x509.load_pem_x509_csr(csr_pem)
+        key = request.public_key()
+        valid = request.is_signature_valid
+    except (ValueError, UnsupportedAlgorithm):
+        raise MessageMalformed("this is no signing request in PEM form") from None
+    if not valid:
+        raise SignatureInvalid("the signing request is not signed by its own key")
+    return _p256(key, "key of the signing request")
+
+
+def issue(
+    authority: Authority, csr_pem: bytes, name: str, role: Role, days: int, host: str | None = None
+) -> x509.Certificate:
+    """A certificate for `name` in `role`, valid `days` from now, over the key of a checked request.
+
+    Sites and researchers get clientAuth and the DNS name `<name>.<role>.isocenter`; role "server" gets serverAuth and
+    `host`, a DNS name or an IP address.
+    """
+    public = key_of_csr(csr_pem)
+    now = dt.datetime.now(dt.UTC)
+    if role == "server":
+        alternative: x509.GeneralName = _host_name(host or "")
+        use = ExtendedKeyUsageOID.SERVER_AUTH
+    else:
+        alternative = x509.DNSName(f"{check_name(name)}.{role}.isocenter")
+        use = ExtendedKeyUsageOID.CLIENT_AUTH
+    authority_key = authority.certificate.public_key()
+    return (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, check_name(name))]))
+        .issuer_name(authority.certificate.subject)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - BACKDATE)
+        .not_valid_after(min(now + dt.timedelta(days=days), authority.certificate.not_valid_after_utc))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_usage(authority=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([use]), critical=True)
+        .add_extension(x509.SubjectAlternativeName([alternative]), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+        .add_extension(_authority_key_identifier(authority_key), critical=False)
+        .sign(authority.key, hashes.SHA256())
+    )
+
+
+def check_issued(ca: x509.Certificate, certificate: x509.Certificate, name: str, role: Role) -> None:
+    """Raise TrustError unless `ca` issued `certificate` to `name` in `role` and it is valid now."""
+    try:
+        certificate.verify_directly_issued_by(ca)
+    except (ValueError, TypeError, InvalidSignature):
+        raise TrustError(f"the certificate of {name} was not issued by this consortium's authority") from None
+    now = dt.datetime.now(dt.UTC)
+    if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
+        raise TrustError(
+            f"the certificate of {name} ended {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC or is not yet valid"
+        )
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        listed = names.get_values_for_type(x509.DNSName)
+    except (x509.ExtensionNotFound, ValueError):
+        listed = []
+    if listed != [f"{name}.{role}.isocenter"]:
+        raise TrustError(f"the certificate does not speak for {role} {name}")
+
+
+def _usage(*, authority: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not authority,
+        key_cert_sign=authority,
+        crl_sign=authority,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _authority_key_identifier(key: object) -> x509.AuthorityKeyIdentifier:
+    return x509.AuthorityKeyIdentifier.from_issuer_public_key(_p256(key, "authority's key"))
+
+
+def _host_name(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        pass
+    if not _HOST.fullmatch(host):
+        raise MessageMalformed(f"{host!r} is neither a DNS name in lower case nor an IP address")
+    return x509.DNSName(host)
+
+
+def check_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise MessageMalformed(
+            f"{name!r} is no name: lower-case letters, digits, - and _, at most 32, beginning with a letter",
+            remedy="Choose a short name in lower case, such as north or st-mary.",
+        )
+    return name
+
+
+# Statements ----------------------------------------------------------------------------------------------------------
+
+
+def sign(key: PrivateKey, label: bytes, body: bytes) -> bytes:
+    """ECDSA P-256 with SHA-256 over label and body; `label` is one of the constants above (domain separation)."""
+    return key.sign(_labelled(label, body), ec.ECDSA(hashes.SHA256()))
+
+
+def verify(public_key: PublicKey, label: bytes, body: bytes, signature: bytes) -> None:
+    """Raise SignatureInvalid unless `signature` was made by the owner of `public_key` over the same label and body."""
+    try:
+        public_key.verify(signature, _labelled(label, body), ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        raise SignatureInvalid(f"the signature does not belong to this content and key ({label.decode()})") from None
+
+
+def _labelled(label: bytes, body: bytes) -> bytes:
+    # No label holds a line feed, so label and body cannot be shifted into each other.
+    if not _LABEL.fullmatch(label):
+        raise ValueError(f"{label!r} is no label of the form isocenter/v1/<use>")
+    return label + b"\n" + body
+
+
+def digest(body: bytes) -> str:
+    """64 lower-case hex characters: plain SHA-256, for content that is signed elsewhere."""
+    return hashlib.sha256(body).hexdigest()
