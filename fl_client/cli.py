@@ -2,9 +2,7 @@
 
 import json
 import logging
-import shutil
 import signal
-import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,12 +16,13 @@ from rich.table import Table
 from fl_client import enrol
 from fl_client.site import Site, SiteFile
 from models.study import Study, read
-from privacy import keys
 from privacy.console import run as run_command
 from privacy.console import show_version
-from privacy.errors import DocumentError, IsocenterError
+from privacy.errors import DocumentError
 
-app = typer.Typer(help="Run a hospital's node: images stay here, you decide what is learned from them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Run a hospital's node: images stay here, you decide what is learned from them.", no_args_is_help=True
+)
 console = Console()
 
 Home = Annotated[Path, typer.Option("--home", "-H", help="The site's folder, with site.yaml and keys.")]
@@ -33,13 +32,17 @@ Digest = Annotated[str, typer.Argument(help="Digest of a study (its beginning is
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Run a hospital's node: images stay here, you decide what is learned from them."""
 
 
 @app.command()
-def join(line: Annotated[str, typer.Argument(help="The line that the coordinator sent you.")], home: Home = Path()) -> None:
+def join(
+    line: Annotated[str, typer.Argument(help="The line that the coordinator sent you.")], home: Home = Path()
+) -> None:
     """Join a consortium. The key is made here and never leaves; a commented site.yaml is written."""
     enrolment = enrol.join(line, home)
     console.print(f"Joined as site [bold]{enrolment.name}[/bold].", highlight=False)
@@ -55,7 +58,11 @@ def ingest(home: Home = Path(), as_json: AsJson = False) -> None:
     settings = site.settings if site else read(SiteFile, SiteFile.path(home))
     source = Site.source_of(settings, home)
     bars = Progress(
-        TextColumn("reading images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+        TextColumn("reading images"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
     )
     with bars:
         task = bars.add_task("", total=None)
@@ -70,19 +77,24 @@ def ingest(home: Home = Path(), as_json: AsJson = False) -> None:
 
 def show_ingested(report: Any) -> None:
     """What was taken, and what was left out by reason."""
-    console.print(f"{report.taken} images of {report.patients} patients taken from {report.found} files.", highlight=False)
+    console.print(
+        f"{report.taken} images of {report.patients} patients taken from {report.found} files.", highlight=False
+    )
     if report.reasons:
         table = Table("left out", "files", "why", box=None, header_style="bold")
         for reason, count in sorted(report.reasons.items(), key=lambda item: (-item[1], item[0])):
             table.add_row(str(reason), str(count), reason.explanation)
         console.print(table)
-    for target, labels in sorted(report.labels.items()):
-        console.print(
-            f"{target}: {labels.positive} positive, {labels.negative} negative, {labels.missing} without a label",
-            highlight=False,
-        )
-        for word, count in sorted(labels.unmapped.items()):
-            console.print(f"  {count} rows say {word!r}, which site.yaml does not map: counted as missing", highlight=False)
+    if report.label_problem:
+        console.print(f"Labels: {report.label_problem}", style="red", highlight=False, markup=False, soft_wrap=True)
+    if report.labels is None:
+        return
+    counted = report.labels
+    console.print(f"Labels: {counted.labelled} of these images have one, {counted.unlabelled} do not.", highlight=False)
+    for target, words in sorted(counted.unmapped.items()):
+        for word, count in sorted(words.items()):
+            text = f"  {target}: {count} rows say {word!r}, which site.yaml does not map; they count as missing"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -137,7 +149,9 @@ def approve(
         typer.confirm("Do you approve this study for your site?", abort=True)
     enrol.decide(home, offer, "approved")
     site.journal.append("approved", study=offer.digest)
-    console.print(f"Approved {offer.digest[:12]}. Orders of this study, and of no other, are carried out.", highlight=False)
+    console.print(
+        f"Approved {offer.digest[:12]}. Orders of this study, and of no other, are carried out.", highlight=False
+    )
 
 
 @app.command()
@@ -157,8 +171,14 @@ def show_study(study: Study, site: Site, researcher: str) -> None:
     lines = [
         ("Study", f"{study.title} ({study.digest[:12]}), by researcher {researcher}"),
         ("Purpose", study.purpose.strip()),
-        ("Learned", f"{', '.join(study.task.targets)} from {study.images.view} {'/'.join(study.images.modalities)} images"),
-        ("Here", f"{plan.rounds} rounds of training on your labelled images" if trains else "evaluation only, no training"),
+        (
+            "Learned",
+            f"{', '.join(study.task.targets)} from {study.images.view} {'/'.join(study.images.modalities)} images",
+        ),
+        (
+            "Here",
+            f"{plan.rounds} rounds of training on your labelled images" if trains else "evaluation only, no training",
+        ),
         ("Others", f"{', '.join(others) or 'nobody'}; a round needs {part.quorum} sites"),
         ("Stays", "images, identifiers, dates, file names, the score of any single image"),
         ("Leaves", "model updates, mean losses, numbers of patients and images, histograms of scores by label"),
@@ -198,7 +218,9 @@ def _say(sentence: str) -> None:
 def phantom(
     folder: Annotated[Path, typer.Argument(help="Where the made-up hospital goes; it must be empty or new.")],
     name: Annotated[str, typer.Option(help="Name of the site, part of the made-up identifiers.")] = "phantom",
-    vendor: Annotated[str, typer.Option(help="Whose devices are imitated; see the list in the documentation.")] = "aurora",
+    vendor: Annotated[
+        str, typer.Option(help="Whose devices are imitated; see the list in the documentation.")
+    ] = "aurora",
     patients: Annotated[int, typer.Option(min=10, max=5000, help="Number of made-up patients.")] = 120,
     seed: Annotated[int, typer.Option(min=0, help="Another seed makes other patients.")] = 1,
 ) -> None:
@@ -206,7 +228,9 @@ def phantom(
     from fl_client.phantom import VENDORS, make_hospital
 
     if vendor not in VENDORS:
-        raise DocumentError(f"there is no vendor {vendor!r}; there are {', '.join(VENDORS)}", remedy="Use one of these.")
+        raise DocumentError(
+            f"there is no vendor {vendor!r}; there are {', '.join(VENDORS)}", remedy="Use one of these."
+        )
     if folder.exists() and any(folder.iterdir()):
         raise DocumentError(f"{folder} is not empty", remedy="Choose a new folder; nothing was written.")
     labels = make_hospital(folder, name, patients, seed, VENDORS[vendor])
@@ -228,4 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

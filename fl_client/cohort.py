@@ -94,7 +94,9 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         names = study.task.targets
         if not set(names) & set(labels.mapping.targets):
             mapped = ", ".join(sorted(labels.mapping.targets))
-            raise LabelTableError(f"none of the study's targets ({', '.join(names)}) is in data.labels.targets ({mapped})")
+            raise LabelTableError(
+                f"none of the study's targets ({', '.join(names)}) is in data.labels.targets ({mapped})"
+            )
         secret = _secret(index.state / "split.key")
         members, left_out = _join(index, labels, study, secret)
         placed = _pinned(pins, secret, _strata(members), study.evaluation)

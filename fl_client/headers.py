@@ -137,7 +137,9 @@ def _parse(data: bytes) -> Dataset:
 
 def _bounded_or_raise(data: bytes) -> None:
     """Refuse a deflated file that would unpack to more than the size limit; a thousandfold is possible."""
-    length = int.from_bytes(data[140:144], "little")  # value of (0002,0000), which always comes first after the preamble
+    length = int.from_bytes(
+        data[140:144], "little"
+    )  # value of (0002,0000), which always comes first after the preamble
     if length > META_BYTES_MAX or DEFLATED not in data[144 : 144 + length]:
         return
     unpacking = zlib.decompressobj(-zlib.MAX_WBITS)
@@ -147,7 +149,7 @@ def _bounded_or_raise(data: bytes) -> None:
 
 
 def _radiograph_or_raise(dataset: Dataset) -> str:
-    """"CR" or "DX" by modality and SOP class; the reason that says what it is instead."""
+    """ "CR" or "DX" by modality and SOP class; the reason that says what it is instead."""
     meta = getattr(dataset, "file_meta", None) or {}
     sop_class = _text(dataset, "SOPClassUID") or str(meta.get("MediaStorageSOPClassUID", "") or "")
     modality = _text(dataset, "Modality").upper()

@@ -182,7 +182,14 @@ def ingest(source: Source, root: Path, state: Path, progress: Callable[[int, int
     index = Index.open(state)
     count = label_count(index, labels) if labels else None
     return IngestReport(
-        len(items), index.taken, index.patients, index.reasons(), read, removed, count, str(problem) if problem else None
+        len(items),
+        index.taken,
+        index.patients,
+        index.reasons(),
+        read,
+        removed,
+        count,
+        str(problem) if problem else None,
     )
 
 
@@ -234,7 +241,9 @@ class _Intake:
     @property
     def recipe(self) -> str:
         """Names everything that decides the row, as a hash: patient numbers need not stand in the index twice."""
-        return hashlib.sha256(b"\n".join([self.pixels, repr((self.pictures, self.patient, self.view)).encode()])).hexdigest()
+        return hashlib.sha256(
+            b"\n".join([self.pixels, repr((self.pictures, self.patient, self.view)).encode()])
+        ).hexdigest()
 
     def read(self, data: bytes) -> Reading:
         if self.pictures:

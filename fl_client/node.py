@@ -114,11 +114,15 @@ def connect(site: Site) -> Iterator[Connection]:
     if site.settings.coordinator is None:
         raise NotEnrolled("site.yaml names no coordinator")
     key = keys.load_key(site.home / "keys" / "site.key")
-    client = _Fleet(site.settings.coordinator.gateway, tls_context(site), NodeAuthHttpInterceptor(key, key.public_key()))
+    client = _Fleet(
+        site.settings.coordinator.gateway, tls_context(site), NodeAuthHttpInterceptor(key, key.public_key())
+    )
     node: Node | None = None
     try:
         public = keys.public_pem(key)
-        answer = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL))
+        answer = client.ActivateNode(
+            ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+        )
         node = Node(node_id=answer.node_id)
         yield Connection(client, node)
     except httpx.HTTPStatusError as error:
@@ -151,8 +155,8 @@ class _Fleet(FleetHttpClient):
     """Flower's Fleet client over our TLS context: its own constructor knows no client certificates."""
 
     def __init__(self, gateway: str, context: ssl.SSLContext, identity: NodeAuthHttpInterceptor) -> None:
-        interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), identity]
-        super().__init__(f"https://{gateway}", interceptors=interceptors, verify=context, timeout=CALL_TIMEOUT_S)
+        version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
+        super().__init__(f"https://{gateway}", interceptors=(version, identity), verify=context, timeout=CALL_TIMEOUT_S)
 
 
 class Worker:
@@ -218,7 +222,11 @@ def _work(home: str, message: Message) -> Message:
 
     metadata = message.metadata
     context = Context(
-        run_id=metadata.run_id, node_id=metadata.dst_node_id, node_config={"site": home}, state=RecordDict(), run_config={}
+        run_id=metadata.run_id,
+        node_id=metadata.dst_node_id,
+        node_config={"site": home},
+        state=RecordDict(),
+        run_config={},
     )
     return app(message, context)
 

@@ -67,7 +67,9 @@ def _certificate(home: Path) -> str:
     certificate = keys.load_certificate(path.read_bytes())
     days = (certificate.not_valid_after_utc - datetime.now(UTC)).days
     if days < CERTIFICATE_DAYS_LEAST:
-        raise IsocenterError(f"the certificate ends in {days} days.", remedy="Ask the coordinator for a new invitation.")
+        raise IsocenterError(
+            f"the certificate ends in {days} days.", remedy="Ask the coordinator for a new invitation."
+        )
     return f"valid for {days} more days"
 
 
@@ -91,8 +93,7 @@ def _images(home: Path) -> str:
     index = Index.open(Site.state_of(home))
     if not index.taken:
         raise DataError("no image was taken.", remedy="Run `fl-client ingest` and read its table.")
-    patients = len({image.patient_id for image in index.images()})
-    return f"{index.taken} images of {patients} patients in the cache"
+    return f"{index.taken} images of {index.patients} patients in the cache"
 
 
 def _labels(home: Path) -> str:
@@ -100,7 +101,7 @@ def _labels(home: Path) -> str:
     table = LabelTable.read(home / source.labels.table, source.labels)
     unmapped = sum(sum(words.values()) for words in table.unmapped.values())
     note = f"; {unmapped} label words are not mapped and count as missing" if unmapped else ""
-    return f"{len(table.rows)} rows for {', '.join(source.labels.targets)}{note}"
+    return f"{len(table)} rows for {', '.join(source.labels.targets)}{note}"
 
 
 def _disk(home: Path) -> str:

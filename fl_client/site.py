@@ -27,7 +27,7 @@ from models.study import Document, Name, Study, read
 from privacy import keys
 from privacy.errors import DataError, NotEnrolled, OrderReplayed, PolicyForbids, StudyNotApproved
 from privacy.journal import Journal
-from privacy.wire import Crossing, EvaluateOrder, EvaluateReport, Order, Refusal, Report, TrainOrder, TrainReport
+from privacy.wire import Crossing, EvaluateOrder, Order, Refusal, Report, TrainOrder, TrainReport
 
 
 class Coordinator(Document):
@@ -44,7 +44,9 @@ class Source(Document):
     folder: str = Field(min_length=1, description="folder with the images; searched with everything below it")
     format: str = Field(default="dicom", pattern="^(dicom|pictures)$")
     labels: LabelMap
-    longest_side_px: int = Field(default=1024, ge=64, le=4096, description="cached images are reduced to this, never enlarged")
+    longest_side_px: int = Field(
+        default=1024, ge=64, le=4096, description="cached images are reduced to this, never enlarged"
+    )
 
 
 class Policy(Document):
@@ -152,7 +154,9 @@ class Site:
                 "policy.permit_plain in site.yaml does not permit that"
             )
         if study.training.rounds > policy.maximum_rounds:
-            broken.append(f"{study.training.rounds} rounds are more than policy.maximum_rounds ({policy.maximum_rounds})")
+            broken.append(
+                f"{study.training.rounds} rounds are more than policy.maximum_rounds ({policy.maximum_rounds})"
+            )
         if broken:
             raise PolicyForbids("; ".join(broken))
 
@@ -169,7 +173,9 @@ class Site:
             try:
                 memory.execute("INSERT INTO answered VALUES (?, ?, ?, ?, ?)", row)
             except sqlite3.IntegrityError:
-                raise OrderReplayed(f"round {order.round}, attempt {order.attempt} of run {order.run} was answered") from None
+                raise OrderReplayed(
+                    f"round {order.round}, attempt {order.attempt} of run {order.run} was answered"
+                ) from None
         memory.close()
 
     def note(self, report: Report) -> None:

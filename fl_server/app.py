@@ -96,7 +96,9 @@ class Desk:
         training.missing |= self.offline
         if len(self.arrived) < self.run.study.participation.quorum:
             reasons = ", ".join(f"{site}: {reason}" for site, reason in sorted(training.missing.items()))
-            raise QuorumLost(f"{len(self.arrived)} of {self.run.study.participation.quorum} needed sites reported ({reasons})")
+            raise QuorumLost(
+                f"{len(self.arrived)} of {self.run.study.participation.quorum} needed sites reported ({reasons})"
+            )
 
     def evaluate(self, model: Float32, number: int, split: str) -> dict[str, EvaluateReport]:
         asked = self.ask(EvaluateOrder, model, number, self.evaluators, split=split)

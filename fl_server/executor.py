@@ -105,7 +105,9 @@ def _acquire(flower_run: int, port: int, secret: bytes) -> str:
                 return str(answer.token)
             else:
                 stale = HttpGrid(f"{LOOPBACK}:{port}", insecure=True, token=answer.token)
-                stale._runtime_client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="stale"))
+                stale._runtime_client.PushTaskOutput(
+                    PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="stale")
+                )
                 stale.close()
     finally:
         client.close()
@@ -119,7 +121,11 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator ends us in order
-    root, port, secret = Path(sys.argv[1]), int(sys.argv[2]), bytes.fromhex(sys.stdin.buffer.readline().decode().strip())
+    root, port, secret = (
+        Path(sys.argv[1]),
+        int(sys.argv[2]),
+        bytes.fromhex(sys.stdin.buffer.readline().decode().strip()),
+    )
     threading.Thread(target=_end_with_parent, daemon=True).start()
     execute(root, port, secret)
 

@@ -91,7 +91,10 @@ async def _serve(home: Home, ready: Callable[[str], None]) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    tasks = [asyncio.create_task(servers[0].serve(sockets=[inner])), asyncio.create_task(servers[1].serve(sockets=[outer]))]
+    tasks = [
+        asyncio.create_task(servers[0].serve(sockets=[inner])),
+        asyncio.create_task(servers[1].serve(sockets=[outer])),
+    ]
     while not all(server.started for server in servers):
         if any(task.done() for task in tasks):
             raise RunError("the SuperLink or the gateway did not start", remedy="See the lines above.")
@@ -184,7 +187,8 @@ def hooks(home: Home, port: int) -> consortium.Hooks:
         for facts in reversed(list_runs(home.runs)):
             if facts["digest"] == digest and facts["state"] in ("queued", "running"):
                 raise RunError(
-                    f"run {facts['run_id']} of this study is {facts['label']}", remedy="Watch it with `fl-study run --watch`."
+                    f"run {facts['run_id']} of this study is {facts['label']}",
+                    remedy="Watch it with `fl-study run --watch`.",
                 )
             if facts["digest"] == digest and facts["state"] == "failed":
                 run = Run.open(home.runs / facts["run_id"])

@@ -2,7 +2,6 @@
 
 import importlib.resources
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +28,9 @@ StudyFile = Annotated[Path, typer.Argument(help="The study, a YAML file.")]
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Write, rehearse, submit and evaluate a federated study."""
 
@@ -54,7 +55,9 @@ def new(
             console.print(f"{name:<14} {text.splitlines()[0].lstrip('# ')}", highlight=False)
         return
     if template not in known:
-        raise DocumentError(f"there is no template {template!r}; there are {', '.join(known)}", remedy="Use one of these.")
+        raise DocumentError(
+            f"there is no template {template!r}; there are {', '.join(known)}", remedy="Use one of these."
+        )
     if file.exists():
         raise DocumentError(f"{file} exists already", remedy="Choose another name; nothing was overwritten.")
     file.write_text(known[template], encoding="utf-8")
@@ -87,7 +90,10 @@ def check(file: StudyFile, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def join(line: Annotated[str, typer.Argument(help="The line from `fl-server invite NAME --researcher`.")], home: Home = Path()) -> None:
+def join(
+    line: Annotated[str, typer.Argument(help="The line from `fl-server invite NAME --researcher`.")],
+    home: Home = Path(),
+) -> None:
     """Join a consortium as a researcher; your key is made here and never leaves."""
     enrolment = calls.join(line, home / "keys", role="researcher")
     console.print(f"Joined as researcher {enrolment.name}. Next: fl-study new study.yaml")
@@ -138,7 +144,9 @@ def _study_facts(state: Any) -> dict[str, Any]:
 def run(
     study: Annotated[str, typer.Argument(help="Digest (its beginning is enough) or file of a submitted study.")],
     home: Home = Path(),
-    detach: Annotated[bool, typer.Option("--detach", help="Launch and return; watch later with `fl-study watch`.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Launch and return; watch later with `fl-study watch`.")
+    ] = False,
 ) -> None:
     """Launch a study once enough sites approved it, and watch it with a progress bar."""
     with calls.Caller.open(home / "keys") as caller:
@@ -150,7 +158,9 @@ def run(
 
 
 @app.command()
-def watch(run_id: Annotated[str, typer.Argument(help="A run of yours; see `fl-study studies`.")], home: Home = Path()) -> None:
+def watch(
+    run_id: Annotated[str, typer.Argument(help="A run of yours; see `fl-study studies`.")], home: Home = Path()
+) -> None:
     """Watch a run from its beginning until it ends."""
     with calls.Caller.open(home / "keys") as caller:
         follow(iter(text for _, text in caller.watch(run_id)))
@@ -158,9 +168,13 @@ def watch(run_id: Annotated[str, typer.Argument(help="A run of yours; see `fl-st
 
 @app.command()
 def report(
-    run_id: Annotated[str, typer.Argument(help="A finished run, or a study's digest or file (its latest finished run).")],
+    run_id: Annotated[
+        str, typer.Argument(help="A finished run, or a study's digest or file (its latest finished run).")
+    ],
     home: Home = Path(),
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for report.html, metrics.json and the plots.")] = Path("report"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for report.html, metrics.json and the plots.")
+    ] = Path("report"),
     as_json: AsJson = False,
 ) -> None:
     """Fetch a run's results and write the evaluation report."""
@@ -194,7 +208,7 @@ def say_report(page: Path, as_json: bool) -> None:
 
 
 @app.command()
-def simulate(  # noqa: PLR0913  each argument is one option of the command
+def simulate(
     file: StudyFile,
     site: Annotated[
         list[str] | None,
@@ -202,7 +216,9 @@ def simulate(  # noqa: PLR0913  each argument is one option of the command
     ] = None,
     patients: Annotated[int, typer.Option(min=30, max=2000, help="Patients of each phantom hospital.")] = 120,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("simulation"),
-    compare: Annotated[bool, typer.Option("--compare", help="Also train at each site alone and evaluate everywhere.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also train at each site alone and evaluate everywhere.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the same coordinator and site programs in this one process, on phantoms or on given site folders."""
@@ -330,7 +346,9 @@ class _Teller:
         console.print(f"Run finished: {event['label']}", style=style, highlight=False, markup=False)
 
     def _failed(self, event: dict[str, Any]) -> None:
-        raise RunError(f"the run failed: {event['message']}", remedy="Mend the cause, then `fl-study run` continues it.")
+        raise RunError(
+            f"the run failed: {event['message']}", remedy="Mend the cause, then `fl-study run` continues it."
+        )
 
 
 def follow(lines: Iterator[str]) -> None:
@@ -345,4 +363,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,8 +2,8 @@
 
     HOME/
     ├── server.yaml          settings; written last, so it marks a finished founding
-    ├── keys/                ca.key ca.pem, coordinator.key (statements), tls.key tls.pem (server certificate and ca.pem)
-    ├── roster.sqlite        this module's tables (0600)
+    ├── keys/                ca.key ca.pem, coordinator.key (statements), tls.key tls.pem (server certificate and
+    ca.pem) ├── roster.sqlite        this module's tables (0600)
     ├── journal.jsonl        what the coordinator did, hash-chained
     ├── runs/<run_id>/       durable state of each run
     └── superlink/           Flower's database
@@ -14,7 +14,6 @@ every change is one SQLite transaction that is on the disk before anything is an
 
 import datetime as dt
 import ipaddress
-import json
 import re
 import secrets
 import sqlite3
@@ -35,6 +34,7 @@ from privacy.calls import Decision, InvitationLine, PartyRole, Statement, token_
 from privacy.errors import (
     DocumentError,
     InvitationRefused,
+    IsocenterError,
     MessageMalformed,
     NotEnrolled,
     RunUnknown,
@@ -59,7 +59,7 @@ class ServerFile(Document):
     service_port: int = Field(default=9441, ge=1, le=65535, description="port for joining, studies, approvals, results")
     invitation_hours: int = Field(default=72, ge=1, le=24 * 30, description="how long an invitation can be used")
     certificate_days: int = Field(
-        # Certificates of 30 days need renewal by the node itself, which does not exist yet; until then a project's length.
+        # Certificates of 30 days need renewal by the node itself; until that exists, they last for a project.
         default=365,
         ge=1,
         le=3650,
@@ -230,8 +230,9 @@ CREATE TABLE IF NOT EXISTS studies (
 CREATE TABLE IF NOT EXISTS named_sites (
     digest TEXT NOT NULL REFERENCES studies(digest), site TEXT NOT NULL, PRIMARY KEY (digest, site));
 CREATE TABLE IF NOT EXISTS decisions (
-    digest TEXT NOT NULL REFERENCES studies(digest), site TEXT NOT NULL REFERENCES parties(name), decision TEXT NOT NULL,
-    time_ms INTEGER NOT NULL, statement BLOB NOT NULL, signature BLOB NOT NULL, PRIMARY KEY (digest, site));
+    digest TEXT NOT NULL REFERENCES studies(digest), site TEXT NOT NULL REFERENCES parties(name),
+    decision TEXT NOT NULL, time_ms INTEGER NOT NULL, statement BLOB NOT NULL, signature BLOB NOT NULL,
+    PRIMARY KEY (digest, site));
 CREATE TABLE IF NOT EXISTS nonces (nonce TEXT PRIMARY KEY, name TEXT NOT NULL, until REAL NOT NULL);
 CREATE INDEX IF NOT EXISTS nonces_until ON nonces(until);
 """
@@ -260,7 +261,7 @@ class Roster:
         try:
             db = sqlite3.connect(self.path, timeout=SECONDS_BUSY, isolation_level=None)
         except sqlite3.Error as error:
-            raise DocumentError(f"{self.path} cannot be opened ({error})") from None
+            raise IsocenterError(f"{self.path} cannot be opened ({error})") from None
         try:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
@@ -273,7 +274,7 @@ class Roster:
                 raise
             db.execute("COMMIT")
         except sqlite3.DatabaseError as error:
-            raise DocumentError(
+            raise IsocenterError(
                 f"{self.path} could not be used ({error})",
                 remedy="Check disk space; restore it from a backup if damaged.",
             ) from None
@@ -283,7 +284,7 @@ class Roster:
     # Invitations and parties
 
     def invite(self, name: str, role: PartyRole, hours: int) -> str:
-        """A one-use token for `name`, which only its receiver will know; raises InvitationRefused if the name is taken."""
+        """A one-use token for `name`, known only to its receiver; raises InvitationRefused if the name is taken."""
         keys.check_name(name)
         token = InvitationLine.new_token()
         with self._transaction() as db:
@@ -298,8 +299,8 @@ class Roster:
     ) -> tuple[Party, bool]:
         """The party that the invitation makes, and whether it is new.
 
-        Raises InvitationRefused, and changes nothing, if the token is unknown, expired, used with another key, or made for
-        another name or role, or if the name or key is enrolled already. The same key again gets what it got.
+        Raises InvitationRefused, and changes nothing, if the token is unknown, expired, used with another key, or made
+        for another name or role, or if the name or key is enrolled already. The same key again gets what it got.
         """
         wanted, key_pem = token_hash(token), keys.public_pem(key)
         with self._transaction() as db:
@@ -365,7 +366,7 @@ class Roster:
             db.execute("UPDATE parties SET node_id = ? WHERE name = ?", (str(node_id), name))
 
     def admit_call(self, name: str, nonce: str, until: float) -> None:
-        """Raise SignatureInvalid if the nonce was used before; else remember it till `until` and note the party as seen."""
+        """Raise SignatureInvalid if the nonce was used before; else remember it till `until`, and the party as seen."""
         with self._transaction() as db:
             db.execute("DELETE FROM nonces WHERE until < ?", (time.time(),))
             if db.execute("SELECT count(*) FROM nonces WHERE name = ?", (name,)).fetchone()[0] >= NONCES_PER_PARTY:
@@ -376,10 +377,10 @@ class Roster:
                 raise SignatureInvalid("this call was received before; a call can be made once") from None
             db.execute("UPDATE parties SET last_seen = ? WHERE name = ?", (_iso(), name))
 
-    # Studies and decisions
+            # Studies and decisions
 
-    def add_study(self, study: Study, researcher: str, signature: bytes, coordinator_signature: bytes) -> None:
-        """Offer a study to the sites it names. The same study again changes nothing; another researcher's is refused.
+    def add_study(self, study: Study, researcher: str, signature: bytes, coordinator_signature: bytes) -> bool:
+        """Offer a study to the sites it names. False if it was offered already; another researcher's is refused.
 
         Raises NotEnrolled naming every site that the study names and the consortium does not have.
         """
@@ -394,11 +395,12 @@ class Roster:
             if owner is not None:
                 if owner[0] != researcher:
                     raise TrustError("this study was submitted by another researcher")
-                return
+                return False
             row = (study.digest, study.canonical(), researcher, signature, coordinator_signature, _iso())
             db.execute("INSERT INTO studies VALUES (?, ?, ?, ?, ?, ?)", row)
             sites = [(study.digest, site) for site in study.all_sites]
             db.executemany("INSERT INTO named_sites VALUES (?, ?)", sites)
+            return True
 
     def study(self, digest: str) -> Offered:
         """The submitted study; raises RunUnknown."""
@@ -425,7 +427,7 @@ class Roster:
             return [(Offered(*row[:-1]), row[-1]) for row in rows]
 
     def decide(self, statement: Statement, signature: bytes) -> bool:
-        """Record a verified decision; True if it changed something. Raises TrustError for a site the study does not name.
+        """Record a verified decision; True if that changed anything. TrustError for a site the study does not name.
 
         A later statement replaces an earlier one, an earlier one never a later one, whatever order they arrive in.
         """

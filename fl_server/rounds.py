@@ -12,7 +12,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from privacy.errors import MessageMalformed, QuorumLost
-from privacy.wire import EvaluateReport, Order, Refusal, TrainReport, decode
+from privacy.wire import EvaluateReport, Order, Refusal, Report, TrainReport, decode
 
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.02, 0.25
 """Between two looks for reports: a phantom round takes a second, a hospital's takes minutes."""
@@ -87,25 +87,28 @@ class Gathering:
         if message.has_error():
             self.missing[site] = flower_reason(message.error)
             return None
-        order = self.order
         try:
-            report = decode(message, TrainReport, EvaluateReport, Refusal)
-            answers = ("study", "run", "round", "attempt")
-            if report.site != site or any(getattr(report, name) != getattr(order, name) for name in answers):
-                raise MessageMalformed("the report answers another order")
-            if isinstance(report, Refusal):
-                self.missing[site] = report.code
-                return None
-            if report.kind != f"{order.kind}-report":
-                raise MessageMalformed("the report is of another kind than the order")
-            if isinstance(report, EvaluateReport) and report.split != getattr(order, "split", None):
-                raise MessageMalformed("the report is of another split than the order")
-            if isinstance(report, TrainReport) and report.update.shape != order.model.shape:
-                raise MessageMalformed("the update has another length than the model")
+            report: Report = decode(message, TrainReport, EvaluateReport, Refusal)
+            if isinstance(report, TrainReport | EvaluateReport):
+                self._check(site, report)
+                return report
+            self.missing[site] = report.code if isinstance(report, Refusal) else MessageMalformed.code
         except MessageMalformed as error:
             self.missing[site] = error.code
-            return None
-        return report
+        return None
+
+    def _check(self, site: str, report: TrainReport | EvaluateReport) -> None:
+        """Raise MessageMalformed unless `report` answers exactly this order to exactly this site."""
+        order = self.order
+        answers = ("study", "run", "round", "attempt")
+        if report.site != site or any(getattr(report, name) != getattr(order, name) for name in answers):
+            raise MessageMalformed("the report answers another order")
+        if report.kind != f"{order.kind}-report":
+            raise MessageMalformed("the report is of another kind than the order")
+        if isinstance(report, EvaluateReport) and report.split != getattr(order, "split", None):
+            raise MessageMalformed("the report is of another split than the order")
+        if isinstance(report, TrainReport) and report.update.shape != order.model.shape:
+            raise MessageMalformed("the update has another length than the model")
 
 
 def flower_reason(error: Error) -> str:

@@ -12,9 +12,8 @@ The attempt counts launches. It is part of every order, so no order of a later l
 
 import datetime
 import json
-import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +25,7 @@ from safetensors.numpy import save
 
 from models.metrics import ScoreHistogram
 from models.study import Study
+from privacy import keys
 from privacy.errors import DocumentError, MessageMalformed, RunError, RunUnknown
 from privacy.wire import EvaluateReport
 
@@ -70,7 +70,7 @@ class Run:
         self.model: Float32 | None = None
         self.best: Float32 | None = None
         self.best_round = 0
-        self.state: dict[str, Float32] = {}
+        self.state: Mapping[str, Float32] = {}
         self.history: list[Round] = []
         self.ingested: dict[str, int] = {}
 
@@ -81,7 +81,7 @@ class Run:
         run_id = f"{study.name.replace('_', '-')}-{stamp}-{secrets.token_hex(3)}"
         folder = runs / run_id
         folder.mkdir(mode=0o700, parents=True)
-        write_atomically(folder / "study.json", study.canonical())
+        keys.write_private(folder / "study.json", study.canonical())
         facts = {
             "version": 1,
             "run_id": run_id,
@@ -130,7 +130,7 @@ class Run:
         """Rounds (from 1) that are not committed."""
         return iter(range(len(self.history) + 1, self.study.training.rounds + 1))
 
-    def commit(self, done: Round, model: Float32, state: dict[str, Float32]) -> None:
+    def commit(self, done: Round, model: Float32, state: Mapping[str, Float32]) -> None:
         """Make one round durable with a single rename: either all of it happened or none."""
         self.model, self.state = model, state
         self.history.append(done)
@@ -146,7 +146,7 @@ class Run:
             "history": [vars(r) for r in self.history],
             "ingested": self.ingested,
         }
-        write_atomically(
+        keys.write_private(
             self.folder / "checkpoint.safetensors",
             save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata={"progress": json.dumps(progress)}),
         )
@@ -184,9 +184,9 @@ class Run:
         if model is None:
             raise RunError("the run has no model: no round was committed")
         card = {k: results[k] for k in ("version", "run_id", "digest", "study", "label", "finished", "selected_round")}
-        write_atomically(self.folder / "model.safetensors", save({"model": np.ascontiguousarray(model)}))
-        write_atomically(self.folder / "card.json", json.dumps(card, indent=1).encode())
-        write_atomically(self.folder / "results.json", json.dumps(results).encode())
+        keys.write_private(self.folder / "model.safetensors", save({"model": np.ascontiguousarray(model)}))
+        keys.write_private(self.folder / "card.json", json.dumps(card, indent=1).encode())
+        keys.write_private(self.folder / "results.json", json.dumps(results).encode())
         self._save_facts()
         self.event("finished", label=label, auroc=self._auroc(test))
 
@@ -222,7 +222,7 @@ class Run:
         return sum(s["loss"] * s["images"] for s in done.validation.values()) / images if images else None
 
     def _save_facts(self) -> None:
-        write_atomically(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
+        keys.write_private(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
 
     def _load_checkpoint(self) -> None:
         path = self.folder / "checkpoint.safetensors"
@@ -289,19 +289,3 @@ def participation_label(study: Study, history: list[Round], test_missing: dict[s
         return "complete"
     whole = len(study.all_sites) - len(absent)
     return f"partial ({whole} of {len(study.all_sites)}, {', '.join(absent)})"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """After this returns `path` holds `data` even after a power loss; before, it holds what it held."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    with temporary.open("xb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -47,7 +47,9 @@ class TargetWords(Document):
 
     column: str = Field(min_length=1, max_length=200, description="column of the label table that holds this target")
     words: dict[str, Literal[0, 1]] = Field(
-        min_length=1, max_length=1000, description="what each word of that column means: 1, 0; all other words are missing"
+        min_length=1,
+        max_length=1000,
+        description="what each word of that column means: 1, 0; all other words are missing",
     )
 
     @field_validator("words", mode="before")
@@ -77,17 +79,25 @@ class TargetWords(Document):
 class LabelMap(Document):
     """How to read this site's label table."""
 
-    table: str = Field(min_length=1, max_length=4096, description="CSV or TSV file, relative to the folder of site.yaml")
+    table: str = Field(
+        min_length=1, max_length=4096, description="CSV or TSV file, relative to the folder of site.yaml"
+    )
     key: str = Field(min_length=1, max_length=200, description="column that names the image, the study or the patient")
     matches: Matches = Field(
         description="what the key is compared to; file: the path below the data folder (also for pictures); "
         "patient_id with pictures: the first folder of that path"
     )
     patient: str | None = Field(
-        default=None, min_length=1, max_length=200, description="column that names the patient; pictures matched by file need it"
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="column that names the patient; pictures matched by file need it",
     )
     view: str | None = Field(
-        default=None, min_length=1, max_length=200, description="pictures only: column with PA, AP, LL; without it all count as frontal"
+        default=None,
+        min_length=1,
+        max_length=200,
+        description="pictures only: column with PA, AP, LL; without it all count as frontal",
     )
     targets: dict[Name, TargetWords] = Field(min_length=1, max_length=32)
 
@@ -211,7 +221,9 @@ class _Reading:
                 continue
             column = name.strip()
             if columns.count(column) > 1:
-                raise LabelTableError(f"{self.path.name}: the column {column!r} stands twice; which one is meant is unclear")
+                raise LabelTableError(
+                    f"{self.path.name}: the column {column!r} stands twice; which one is meant is unclear"
+                )
             if column not in columns:
                 near = difflib.get_close_matches(column.casefold(), [c.casefold() for c in columns], n=1, cutoff=0.5)
                 nearest = next((c for c in columns if near and c.casefold() == near[0]), None)

@@ -126,7 +126,9 @@ class Study(Document):
 
     def canonical(self) -> bytes:
         """UTF-8 JSON with every default written out, keys sorted, no blanks; equal studies give equal bytes."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+        ).encode()
 
     @classmethod
     def from_canonical(cls, text: bytes) -> "Study":
@@ -150,9 +152,13 @@ class Study(Document):
         if len(set(self.all_sites)) != len(self.all_sites):
             found.append("a site is named twice in participation (sites, evaluate_only)")
         if part.quorum > len(part.sites):
-            found.append(f"quorum {part.quorum} is more than the {len(part.sites)} training sites, so no round could end")
+            found.append(
+                f"quorum {part.quorum} is more than the {len(part.sites)} training sites, so no round could end"
+            )
         if split.validation + split.test > 0.8:
-            found.append("validation and test together take more than 80 % of the patients, which leaves too few to train on")
+            found.append(
+                "validation and test together take more than 80 % of the patients, which leaves too few to train on"
+            )
         if found:
             raise StudyConflict("; ".join(found))
 

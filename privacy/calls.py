@@ -1,11 +1,11 @@
 """Calls to the consortium service: joining, and signed calls over TLS that trusts one authority only.
 
 Rules, which both ends share:
-1. Nothing is sent to a server before its authority's fingerprint equals the invited one; afterwards only that authority is
-   trusted, whatever the machine's own certificate store says.
+1. Nothing is sent to a server before its authority's fingerprint equals the invited one; afterwards only that
+   authority is trusted, whatever the machine's own certificate store says.
 2. Every call but Enrol carries a signature of the caller over method, SHA-256 of the request, name, time and nonce.
-3. A failure arrives as "<code>: <sentence>" and is raised here as the class of `privacy.errors` with that code. The sentence
-   comes from another machine, so it is stripped of control characters before anyone prints it.
+3. A failure arrives as "<code>: <sentence>" and is raised here as the class of `privacy.errors` with that code. The
+   sentence comes from another machine, so it is stripped of control characters before anyone prints it.
 """
 
 import base64
@@ -54,6 +54,7 @@ REPLY_BYTES_MAX = 32 * 1024 * 1024  # all offers of a site in one reply
 RESULT_BYTES_MAX = 16 * 1024**3  # one result file; a model of four billion float32 weights
 RESULT_FILES = ("results.json", "model.safetensors", "card.json")
 SENTENCE_CHARACTERS_MAX = 2000  # status details travel in a header of at most 8 KiB
+REMEDY = "isocenter-remedy-bin"  # trailing metadata: what to do, where it is not what the error's class says
 TOKEN_BYTES = 20
 
 _generated: Any = consortium_pb2_grpc  # the generated module carries no annotations
@@ -96,7 +97,7 @@ class InvitationLine:
 
 @dataclass(frozen=True)
 class Enrolment:
-    """Who this folder's keys speak for, and where its consortium is. Written last of all, so it marks a finished join."""
+    """Who this folder's keys speak for, and where its consortium is. Written last, so it marks a finished join."""
 
     name: str
     role: PartyRole
@@ -121,10 +122,11 @@ class Enrolment:
 
 
 def join(line: str, folder: Path, role: PartyRole = "site") -> Enrolment:
-    """Redeem an invitation: afterwards `folder` holds <role>.key, <role>.pem, ca.pem, coordinator.pem and enrolment.json.
+    """Redeem an invitation; then `folder` holds <role>.key, <role>.pem, ca.pem, coordinator.pem and enrolment.json.
 
-    The key is made here and never leaves. Killed at any point, the same line can be used again: the key is kept, and the
-    coordinator answers the same key with the same certificate. Raises WrongAuthority, InvitationRefused, Unreachable.
+    The key is made here and never leaves. Killed at any point, the same line can be used again: the key is kept, and
+    the coordinator answers the same key with the same certificate. Raises WrongAuthority, InvitationRefused,
+    Unreachable, and TrustError if the folder belongs to somebody else.
     """
     invitation = InvitationLine.parse(line)
     if (folder / "enrolment.json").exists():
@@ -165,15 +167,15 @@ def join(line: str, folder: Path, role: PartyRole = "site") -> Enrolment:
 
 
 def _invited_authority(invitation: InvitationLine) -> x509.Certificate:
-    """The certificate in the server's chain whose fingerprint is the invited one; raises WrongAuthority if there is none."""
+    """The certificate in the server's chain whose fingerprint is the invited one; raises WrongAuthority for none."""
     chain = _shown_chain(invitation.host, invitation.service_port)
     for certificate in chain:
         if secrets.compare_digest(keys.fingerprint(certificate), invitation.ca_fingerprint):
             return certificate
     shown = keys.grouped(keys.fingerprint(chain[-1]))
     raise WrongAuthority(
-        f"the server at {invitation.host}:{invitation.service_port} belongs to another authority than the one that invited "
-        f"{invitation.name}. It showed {shown}; the invitation says {keys.grouped(invitation.ca_fingerprint)}"
+        f"the server at {invitation.host}:{invitation.service_port} belongs to another authority than the one that "
+        f"invited {invitation.name}. It showed {shown}; the invitation says {keys.grouped(invitation.ca_fingerprint)}"
     )
 
 
@@ -308,7 +310,7 @@ class Statement:
 
 
 class Caller:
-    """One party's signed calls to its coordinator. Every method raises the error the coordinator named, or Unreachable."""
+    """One party's signed calls to its coordinator. A method raises the error the coordinator named, or Unreachable."""
 
     def __init__(self, address: str, ca_pem: bytes, name: str, key: keys.PrivateKey) -> None:
         """`address` is host:port of the consortium service; only certificates issued below `ca_pem` are accepted."""
@@ -364,7 +366,7 @@ class Caller:
             yield int(event.number), str(event.text)
 
     def results(self, run_id: str, folder: Path) -> list[Path]:
-        """Researcher: store the result files of a run below `folder`; each appears whole, with the hash it was sent with."""
+        """Researcher: store the result files of a run below `folder`; each appears whole and as it was sent."""
         return _store(self._stream("Results", pb.ResultsRequest(run_id=run_id)), folder)
 
     def _call(self, name: str, request: Any, timeout_s: float = CALL_SECONDS) -> Any:
@@ -424,8 +426,8 @@ def _store_one(part: Path, pieces: Iterable[pb.Chunk], name: str) -> None:
 def require_tls13() -> None:
     """Make TLS 1.3 the only version that gRPC can negotiate in this process.
 
-    gRPC's Python interface has no setting for the version, only this one for the TLS 1.2 cipher suites. It is set to a suite
-    that needs an RSA certificate; ours are P-256, so no TLS 1.2 handshake can succeed. TLS 1.3 suites are not affected.
+    gRPC's Python interface has no setting for the version, only this one for the TLS 1.2 cipher suites. It is set to a
+    suite that needs an RSA certificate; ours are P-256, so no TLS 1.2 handshake succeeds. TLS 1.3 is not affected.
     """
     os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
 
@@ -451,7 +453,8 @@ def details_of(error: IsocenterError) -> str:
 def error_of(details: str) -> IsocenterError | None:
     """The error that `details_of` described, of the class with that code; None if it is of another form."""
     code, separator, sentence = details.partition(": ")
-    kinds, todo = {}, [IsocenterError]
+    kinds: dict[str, type[IsocenterError]] = {}
+    todo = [IsocenterError]
     while todo:
         kind = todo.pop()
         kinds.setdefault(kind.code, kind)
@@ -475,6 +478,9 @@ def _translated(error: Any, address: str) -> IsocenterError:
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
         return Unreachable(f"{address} did not answer in time")
     if named := error_of(details):
+        for key, value in error.trailing_metadata() or ():
+            if key == REMEDY and isinstance(value, bytes):
+                named.remedy = _printable(value.decode("utf-8", "replace"))
         return named
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Unreachable(f"{address} is too busy, or the message is too large", remedy="Try again in a minute.")

@@ -1,13 +1,13 @@
 """Append-only journal: a line that was written is on the disk, and a changed, removed or reordered line is found.
 
 One JSON object per line:
-    {"n": 3, "time": "2026-01-31T12:00:00Z", "kind": "order-refused", "facts": {...}, "previous": "<64 hex>", "hash": "<64 hex>"}
-`hash` is SHA-256 over a label and the line without `hash`; `previous` is the hash of the line before (the first line has
-64 zeros). Someone who can rewrite the file can forge a whole new chain or cut its end; against that, keep `head` elsewhere and
-give it to `verify`.
+    {"n":3,"time":"2026-01-31T12:00:00Z","kind":"order-refused","facts":{...},"previous":"<64 hex>","hash":"<64 hex>"}
+`hash` is SHA-256 over a label and the line without `hash`; `previous` is the hash of the line before (the first line
+has 64 zeros). Someone who can rewrite the file can forge a whole new chain or cut its end; against that, keep `head`
+elsewhere and give it to `verify`.
 
-Facts are numbers and enumerated names: a string that is not a short lower-case word, a digest or a code is refused, so free
-text, paths, DICOM UIDs and dates cannot get in by accident.
+Facts are numbers and enumerated names: a string that is not a short lower-case word, a digest or a code is refused, so
+free text, paths, DICOM UIDs and most else cannot get in by accident.
 """
 
 import datetime as dt
@@ -51,7 +51,7 @@ class Journal:
     """One journal file (mode 0600), safe for several threads and processes at once: the chain never forks."""
 
     def __init__(self, path: Path) -> None:
-        """Open or create the journal. A torn last line is set aside; raises JournalDamaged if the last line is damaged."""
+        """Open or create the journal. A torn last line is set aside; JournalDamaged if the last whole one is bad."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._locked() as file:
@@ -78,7 +78,7 @@ class Journal:
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
-        """A descriptor under an exclusive lock. A fresh descriptor each time makes the lock hold between threads too."""
+        """A descriptor under an exclusive lock; a fresh one each time, so that the lock holds between threads too."""
         created = not self.path.exists()
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:

@@ -1,10 +1,11 @@
 """Keys, certificates and signed statements: every check here raises, and a private key is never readable by others.
 
 Trust rules, in the order in which they bite:
-1. One kind of key: EC P-256. It serves TLS, the node's authentication at Flower (which asks for a NIST curve) and statements.
+1. One kind of key: EC P-256. It serves TLS, the node's authentication at Flower (which asks for a NIST curve) and
+   statements.
 2. A private key is made where it is used, in a file of mode 0600, and is never overwritten and never sent.
-3. A certificate is issued only for a signing request whose own signature holds; subject and uses come from the authority's
-   arguments, never from the request.
+3. A certificate is issued only for a signing request whose own signature holds; subject and uses come from the
+   authority's arguments, never from the request.
 4. Every signature covers a label `isocenter/v1/<use>` before its body, so a statement of one use is none of another.
 5. An authority is known by the SHA-256 of its certificate, which people compare.
 """
@@ -57,7 +58,7 @@ class Authority:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Replace `path` in one step by a file of mode 0600; after a crash either the old or the whole new content is there."""
+    """Replace `path` in one step by a file of mode 0600; after a crash the old or the whole new content is there."""
     _write(path, content, 0o600)
 
 
@@ -108,7 +109,7 @@ def make_key(path: Path) -> PrivateKey:
 
 
 def load_key(path: Path) -> PrivateKey:
-    """The P-256 key in `path`. Raises KeyFileUnsafe if group or others may read or write the file, NotEnrolled if absent."""
+    """The P-256 key in `path`. Raises KeyFileUnsafe if others may use the file, NotEnrolled if it is absent."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:

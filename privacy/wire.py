@@ -148,12 +148,18 @@ class EvaluateOrder(Order):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TrainReport(Crossing):
+class Report(Crossing):
+    """What a site answers."""
+
+    site: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainReport(Report):
     """`update`: float32 (P,), local model minus ordered model. `cases`: labelled images behind it. `loss`: their mean."""
 
     kind: ClassVar[str] = "train-report"
 
-    site: str
     cases: int
     loss: float
     seconds: float
@@ -162,12 +168,11 @@ class TrainReport(Crossing):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class EvaluateReport(Crossing):
+class EvaluateReport(Report):
     """`counts`: int32 (targets, 2, bins), how many negatives and positives scored in each bin. `loss`: mean over images."""
 
     kind: ClassVar[str] = "evaluate-report"
 
-    site: str
     split: str
     patients: int
     images: int
@@ -178,12 +183,11 @@ class EvaluateReport(Crossing):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Refusal(Crossing):
+class Refusal(Report):
     """Why a site did not carry out an order: a code of `privacy.errors.public_codes()`, never a text."""
 
     kind: ClassVar[str] = "refusal"
 
-    site: str
     code: str
 
     @classmethod
@@ -191,7 +195,6 @@ class Refusal(Crossing):
         return cls(study=order.study, run=order.run, round=order.round, attempt=order.attempt, site=site, code=code)
 
 
-Report = TrainReport | EvaluateReport | Refusal
 MESSAGES: tuple[type[Crossing], ...] = (TrainOrder, EvaluateOrder, TrainReport, EvaluateReport, Refusal)
 M = TypeVar("M", bound=Crossing)
 

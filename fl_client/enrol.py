@@ -1,0 +1,163 @@
+"""The site's half of the consortium service: join, see what is offered, answer with a signed statement."""
+
+import logging
+import time
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+from cryptography import x509
+
+from fl_client.consent import Consent, Offer, consents
+from fl_client.site import SiteFile
+from models.study import Study, parse, read
+from privacy import calls, keys
+from privacy import consortium_pb2 as pb
+from privacy.calls import Decision, Enrolment, InvitationLine, Statement
+from privacy.errors import DocumentError, IsocenterError, MessageMalformed, RunUnknown, Unreachable
+from privacy.journal import Journal
+
+DIGEST_LEAST = 6  # characters of a digest that a person has to type
+_log = logging.getLogger(__name__)
+
+
+def join(line: str, home: Path) -> Enrolment:
+    """Join with an invitation line: the key is made in HOME/keys and stays there, and a commented site.yaml is written.
+
+    An existing site.yaml is kept; only a missing `coordinator` section is added to it. Can be repeated with the same
+    line until it has succeeded. Raises what `privacy.calls.join` raises, and DocumentError for another site's site.yaml.
+    """
+    invitation, path = InvitationLine.parse(line), SiteFile.path(home)
+    settings = read(SiteFile, path) if path.exists() else None
+    if settings is not None and settings.site != invitation.name:
+        raise DocumentError(
+            f"{path} is of site {settings.site}, and the invitation is for {invitation.name}",
+            remedy="Use another home folder, or correct `site` in the file.",
+        )
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    first = not (home / "keys" / "enrolment.json").exists()
+    enrolment = calls.join(line, home / "keys")
+    if first:
+        Journal(home / "journal.jsonl").append("joined", site=enrolment.name, authority=enrolment.ca_fingerprint)
+    if settings is None:
+        keys.write_private(path, _template(enrolment).encode())
+    elif settings.coordinator is None:
+        keys.write_private(path, _completed(path, enrolment).encode())
+    return enrolment
+
+
+def fetch_offers(home: Path) -> list[Offer]:
+    """The studies offered to this site, newest first, each with every signature checked and what this site decided.
+
+    An offer that fails a check is left out, logged and noted in the journal: one bad study does not hide the others.
+    """
+    site = Enrolment.open(home / "keys").name
+    with _caller(home) as caller:
+        found = caller.offers()
+    ca = keys.load_certificate((home / "keys" / "ca.pem").read_bytes())
+    coordinator = keys.load_public((home / "keys" / "coordinator.pem").read_bytes())
+    offers = []
+    for number, received in enumerate(found):
+        try:
+            offers.append(_checked(received, site, ca, coordinator))
+        except IsocenterError as error:
+            _log.warning("offer %d of the coordinator is not genuine and is left out: %s", number + 1, error)
+            Journal(home / "journal.jsonl").append("offer-refused", code=error.code)
+    return [replace(offer, decision=_decision(home, offer.digest)) for offer in offers]
+
+
+def find_offer(home: Path, digest: str) -> Offer:
+    """The one offer whose digest begins with `digest`; raises RunUnknown for none or several.
+
+    Without a connection, a study that was answered before is still found, so that an approval can always be withdrawn.
+    """
+    try:
+        offers = fetch_offers(home)
+    except Unreachable:
+        offers = [consent.offer for consent in consents(home)]
+        if not any(offer.digest.startswith(digest) for offer in offers):
+            raise
+    found = [offer for offer in offers if offer.digest.startswith(digest)]
+    if len(found) != 1 or len(digest) < DIGEST_LEAST:
+        what = "no study" if not found else "more than one study, or too little of its digest is given:"
+        raise RunUnknown(f"{what} offered to this site begins with {digest!r}", remedy="See `fl-client studies`.")
+    return found[0]
+
+
+def decide(home: Path, offer: Offer, decision: Decision) -> None:
+    """Sign the decision, make it hold here, note it in the journal, then send it.
+
+    It holds at this site even when sending fails: then Unreachable is raised, and the command can be repeated.
+    """
+    enrolment = Enrolment.open(home / "keys")
+    key = keys.load_key(home / "keys" / "site.key")
+    before = Consent.open(home, offer.digest)
+    # Later than the last one even if the clock was set back, or the coordinator would take this for the older statement.
+    least = before.statement.time_ms + 1 if before else 0
+    statement = Statement(offer.digest, enrolment.name, decision, max(time.time_ns() // 1_000_000, least))
+    signature = keys.sign(key, keys.STUDY_DECISION, statement.body())
+    Consent(replace(offer, decision=decision), statement, signature).store(home)
+    Journal(home / "journal.jsonl").append(decision, study=offer.digest)
+    try:
+        with _caller(home) as caller:
+            caller.decide(statement.body(), signature)
+    except Unreachable as error:
+        raise Unreachable(
+            f"{error}. The study counts as {decision} at this site from now on, but the coordinator does not know it yet",
+            remedy="Run the command again when the coordinator can be reached.",
+        ) from None
+
+
+def _caller(home: Path) -> calls.Caller:
+    coordinator = read(SiteFile, SiteFile.path(home)).coordinator
+    return calls.Caller.open(home / "keys", coordinator.service if coordinator else None)
+
+
+def _checked(received: pb.Offer, site: str, ca: x509.Certificate, coordinator: keys.PublicKey) -> Offer:
+    """The offer, if coordinator and researcher signed this very study and it is for this site; raises otherwise."""
+    keys.verify(coordinator, keys.STUDY_OFFER, received.study, received.coordinator_signature)
+    certificate = keys.load_certificate(received.researcher_certificate)
+    keys.check_issued(ca, certificate, received.researcher, "researcher")
+    keys.verify(keys.public_key_of(certificate), keys.STUDY_SUBMIT, received.study, received.researcher_signature)
+    study = Study.from_canonical(received.study)
+    study.check()
+    if site not in study.all_sites:
+        raise MessageMalformed("the study does not name this site")
+    return Offer(
+        study,
+        received.researcher,
+        keys.certificate_pem(certificate),
+        received.researcher_signature,
+        received.coordinator_signature,
+        received.submitted,
+    )
+
+
+def _decision(home: Path, digest: str) -> Decision | None:
+    consent = Consent.open(home, digest)
+    return consent.statement.decision if consent else None
+
+
+def _template(enrolment: Enrolment) -> str:
+    text = resources.files("configs").joinpath("site.yaml").read_text(encoding="utf-8")
+    for key, value in (("site", enrolment.name), ("gateway", enrolment.gateway), ("service", enrolment.service)):
+        text = text.replace("{" + key + "}", value)
+    parse(SiteFile, text, "configs/site.yaml")
+    return text
+
+
+def _completed(path: Path, enrolment: Enrolment) -> str:
+    """site.yaml with the consortium's addresses added at its end; raises DocumentError if that cannot be done."""
+    section = f'coordinator:\n  gateway: "{enrolment.gateway}"\n  service: "{enrolment.service}"\n'
+    text = (
+        path.read_text(encoding="utf-8").rstrip()
+        + "\n\n# Where the consortium is; added by `fl-client join`.\n"
+        + section
+    )
+    try:
+        parse(SiteFile, text, str(path))
+    except DocumentError:
+        raise DocumentError(
+            f"{path} needs a coordinator section, which could not be added", remedy=f"Add by hand:\n{section}"
+        ) from None
+    return text

@@ -1,0 +1,458 @@
+"""A synthetic hospital: DICOM radiographs of invented chests, a label table, and the dirt that real exports hold.
+
+`make_hospital` gives the same bytes for the same name, patients, seed and vendor. Each vendor writes files its own way (polarity, bits, compression,
+headers, field of view, contrast, noise) and words its labels its own way. Each but one also has a shortcut: something in
+the picture that goes with the label at that hospital only, as a ward's portable device goes with sick patients. A model
+trained at one hospital learns the shortcut and fails elsewhere; trained on all of them it has to look at the lungs.
+
+Patients, names and numbers are invented; nothing here is derived from an image of a person.
+"""
+
+import csv
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    DigitalXRayImageStorageForPresentation,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
+
+Plane = npt.NDArray[np.float32]
+
+SIDE_PX = 256
+POSITIVE_SHARE = 0.45
+FOLLOW_UP_SHARE = 0.3  # patients with a second image, so that splitting by image instead of patient would show
+LATERAL_EVERY = 20  # one lateral view per this many images
+
+
+@dataclass(frozen=True)
+class Vendor:
+    """How one hospital's devices make and write images, and how its clerks write labels.
+
+    `shortcut` is what goes with the label here: `wires` of monitoring leads, a side `marker`, or the `collimation` border;
+    `shortcut_odds` is its probability (with an opacity, without one).
+    """
+
+    manufacturer: str
+    modality: Literal["CR", "DX"]
+    photometric: Literal["MONOCHROME1", "MONOCHROME2"]
+    bits: int
+    syntaxes: tuple[str, ...]
+    spacing_mm: float
+    gamma: float
+    zoom: float
+    noise: float
+    blur_px: float
+    scatter: float
+    shortcut: Literal["wires", "marker", "collimation"]
+    shortcut_odds: tuple[float, float]
+    key: str
+    matches: Literal["study_uid", "accession", "patient_id"]
+    column: str
+    words: dict[int, tuple[str, ...]] = field(hash=False)
+    delimiter: str = ","
+
+
+VENDORS: dict[str, Vendor] = {
+    "aurora": Vendor(
+        "Aurora Imaging", "CR", "MONOCHROME1", 12, (ExplicitVRLittleEndian, RLELossless), 0.168,
+        gamma=0.75, zoom=1.0, noise=0.030, blur_px=0.9, scatter=0.35, shortcut="wires", shortcut_odds=(0.85, 0.15),
+        key="StudyInstanceUID", matches="study_uid", column="opacity", words={1: ("1",), 0: ("0",)},
+    ),
+    "boreal": Vendor(
+        "Boreal Medical", "DX", "MONOCHROME2", 14, (JPEGLSLossless, ExplicitVRLittleEndian), 0.143,
+        gamma=1.35, zoom=1.10, noise=0.015, blur_px=0.5, scatter=0.15, shortcut="wires", shortcut_odds=(0.15, 0.85),
+        key="Accession No", matches="accession", column="Chest finding",
+        words={1: ("OPACITY ", "Opacity"), 0: ("normal", "Normal ")}, delimiter=";",
+    ),
+    "cirrus": Vendor(
+        "Cirrus X-Ray", "DX", "MONOCHROME2", 10, (JPEG2000Lossless, ExplicitVRLittleEndian), 0.194,
+        gamma=1.0, zoom=0.90, noise=0.045, blur_px=1.3, scatter=0.5, shortcut="collimation", shortcut_odds=(0.15, 0.85),
+        key="Patient number", matches="patient_id", column="Lung opacity", words={1: ("yes",), 0: ("no",)}, delimiter="\t",
+    ),
+    "dorado": Vendor(
+        "Dorado Health", "CR", "MONOCHROME1", 15, (ExplicitVRLittleEndian,), 0.150,
+        gamma=1.15, zoom=1.02, noise=0.025, blur_px=0.7, scatter=0.25, shortcut="marker", shortcut_odds=(0.5, 0.5),
+        key="Study UID", matches="study_uid", column="Result", words={1: ("positive",), 0: ("negative",)},
+    ),
+}  # fmt: skip
+"""Three vendors with shortcuts that contradict each other, and `dorado` without one, for sites that only evaluate."""
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Coordinates in the patient: x to the right of the picture, y down, both about -1..1; one value per pixel."""
+
+    x: Plane
+    y: Plane
+
+
+def make_hospital(folder: Path, name: str, patients: int, seed: int, vendor: Vendor) -> dict[str, Any]:
+    """Write `folder`/dicom and `folder`/labels.csv; the label map for site.yaml, with target "opacity" and an absolute path."""
+    rng = np.random.default_rng(_entropy("hospital", name, seed))
+    images = folder / "dicom"
+    images.mkdir(parents=True, exist_ok=True)
+    rows: list[tuple[str, str]] = []
+    last = None
+    for number, (patient, opaque, pixels) in enumerate(_exposures(patients, vendor, rng)):
+        dataset = _dataset(f"{name}-{seed}", patient, number, vendor, rng)
+        _set_view(dataset, vendor, rng)
+        _set_pixels(dataset, pixels, vendor, vendor.syntaxes[int(rng.integers(len(vendor.syntaxes)))])
+        path = images / f"{dataset.StudyDate}" / f"IM{number:05d}"
+        path.parent.mkdir(exist_ok=True)
+        dataset.save_as(path, enforce_file_format=True)
+        key = {"study_uid": "StudyInstanceUID", "accession": "AccessionNumber", "patient_id": "PatientID"}[
+            vendor.matches
+        ]
+        words = vendor.words[int(opaque)]
+        rows.append((str(dataset[key].value), words[int(rng.integers(len(words)))]))
+        if number % LATERAL_EVERY == 0:
+            _write_lateral(dataset, pixels, vendor, path.with_name(path.name + "L"))
+        last = path
+    if last is not None:
+        _write_dirt(images, last, f"{name}-{seed}")
+    table = folder / "labels.csv"
+    _write_table(table, vendor, rows)
+    meaning = {word.strip().casefold(): value for value, words in vendor.words.items() for word in words}
+    return {
+        "table": str(table.resolve()),
+        "key": vendor.key,
+        "matches": vendor.matches,
+        "targets": {"opacity": {"column": vendor.column, "words": meaning}},
+    }
+
+
+def _entropy(*parts: object) -> int:
+    """A seed that differs for every combination of `parts` and is the same on every machine."""
+    return int.from_bytes(hashlib.sha256("\n".join(map(str, ("isocenter/v1/phantom", *parts))).encode()).digest()[:8])
+
+
+def _exposures(patients: int, vendor: Vendor, rng: np.random.Generator) -> Iterator[tuple[int, bool, Plane]]:
+    """(patient, has an opacity, pixels in 0..1 with bright = dense) for each image; the anatomy is the patient's own."""
+    for patient in range(patients):
+        opaque = bool(rng.random() < POSITIVE_SHARE)
+        anatomy = int(rng.integers(2**63))
+        for _ in range(1 + int(rng.random() < FOLLOW_UP_SHARE)):
+            yield patient, opaque, expose(anatomy, opaque, vendor, rng)
+
+
+def expose(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator) -> Plane:
+    """float32 (256, 256) in 0..1: the chest grown from the seed `anatomy`, positioned and exposed as `vendor` does."""
+    grid = _positioned(vendor, rng)
+    density = _chest(grid, np.random.default_rng(anatomy), rng, opaque)
+    shortcut = bool(rng.random() < vendor.shortcut_odds[0 if opaque else 1])
+    if vendor.shortcut == "wires" and shortcut:
+        density += _wires(rng)
+    density = (1 - vendor.scatter) * density + vendor.scatter * _blurred(density, 14)
+    picture = 1 - np.exp(-1.15 * density)
+    picture = (picture / picture.max()) ** np.float32(vendor.gamma)
+    picture = _blurred(picture, vendor.blur_px)
+    grain = rng.standard_normal((SIDE_PX, SIDE_PX), dtype=np.float32)
+    picture += np.float32(vendor.noise) * grain * np.sqrt(picture.clip(0.05, 1))
+    if vendor.shortcut == "marker" and shortcut:
+        _stamp_marker(picture, rng)
+    if vendor.shortcut == "collimation" and shortcut:
+        _collimate(picture, rng)
+    return picture.clip(0, 1)
+
+
+def _positioned(vendor: Vendor, rng: np.random.Generator) -> _Grid:
+    """Pixel coordinates after zoom, shift and a few degrees of rotation of the patient."""
+    line = np.linspace(-1, 1, SIDE_PX, dtype=np.float32) / np.float32(vendor.zoom * rng.normal(1, 0.03))
+    x, y = np.meshgrid(line + np.float32(rng.normal(0, 0.03)), line + np.float32(rng.normal(0, 0.03)))
+    angle = rng.normal(0, 0.025)
+    cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    return _Grid(cosine * x - sine * y, sine * x + cosine * y)
+
+
+def _step(distance: Plane, softness: float) -> Plane:
+    """0 to 1 across zero: the edge of an organ, `softness` wide."""
+    t = np.clip(distance * np.float32(0.4 / softness) + np.float32(0.5), np.float32(0), np.float32(1))
+    result: Plane = t * t * (3 - 2 * t)
+    return result
+
+
+def _bump(distance: Plane, width: float) -> Plane:
+    result: Plane = np.exp(-np.square(distance / np.float32(width))).astype(np.float32)
+    return result
+
+
+def _tube(distance: Plane, radius: float) -> Plane:
+    """Projection of a bone: a round rod with a denser rim."""
+    inside = np.sqrt(np.clip(1 - np.square(distance / np.float32(radius)), 0, 1))
+    rim = _bump(np.abs(distance) - np.float32(radius * 0.85), radius * 0.3)
+    result: Plane = (0.65 * inside + 0.45 * rim).astype(np.float32)
+    return result
+
+
+def _blurred(plane: Plane, sigma_px: float) -> Plane:
+    """Gaussian blur by FFT with mirrored edges; sigma in pixels."""
+    pad = min(SIDE_PX - 1, int(3 * sigma_px) + 1)
+    padded = np.pad(plane, pad, mode="reflect")
+    rows, columns = np.fft.fftfreq(padded.shape[0]), np.fft.rfftfreq(padded.shape[1])
+    damping = np.exp(-2 * (np.pi * sigma_px) ** 2 * (rows[:, None] ** 2 + columns[None] ** 2))
+    smooth = np.fft.irfft2(np.fft.rfft2(padded) * damping, s=padded.shape)
+    result: Plane = smooth[pad : pad + SIDE_PX, pad : pad + SIDE_PX].astype(np.float32)
+    return result
+
+
+def _chest(grid: _Grid, body: np.random.Generator, moment: np.random.Generator, opaque: bool) -> Plane:
+    """Density along the beam. `body` decides what stays the same for a patient, `moment` what differs between exposures."""
+    x, y = grid.x, grid.y
+    width, breath = np.float32(body.normal(0.80, 0.035)), np.float32(moment.normal(0, 0.05))
+    stout = np.float32(body.uniform(0.75, 1.3))
+    shoulder = 0.30 + 0.78 * _step(y + 0.92 - 0.10 * np.abs(x), 0.16)
+    outline = _step(shoulder - np.abs(x), 0.035)
+    flesh = outline * (0.45 + 0.55 * np.sqrt(np.clip(1 - np.square(x / 1.25), 0.05, 1))) * stout
+    lungs, bases = _lungs(grid, width, breath, body)
+    lung = np.maximum(*lungs)
+    depth = lung * (0.72 + 0.28 * np.sqrt(np.clip(1 - np.square((np.abs(x) - 0.42) / 0.5), 0, 1)))
+    density = flesh * (1 - 0.80 * depth)
+    density += 0.55 * outline * (1 - lung) * _step(y - bases, 0.05) * _bump(x, 0.9)
+    density += _mediastinum(grid, body)
+    density += _bones(grid, width, body) * outline
+    density += 0.9 * lung * _vessels(grid, body)
+    # Breast and muscle shadows: denser lower lungs that are no opacity.
+    density += outline * np.float32(body.uniform(0, 0.22)) * (_bump(np.hypot((np.abs(x) - 0.45) * 0.9, y - 0.35), 0.34))
+    if opaque:
+        density += lung * _opacities(grid, moment)
+    result: Plane = density.astype(np.float32)
+    return result
+
+
+def _lungs(
+    grid: _Grid, width: np.float32, breath: np.float32, body: np.random.Generator
+) -> tuple[tuple[Plane, Plane], Plane]:
+    """Masks 0..1 of the lung on the left and right of the picture, and the height of the diaphragm under each pixel."""
+    x, y = grid.x, grid.y
+    floor = np.float32(body.normal(0.52, 0.05)) + breath
+    apex = np.float32(body.normal(-0.80, 0.03))
+    masks, bases = [], np.zeros_like(x)
+    for side in (-1, 1):
+        across = x * side
+        # The dome on the left of the picture (the patient's right) stands higher, over the liver.
+        top = floor + (0.0 if side < 0 else 0.05)
+        dome = top + 0.55 * np.square(across - 0.36) + 0.10 * _step(across - width * 0.92, 0.05)
+        lateral = width * np.power(np.clip(1 - np.power(np.clip((0.25 - y) / (0.27 - apex), 0, 1), 2.6), 0, 1), 0.55)
+        lateral = lateral + 0.04 * np.clip(y, 0, 1)
+        medial = 0.10 + 0.05 * _step(y + 0.1, 0.2)
+        mask = _step(lateral - across, 0.022) * _step(across - medial, 0.03) * _step(dome - y, 0.018)
+        masks.append(mask * _step(y - apex, 0.04))
+        bases = np.where(across > 0, dome, bases)
+    return (masks[0], masks[1]), bases.astype(np.float32)
+
+
+def _mediastinum(grid: _Grid, body: np.random.Generator) -> Plane:
+    """Heart, great vessels, spine, and the airway as a darker band."""
+    x, y = grid.x, grid.y
+    size, lie = body.normal(1, 0.07), body.normal(0.42, 0.06)
+    across, along = (x - 0.13) * np.cos(lie) + (y - 0.30) * np.sin(lie), (y - 0.30) * np.cos(lie) - (x - 0.13) * np.sin(lie)
+    heart = np.sqrt(np.square(across / np.float32(0.40 * size)) + np.square(along / np.float32(0.27 * size)))
+    density = 0.26 * np.sqrt(np.clip(1.0 - heart, 0, 1)) + 0.40 * _step(1.0 - heart, 0.08)
+    density += 0.34 * _step(0.155 - np.abs(x - 0.015) + 0.05 * _step(y, 0.3), 0.045) * _step(y + 0.72, 0.25)
+    density += 0.34 * _bump(np.hypot(x - np.float32(body.normal(0.15, 0.015)), (y + 0.30) * 0.8), 0.085)
+    density += 0.20 * _bump(x - 0.18, 0.07) * _bump(y + 0.08, 0.14)
+    density += 0.22 * _bump(x + 0.13, 0.06) * _bump(y + 0.35, 0.30)
+    spine = _step(0.085 - np.abs(x), 0.018)
+    density += spine * (0.10 + 0.05 * np.cos((y + body.uniform(0, 1)) * np.float32(2 * np.pi / 0.135)))
+    density -= 0.26 * _bump(x - 0.005, 0.042) * _step(-0.22 - y, 0.08)
+    density += 0.22 * _bump(np.hypot((np.abs(x - 0.02) - 0.20) * 1.1, (y - 0.0) * 0.55), 0.075)
+    # Air in the stomach, under the dome on the right of the picture.
+    density -= np.float32(body.uniform(0, 0.35)) * _bump(np.hypot(x - 0.42, (y - 0.78) * 1.5), 0.13)
+    result: Plane = density
+    return result
+
+
+def _bones(grid: _Grid, width: np.float32, body: np.random.Generator) -> Plane:
+    """Ribs behind (level, then falling) and in front (rising outwards, fainter), clavicles, shoulder blades."""
+    x, y = grid.x, grid.y
+    across = np.abs(x) / width
+    pitch = np.float32(body.normal(0.148, 0.006))
+    inside = _step(1.03 - across, 0.02) * _step(0.72 - y, 0.08) * _step(y + 0.86, 0.04)
+    phase = body.uniform(0, 1)
+    behind = y + 0.10 * np.sin(np.float32(np.pi) * np.clip(across, 0, 1)) - 0.30 * np.power(np.clip(across, 0, 1.2), 3)
+    front = y + 0.42 * across - 0.20 * np.square(across)
+    density = np.zeros_like(x)
+    for course, radius, strength, from_x in ((behind, 0.036, 0.20, 0.12), (front, 0.042, 0.11, 0.34)):
+        turns = course / pitch + np.float32(phase)
+        distance = (turns - np.round(turns)) * pitch
+        density += strength * _tube(distance, radius) * inside * _step(np.abs(x) - from_x, 0.05)
+    lift = np.float32(body.normal(0.26, 0.05))
+    course = y + 0.66 + lift * np.abs(x) - 0.045 * np.sin(np.abs(x) * 7)
+    density += 0.30 * _tube(course, 0.036) * _step(np.abs(x) - 0.08, 0.02) * _step(0.80 - np.abs(x), 0.03)
+    blade = (np.abs(x) - 0.80) - 0.18 * (y + 0.35)
+    density += 0.16 * _step(blade, 0.02) * _step(0.98 - np.abs(x), 0.06) * _step(0.12 - y, 0.08) * _step(y + 0.72, 0.06)
+    result: Plane = density
+    return result
+
+
+def _vessels(grid: _Grid, body: np.random.Generator) -> Plane:
+    """Branches that leave both hila and grow finer outwards, drawn as points in the patient and blurred."""
+    sheet = np.zeros((SIDE_PX, SIDE_PX), np.float32)
+    steps = np.linspace(0, 1, 90, dtype=np.float32)
+    left, step = float(grid.x[0, 0]), float(grid.x[0, 1] - grid.x[0, 0])
+    top = float(grid.y[0, 0])
+    for side in (-1, 1):
+        for angle in np.linspace(-1.25, 1.25, 11) + body.normal(0, 0.08, 11):
+            bend, length = body.normal(0, 0.35), body.uniform(0.35, 0.62)
+            for twig in (0.0, body.choice([-0.35, 0.35])):
+                turn = angle + (bend + twig) * steps
+                px = side * (0.18 + length * steps * np.cos(turn))
+                py = 0.0 + length * steps * np.sin(turn)
+                column, row = ((px - left) / step).astype(int), ((py - top) / step).astype(int)
+                good = (column >= 0) & (column < SIDE_PX) & (row >= 0) & (row < SIDE_PX)
+                np.add.at(sheet, (row[good], column[good]), (1 - 0.8 * steps[good]) ** 1.3)
+    return np.minimum(_blurred(sheet, 1.4), 0.6) * np.float32(body.uniform(0.45, 0.8))
+
+
+def _opacities(grid: _Grid, rng: np.random.Generator) -> Plane:
+    """Ground glass and consolidation: one to four patchy clouds, mostly low and outside, from subtle to plain."""
+    x, y = grid.x, grid.y
+    cloud = np.zeros_like(x)
+    severity = rng.uniform(0.5, 1.0)
+    for _ in range(int(rng.integers(1, 5))):
+        side = rng.choice([-1, 1])
+        cx, cy = side * rng.uniform(0.30, 0.62), rng.uniform(-0.35, 0.45)
+        sx, sy = rng.uniform(0.13, 0.24), rng.uniform(0.13, 0.26)
+        cloud += rng.uniform(0.6, 1.0) * np.exp(-np.square((x - cx) / sx) - np.square((y - cy) / sy))
+    grain = _blurred(rng.standard_normal((SIDE_PX, SIDE_PX), dtype=np.float32), 5) * 12
+    patchy = np.clip(cloud, 0, 1.2) * np.clip(0.75 + 0.4 * grain, 0.1, 1.5)
+    result: Plane = (0.95 * severity * patchy).astype(np.float32)
+    return result
+
+
+def _wires(rng: np.random.Generator) -> Plane:
+    """Monitoring leads: three thin bright curves across the chest that end in round electrodes."""
+    line = np.linspace(-1, 1, SIDE_PX, dtype=np.float32)
+    x, y = np.meshgrid(line, line)
+    density = np.zeros_like(x)
+    for side in (-1, 1, rng.choice([-1, 1])):
+        ex, ey = side * rng.uniform(0.35, 0.65), rng.uniform(-0.5, 0.4)
+        bend = rng.uniform(-0.25, 0.25)
+        course = x - ex - bend * np.sin((y - ey) * 2) - side * 0.18 * (y - ey)
+        density += 0.8 * _bump(course, 0.012) * _step(y - ey, 0.01)
+        density += 0.8 * _step(0.045 - np.hypot(x - ex, y - ey), 0.008)
+    return density
+
+
+_LETTER_R = ("11110", "10001", "10001", "11110", "10100", "10010", "10001")
+
+
+def _stamp_marker(picture: Plane, rng: np.random.Generator) -> None:
+    """A lead letter R in the upper corner on the patient's right side."""
+    letter = np.kron(np.array([[c == "1" for c in row] for row in _LETTER_R]), np.ones((3, 3))).astype(bool)
+    row, column = int(rng.integers(8, 24)), int(rng.integers(8, 24))
+    picture[row : row + letter.shape[0], column : column + letter.shape[1]][letter] = 0.98
+
+
+def _collimate(picture: Plane, rng: np.random.Generator) -> None:
+    """Shutters close on the film: a dark frame of uneven width."""
+    top, bottom, left, right = (int(v) for v in rng.integers(12, 26, 4))
+    frame = np.ones(picture.shape, bool)
+    frame[top : SIDE_PX - bottom, left : SIDE_PX - right] = False
+    picture[frame] = picture[frame] * 0.04
+
+
+def _dataset(name: str, patient: int, number: int, vendor: Vendor, rng: np.random.Generator) -> Dataset:
+    """The header of one radiograph with as many gaps as real ones have."""
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    crs = vendor.modality == "CR"
+    dataset.SOPClassUID = ComputedRadiographyImageStorage if crs else DigitalXRayImageStorageForPresentation
+    dataset.SOPInstanceUID = _uid(name, number, "instance")
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = _uid(name, number, "study"), _uid(name, number, "series")
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    dataset.Modality, dataset.Manufacturer = vendor.modality, vendor.manufacturer
+    code = hashlib.sha256(f"{name}\n{patient}".encode()).hexdigest()[:8].upper()
+    dataset.PatientID, dataset.PatientName = f"PHANTOM-{code}", f"PHANTOM^{code}"
+    dataset.PatientSex, dataset.PatientAge = "FM"[patient % 2], f"{25 + patient * 7 % 60:03d}Y"
+    dataset.AccessionNumber = f"A{hashlib.sha256(f'{name} {number}'.encode()).hexdigest()[:10].upper()}"
+    dataset.StudyDate = f"202{int(rng.integers(0, 5))}{int(rng.integers(1, 13)):02d}15"
+    dataset.StudyDescription = "XR CHEST"
+    dataset.ImagerPixelSpacing = [vendor.spacing_mm * 1024 / SIDE_PX] * 2
+    if rng.random() < 0.5:
+        dataset.BurnedInAnnotation = "NO"
+    return dataset
+
+
+def _set_view(dataset: Dataset, vendor: Vendor, rng: np.random.Generator) -> None:
+    """A third of real radiographs have no View Position and must be known by their orientation."""
+    if rng.random() < 0.65:
+        dataset.ViewPosition = "AP" if vendor.modality == "CR" else "PA"
+    else:
+        dataset.PatientOrientation = ["L", "F"]
+
+
+def _set_pixels(dataset: Dataset, pixels: Plane, vendor: Vendor, syntax: str) -> None:
+    """Stored values as this vendor writes them: bits, offset, polarity, window, compression."""
+    top = 2**vendor.bits - 1
+    stored = np.rint(pixels * np.float32(top * 0.9) + np.float32(top * 0.04)).astype("<u2")
+    if vendor.photometric == "MONOCHROME1":
+        stored = (top - stored).astype("<u2")
+    dataset.PhotometricInterpretation, dataset.SamplesPerPixel, dataset.PixelRepresentation = vendor.photometric, 1, 0
+    dataset.Rows, dataset.Columns = stored.shape
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, vendor.bits, vendor.bits - 1
+    dataset.WindowCenter, dataset.WindowWidth = 2 ** (vendor.bits - 1), 2**vendor.bits
+    dataset.PixelData = stored.tobytes()
+    dataset["PixelData"].VR = "OW"
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    if syntax != ExplicitVRLittleEndian:
+        dataset.compress(syntax, generate_instance_uid=False)
+
+
+def _write_lateral(dataset: Dataset, pixels: Plane, vendor: Vendor, path: Path) -> None:
+    """A second image of the study that calls itself lateral; nobody looks at its pixels, it is there to be left out."""
+    for keyword in ("ViewPosition", "PatientOrientation"):
+        if keyword in dataset:
+            delattr(dataset, keyword)
+    dataset.SOPInstanceUID = _uid(dataset.SOPInstanceUID, "lateral")
+    dataset.SeriesInstanceUID = _uid(dataset.SeriesInstanceUID, "lateral")
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    dataset.ViewPosition = "LL"
+    _set_pixels(dataset, pixels[:, ::-1], vendor, ExplicitVRLittleEndian)
+    dataset.save_as(path, enforce_file_format=True)
+
+
+def _write_dirt(folder: Path, sample: Path, name: str) -> None:
+    """What real exports also hold: a note, an empty file, half a file, a file twice, a screen shot."""
+    (folder / "README.txt").write_text("exported by the archive\n", encoding="ascii")
+    (folder / "EMPTY.dcm").write_bytes(b"")
+    whole = sample.read_bytes()
+    (folder / "INTERRUPTED.dcm").write_bytes(whole[: len(whole) // 2])
+    (folder / "SENT-AGAIN.dcm").write_bytes(whole)
+    shot = Dataset()
+    shot.file_meta = FileMetaDataset()
+    shot.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    shot.SOPClassUID = shot.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    shot.SOPInstanceUID = shot.file_meta.MediaStorageSOPInstanceUID = _uid(name, "screen")
+    shot.Modality, shot.PatientID, shot.PatientName = "OT", "PHANTOM-SCREEN", "PHANTOM^SCREEN"
+    shot.PhotometricInterpretation, shot.SamplesPerPixel, shot.PlanarConfiguration = "RGB", 3, 0
+    shot.Rows = shot.Columns = 32
+    shot.BitsAllocated, shot.BitsStored, shot.HighBit, shot.PixelRepresentation = 8, 8, 7, 0
+    shot.PixelData = bytes(32 * 32 * 3)
+    shot.save_as(folder / "SCREEN.dcm", enforce_file_format=True)
+
+
+def _write_table(path: Path, vendor: Vendor, rows: list[tuple[str, str]]) -> None:
+    """One row per key: per image, or per patient where the key is the patient's number."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=vendor.delimiter)
+        writer.writerow((vendor.key, vendor.column, "comment"))
+        writer.writerows((key, word, "") for key, word in dict(rows).items())
+
+
+def _uid(*parts: object) -> str:
+    return str(generate_uid(entropy_srcs=["isocenter-phantom", *map(str, parts)]))

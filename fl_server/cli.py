@@ -1,0 +1,170 @@
+"""`fl-server`: the coordinator's commands."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fl_server.roster import Home, Party, ServerFile
+from models.study import parse
+from privacy import console, keys
+
+app = typer.Typer(
+    name="fl-server",
+    help="Found and run a consortium: invite hospitals and researchers, serve their training runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+HomeOption = Annotated[
+    Path,
+    typer.Option(
+        "--home", "-H", help="Folder of the consortium, made by `fl-server init`. Default: the current folder."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=console.show_version, is_eager=True, help="Print the version and stop."),
+    ] = False,
+) -> None:
+    """Found and run a consortium: invite hospitals and researchers, serve their training runs."""
+
+
+@app.command()
+def init(
+    home: Annotated[Path, typer.Argument(help="New or empty folder for the consortium's settings, keys and runs.")],
+    name: Annotated[str, typer.Option(help="Name of the consortium: lower case, short, for ever.")] = "consortium",
+    host: Annotated[str, typer.Option(help="DNS name or IPv4 address that the hospitals connect to.")] = "localhost",
+    listen: Annotated[str, typer.Option(help="Address of this machine to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
+    gateway_port: Annotated[int, typer.Option(help="Port for training.")] = 9440,
+    service_port: Annotated[int, typer.Option(help="Port for joining, studies and results.")] = 9441,
+) -> None:
+    """Found a consortium: create its authority, its keys, server.yaml and an empty roster."""
+    text = json.dumps(
+        {
+            "version": 1,
+            "name": name,
+            "host": host,
+            "listen": listen,
+            "gateway_port": gateway_port,
+            "service_port": service_port,
+        }
+    )
+    founded = Home.found(home, parse(ServerFile, text, "the options of init"))
+    typer.echo(f"Founded {name} in {home}. Back up its folder keys: with it, anyone could speak for the consortium.")
+    typer.echo(f"Authority: {keys.grouped(founded.ca_fingerprint)}")
+    typer.echo(f"Next: fl-server invite NAME --home {home}, then fl-server start --home {home}")
+
+
+@app.command()
+def invite(
+    name: Annotated[str, typer.Argument(help="Name of the hospital or researcher: lower case, short, for ever.")],
+    researcher: Annotated[
+        bool, typer.Option("--researcher", help="Invite a researcher instead of a hospital.")
+    ] = False,
+    home: HomeOption = Path(),
+) -> None:
+    """Print one line that lets one hospital (or researcher) join once, within the time of server.yaml."""
+    opened = Home.open(home)
+    line = opened.invite(name, "researcher" if researcher else "site")
+    command = "fl-study" if researcher else "fl-client"
+    # The line alone on stdout, so that it can be piped; what to do with it on stderr.
+    typer.echo(str(line))
+    typer.echo(
+        f"Send this line to {name} over a channel you trust, for example encrypted mail. It works once, within "
+        f"{opened.settings.invitation_hours} hours: {command} join LINE",
+        err=True,
+    )
+
+
+@app.command()
+def sites(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
+    """List the enrolled hospitals and researchers, the open invitations, and the authority's fingerprint."""
+    opened = Home.open(home)
+    parties, waiting = [*opened.roster.sites(), *opened.roster.researchers()], opened.roster.invitations()
+    if as_json:
+        document = {
+            "consortium": opened.settings.name,
+            "fingerprint": opened.ca_fingerprint,
+            "sites": [_party_json(party) for party in parties if party.role == "site"],
+            "researchers": [_party_json(party) for party in parties if party.role == "researcher"],
+            "invitations": [{"name": each.name, "role": each.role, "expires": each.expires} for each in waiting],
+        }
+        typer.echo(json.dumps(document, indent=2))
+        return
+    table = _table("name", "role", "joined", "last seen", "certificate until")
+    for party in parties:
+        until = f"{party.certificate.not_valid_after_utc:%Y-%m-%d}"
+        table.add_row(party.name, party.role, _minute(party.joined), _minute(party.last_seen), until)
+    for each in waiting:
+        table.add_row(each.name, each.role, "invited", "", f"(invitation) {each.expires[:10]}")
+    _show(table, "Nobody is enrolled or invited yet: fl-server invite NAME")
+    typer.echo("Authority (sites compare this over the telephone):")
+    grouped = keys.grouped(opened.ca_fingerprint)
+    typer.echo(f"  {grouped[:39]}\n  {grouped[40:]}")
+
+
+@app.command()
+def runs(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
+    """List the training runs and their state."""
+    from fl_server.consortium import run_records
+
+    found = run_records(Home.open(home))
+    if as_json:
+        typer.echo(json.dumps({"runs": [vars(run) for run in found]}, indent=2))
+        return
+    table = _table("run", "study", "state", "label", "digest")
+    for run in found:
+        table.add_row(run.run_id, run.study, run.state, run.label, run.digest[:12])
+    _show(table, "No runs yet. A researcher starts one with `fl-study run`.")
+
+
+@app.command()
+def start(home: HomeOption = Path()) -> None:
+    """Serve the consortium until interrupted: the training gateway, the consortium service, and the runs."""
+    opened = Home.open(home)
+    from fl_server import link
+
+    link.serve(opened)
+
+
+def _party_json(party: Party) -> dict[str, str | None]:
+    return {
+        "name": party.name,
+        "node_id": None if party.node_id is None else str(party.node_id),  # 64 bits: too long for some readers of JSON
+        "joined": party.joined,
+        "last_seen": party.last_seen,
+        "certificate_until": party.certificate.not_valid_after_utc.strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def _minute(moment: str | None) -> str:
+    return moment[:16].replace("T", " ") if moment else "never"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _show(table: Table, empty: str) -> None:
+    if table.row_count:
+        Console(markup=False, highlight=False).print(table)
+    else:
+        typer.echo(empty)
+
+
+def main() -> None:
+    """Entry of the console script."""
+    console.run(app)

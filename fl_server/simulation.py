@@ -1,0 +1,187 @@
+"""`fl-study simulate`: the coordinator's ServerApp and the sites' ClientApp of this installation in one process.
+
+Everything is the real thing (keys, signed orders, approvals, gate, cache, splits) but the network between the two halves:
+a Grid in memory hands messages over. Nothing is trained or merged by other code than in a federation.
+"""
+
+import json
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run as FlowerRun
+from flwr.supercore.task_identity import TaskIdentity
+
+from fl_server import app as coordinator
+from fl_server import report
+from fl_server.roster import Home, ServerFile
+from fl_server.run import Run, read_facts, sum_histograms
+from models.metrics import ScoreHistogram
+from models.study import Study
+from privacy import keys
+from privacy.errors import RunError, StudyConflict
+
+# The doors of the house forbid the two halves to import each other. A simulation stands for both machines, so it takes the
+# site's half the way Flower takes an app: by name.
+CLIENT_APP = "fl_client.app:make_app"
+PREPARE = "fl_client.rehearsal:prepare"
+
+Tell = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished simulation: its folder can be used again for a study over the same sites."""
+
+    folder: Path
+    results: dict[str, Any]
+    page: Path
+
+
+def simulate(study: Study, homes: dict[str, Path], patients: int, out: Path, tell: Tell) -> Outcome:
+    """Carry out `study` over the given site homes, or over phantoms of `patients` each, and write the report into `out`.
+
+    `tell` gets the run's events as they happen. Raises StudyConflict if `homes` does not fit the study's sites.
+    """
+    missing, unknown = set(study.all_sites) - set(homes), set(homes) - set(study.all_sites)
+    if homes and (missing or unknown):
+        parts = [f"no folder for {', '.join(sorted(missing))}"] if missing else []
+        parts += [f"the study does not name {', '.join(sorted(unknown))}"] if unknown else []
+        raise StudyConflict("; ".join(parts), remedy="Give one --site NAME=FOLDER for each site of the study.")
+    folder = _fresh(out)
+    home = Home.found(folder / "coordinator", ServerFile(version=1, name="simulation", host="127.0.0.1"))
+    for number, name in enumerate(study.all_sites):
+        site = folder / "sites" / name
+        pkgutil.resolve_name(PREPARE)(
+            site, name, homes.get(name), (patients, number), home.coordinator_key.public_key()
+        )
+        line = home.invite(name, "site")
+        home.enrol(line.token, name, "site", keys.make_csr(keys.load_key(site / "keys" / "site.key"), name))
+        home.roster.set_node(name, number + 1)
+    results = _carry_out(study, home, folder, tell)
+    return Outcome(folder, results, report.write(results, out))
+
+
+def alone(study: Study, name: str, outcome: Outcome, tell: Tell) -> dict[str, Any]:
+    """The same study trained at site `name` only and evaluated at every site of it: what the site could do by itself."""
+    part = study.participation
+    others = [site for site in study.all_sites if site != name]
+    single = study.model_copy(
+        update={"participation": part.model_copy(update={"sites": [name], "evaluate_only": others, "quorum": 1})}
+    )
+    return _carry_out(single, Home.open(outcome.folder / "coordinator"), outcome.folder, tell)
+
+
+def test_auroc(results: dict[str, Any]) -> dict[str, float | None]:
+    """Test AUROC of the first target at each site, and pooled."""
+    sheets = {
+        name: ScoreHistogram(np.array(s["counts"], dtype=np.int64)) for name, s in sorted(results["test"].items())
+    }
+    total = sum_histograms(list(sheets.values()))
+    return {name: sheet.auroc(0) for name, sheet in sheets.items()} | {"pooled": total.auroc(0) if total else None}
+
+
+def _carry_out(study: Study, home: Home, folder: Path, tell: Tell) -> dict[str, Any]:
+    """One run from beginning to end; its results document. Raises RunError if the run failed."""
+    signature = keys.sign(home.coordinator_key, keys.STUDY_OFFER, study.canonical())
+    for name in study.all_sites:
+        pkgutil.resolve_name("fl_client.rehearsal:approve")(folder / "sites" / name, study, signature)
+    run = Run.create(home.runs, study, "simulation", study.all_sites)
+    sites = {node: folder / "sites" / name for name, node in _nodes(home).items() if name in study.all_sites}
+    grid = MemoryGrid(sites, pkgutil.resolve_name(CLIENT_APP)(), _EventReader(run.folder / "events.jsonl", tell).look)
+    context = Context(0, 0, {}, RecordDict(), {"home": str(home.root), "run": run.run_id})
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # Message() refuses to be made without
+    coordinator.main(grid, context)
+    grid.look()
+    facts = read_facts(run.folder)
+    if facts["state"] == "failed":
+        raise RunError(f"the simulated run failed: {facts['label']}", remedy="See events.jsonl of the run above.")
+    found: dict[str, Any] = json.loads((run.folder / "results.json").read_bytes())
+    return found
+
+
+def _nodes(home: Home) -> dict[str, int]:
+    return {party.name: party.node_id for party in home.roster.sites() if party.node_id is not None}
+
+
+def _fresh(out: Path) -> Path:
+    """A new folder below `out` for this simulation, so that an earlier one's evidence is kept."""
+    number = 1
+    while (folder := out / f"rehearsal-{number}").exists():
+        number += 1
+    folder.mkdir(parents=True)
+    return folder
+
+
+class MemoryGrid(Grid):
+    """Flower's Grid without a network: a pushed message is answered when its reply is asked for, one at a time."""
+
+    def __init__(self, sites: dict[int, Path], client: ClientApp, look: Callable[[], None]) -> None:
+        self.sites, self.client, self.look = sites, client, look
+        self.pending: dict[str, Message] = {}
+        self.sent = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.sites)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        names = []
+        for message in messages:
+            self.sent += 1
+            name = f"message-{self.sent}"
+            message.metadata.__dict__["_message_id"] = name
+            self.pending[name] = message
+            names.append(name)
+        return names
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        self.look()
+        for name in message_ids:
+            if (message := self.pending.pop(name, None)) is not None:
+                return [self.answer(message)]
+        return []
+
+    def answer(self, message: Message) -> Message:
+        node = message.metadata.dst_node_id
+        config: dict[str, bool | float | int | str] = {"site": str(self.sites[node])}
+        return self.client(message, Context(1, node, config, RecordDict(), {}))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        names = list(self.push_messages(messages))
+        return [reply for name in names for reply in self.pull_messages([name])]
+
+    def set_run(self, run: FlowerRun) -> None:
+        raise NotImplementedError("a grid in memory has one run")
+
+    @property
+    def run(self) -> FlowerRun:
+        raise NotImplementedError("a grid in memory has one run")
+
+    def create_message(self, *_: Any, **__: Any) -> Message:
+        raise NotImplementedError("deprecated in Flower")
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [NodeInfo(node_id=node) for node in self.sites]
+
+
+class _EventReader:
+    """Passes new lines of events.jsonl on."""
+
+    def __init__(self, path: Path, tell: Tell) -> None:
+        self.path, self.tell, self.offset = path, tell, 0
+
+    def look(self) -> None:
+        if not self.path.exists():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            for line in file:
+                self.tell(json.loads(line))
+                self.offset += len(line)

@@ -1,0 +1,280 @@
+"""The doors and sizes of the house, read from the source with `ast`: who may import what, and how large a thing may grow.
+
+A limit is raised by a decision record in docs/decisions.md and a change here, never by an exception inside the code.
+"""
+
+import ast
+import graphlib
+import importlib.metadata
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("fl_server", "fl_client", "models", "privacy")
+
+LINES_MAX = 700  # of a file
+BODY_MAX = 80  # lines of a function without its docstring
+PARAMETERS_MAX = 6  # besides self and cls; a configuration is one argument
+
+MAY_IMPORT_OURS = {
+    "fl_server": {"fl_server", "models", "privacy"},
+    "fl_client": {"fl_client", "models", "privacy"},
+    "models": {"models", "privacy"},
+    "privacy": {"privacy"},
+}
+# `fl-study simulate` carries both halves in one process: there the other half is looked up by its name at run time, as
+# Flower does with an app, so that no import crosses the door.
+MEETING_PLACE = "fl_server/simulation.py"
+FLWR_DOORS = {
+    "privacy/wire.py",
+    "fl_server/app.py",
+    "fl_server/executor.py",  # takes the ServerApp task that link.py's SuperLink hands out
+    "fl_server/link.py",
+    "fl_server/rounds.py",
+    "fl_server/research.py",
+    "fl_server/simulation.py",
+    "fl_client/app.py",
+    "fl_client/node.py",
+}
+PYDICOM_DOORS = {
+    "fl_client/headers.py",
+    "fl_client/ingest.py",
+    "fl_client/phantom.py",
+    "fl_client/sources.py",
+    "models/imaging.py",
+    "privacy/deidentify.py",
+}
+# These are loaded where no network is trained: on the way to a first sentence on the screen, or to check a signature.
+TORCH_FREE = {
+    "fl_client/cli.py",
+    "fl_client/enrol.py",
+    "fl_client/site.py",
+    "fl_server/cli.py",
+    "fl_server/consortium.py",
+    "fl_server/figures.py",
+    "fl_server/report.py",
+    "fl_server/research.py",
+    "fl_server/roster.py",
+    "fl_server/run.py",
+    "fl_server/strategies.py",
+    "models/labels.py",
+    "models/metrics.py",
+    "models/study.py",
+    "privacy/calls.py",
+    "privacy/console.py",
+    "privacy/errors.py",
+    "privacy/journal.py",
+    "privacy/keys.py",
+    "privacy/ledger.py",
+    "privacy/secagg.py",
+    "privacy/sharing.py",
+    "privacy/wire.py",
+}
+SPEAKS_TO_PEOPLE = {"fl_server/cli.py", "fl_server/research.py", "fl_client/cli.py", "privacy/console.py"}
+
+
+@dataclass(frozen=True)
+class Module:
+    """One source file. `always`: modules imported when it is loaded; `late`: those imported inside functions."""
+
+    path: str
+    tree: ast.Module
+    lines: int
+    always: frozenset[str]
+    late: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        return self.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+    @property
+    def imports(self) -> frozenset[str]:
+        return self.always | self.late
+
+
+def generated(path: Path) -> bool:
+    return "_pb2" in path.name
+
+
+def read_module(path: Path) -> Module:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text, str(path))
+    functions = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    ]
+    inside = {id(child) for function in functions for child in ast.walk(function)}
+    always = {name for node in ast.walk(tree) if id(node) not in inside for name in imported(node)}
+    late = {name for node in ast.walk(tree) if id(node) in inside for name in imported(node)}
+    name = path.relative_to(ROOT).as_posix()
+    return Module(name, tree, text.count("\n") + 1, frozenset(always), frozenset(late))
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Dotted names that an import statement may load: for `from a import b` both `a` and `a.b`."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        if node.level:
+            yield "relative"
+        else:
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def in_packages() -> list[Module]:
+    return [read_module(p) for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py")) if not generated(p)]
+
+
+def everywhere() -> list[Module]:
+    folders = [ROOT / name for name in ("deploy", "tests")]
+    return in_packages() + [read_module(path) for folder in folders for path in sorted(folder.rglob("*.py"))]
+
+
+MODULES = in_packages()
+ALL = everywhere()
+BY_NAME = {module.name: module for module in MODULES}
+
+
+def imports_of(module: Module, package: str) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for name in module.imports)
+
+
+def ours(names: frozenset[str]) -> set[str]:
+    """Those of `names` that are modules of this repository."""
+    return {name for name in names if name in BY_NAME}
+
+
+def functions_of(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+def test_the_reader_of_imports_sees_every_form() -> None:
+    source = "import a.b as c\nfrom d import e\ndef f():\n    import g\n    from h.i import j\nif True:\n    import k\n"
+    tree = ast.parse(source)
+    assert {name for node in ast.walk(tree) for name in imported(node)} == {"a.b", "d", "d.e", "g", "h.i", "h.i.j", "k"}
+    assert BY_NAME.keys() >= {"fl_server.report", "models.study", "privacy.errors", "privacy"}
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.path)
+def test_doors_between_our_packages(module: Module) -> None:
+    package = module.path.split("/", maxsplit=1)[0]
+    through = {other for other in (*PACKAGES, "tests", "deploy") if imports_of(module, other)} - MAY_IMPORT_OURS[
+        package
+    ]
+    assert not through, f"{module.path} may not import {sorted(through)}"
+    assert "relative" not in module.imports, f"{module.path}: imports are written in full"
+    words = {
+        node.value for node in ast.walk(module.tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    by_name = {word for word in words for other in PACKAGES if re.fullmatch(rf"{other}\.\w+:\w+", word)}
+    hidden = {word for word in by_name if word.split(".")[0] not in MAY_IMPORT_OURS[package]}
+    assert not hidden or module.path == MEETING_PLACE, f"{module.path} looks up {sorted(hidden)}"
+
+
+@pytest.mark.parametrize(("library", "doors"), [("flwr", FLWR_DOORS), ("pydicom", PYDICOM_DOORS)])
+def test_doors_to_libraries(library: str, doors: set[str]) -> None:
+    found = {module.path for module in MODULES if imports_of(module, library)}
+    assert found <= doors
+
+
+@pytest.mark.parametrize("path", sorted(TORCH_FREE))
+def test_modules_that_train_nothing_do_not_load_torch(path: str) -> None:
+    """Not even by way of another module of ours. Imports inside functions are late on purpose and do not count."""
+    seen: set[str] = set()
+    todo = [path.removesuffix(".py").replace("/", ".")]
+    while todo:
+        module = BY_NAME.get(todo.pop())
+        if module is None or module.name in seen:
+            continue  # a room that is not built yet, or visited
+        seen.add(module.name)
+        heavy = {name for name in module.always if name.split(".")[0] in ("torch", "monai")}
+        assert not heavy, f"{path} loads {sorted(heavy)} by way of {module.path}"
+        todo += ours(module.always)
+
+
+def test_no_import_cycles() -> None:
+    """Not even one that an import inside a function would hide."""
+    graph = {module.name: ours(module.imports) - {module.name} - set(PACKAGES) for module in MODULES}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
+
+
+@pytest.mark.parametrize("module", ALL, ids=lambda module: module.path)
+def test_sizes(module: Module) -> None:
+    assert module.lines <= LINES_MAX, f"{module.path} has {module.lines} lines"
+    for function in functions_of(module):
+        body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+        length = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+        assert length <= BODY_MAX, f"{module.path}: {function.name} has {length} lines"
+        # Each parameter of a command is one option that a person may give; these are not calls that somebody reads.
+        if not any(is_command(decorator) for decorator in function.decorator_list):
+            count = len([a for a in parameters(function) if a.arg not in ("self", "cls")])
+            assert count <= PARAMETERS_MAX, f"{module.path}: {function.name} has {count} parameters"
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg]:
+    spec = function.args
+    extra = [argument for argument in (spec.vararg, spec.kwarg) if argument is not None]
+    return [*spec.posonlyargs, *spec.args, *spec.kwonlyargs, *extra]
+
+
+def is_command(decorator: ast.expr) -> bool:
+    called = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return isinstance(called, ast.Attribute) and called.attr in ("command", "callback", "parametrize")
+
+
+@pytest.mark.parametrize("module", ALL, ids=lambda module: module.path)
+def test_everything_is_annotated(module: Module) -> None:
+    for function in functions_of(module):
+        bare = [a.arg for a in parameters(function) if a.annotation is None and a.arg not in ("self", "cls")]
+        assert not bare, f"{module.path}: {function.name}({', '.join(bare)}) without annotation"
+        assert function.returns is not None, f"{module.path}: {function.name} without a return annotation"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.path)
+def test_what_never_stands_in_a_package(module: Module) -> None:
+    assert ast.get_docstring(module.tree), f"{module.path} does not say what it is"
+    assert not imports_of(module, "pickle")
+    assert not imports_of(module, "marshal")
+    for node in ast.walk(module.tree):
+        assert not isinstance(node, ast.Assert), (
+            f"{module.path}:{node.lineno}: input is checked by raising, not by assert"
+        )
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("torch.load", "eval", "exec", "os.system"), f"{module.path}:{node.lineno}: {called}"
+            if called == "print":
+                assert module.path in SPEAKS_TO_PEOPLE, f"{module.path}:{node.lineno}: libraries do not print"
+    if module.path.endswith("__init__.py"):
+        assert not module.imports, f"{module.path}: names are imported from where they are defined"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.path)
+def test_room_names_say_what_is_inside(module: Module) -> None:
+    name = Path(module.path).stem
+    assert name not in ("utils", "util", "common", "helpers", "base", "manager", "handler", "misc"), module.path
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Every library that the packages import is a dependency of pyproject.toml, not a guest of another's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[<>=!~;\[ ]", line)[0].lower() for line in project["dependencies"]}
+    owners = importlib.metadata.packages_distributions()
+    missing = set()
+    for module in MODULES:
+        for name in {full.split(".")[0] for full in module.imports} - set(PACKAGES) - set(sys.stdlib_module_names):
+            if name and name not in ("relative", "configs"):
+                distributions = {owner.lower().replace("_", "-") for owner in owners.get(name, [name])}
+                if not distributions & declared:
+                    missing.add(f"{module.path}: {name}")
+    assert not missing
