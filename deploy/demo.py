@@ -18,7 +18,7 @@ from typing import NoReturn
 
 DEMO = Path("demo")
 BIN = Path(sys.executable).parent
-HOSPITALS = {"alpine": "aurora", "bayside": "borealis", "central": "cascade"}
+HOSPITALS = {"alpine": "aurora", "bayside": "boreal", "central": "cirrus"}
 """Site -> whose devices it has. The vendors differ in polarity, bit depth, spacing, contrast, and in what misleads a model."""
 PATIENTS = 150
 READY_S = 60.0

@@ -22,10 +22,11 @@ from models import learning, networks
 from models.labels import LabelTable
 from models.metrics import ScoreHistogram
 from models.study import Study
-from privacy.errors import IsocenterError, MessageMalformed
+from privacy.errors import CohortTooSmall, IsocenterError, MessageMalformed
 from privacy.wire import EvaluateOrder, EvaluateReport, Order, Refusal, Report, TrainOrder, TrainReport, decode
 
 Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Work = Callable[["Desk", Site, Message], Report]
 log = logging.getLogger("isocenter.site")
 
@@ -45,6 +46,7 @@ class Desk:
         return self.nets[study.digest]
 
     def cohort(self, site: Site, study: Study, split: Split) -> Cohort:
+        """The site's images of `split`; CohortTooSmall if this split is smaller than the study's or the site's minimum."""
         source = site.source
         table = site.home / source.labels.table
         seen = tuple(p.stat().st_mtime_ns if p.exists() else 0 for p in (site.state / "index.sqlite", table))
@@ -53,7 +55,11 @@ class Desk:
             self.cohorts = {k: c for k, c in self.cohorts.items() if (k[0], k[2]) == (study.digest, seen)}
             labels = LabelTable.read(table, source.labels)
             pins = site.home / "studies" / f"{study.digest}.pins.json"
-            self.cohorts[key] = Cohort.open(Index.open(site.state), labels, study, split, pins)
+            cohort = Cohort.open(Index.open(site.state), labels, study, split, pins)
+            least = site.settings.policy.minimum_patients
+            if cohort.counts.patients < least:
+                raise CohortTooSmall(f"the {split} split has {cohort.counts.patients} patients; site.yaml asks for {least}")
+            self.cohorts[key] = cohort
         return self.cohorts[key]
 
 
@@ -98,7 +104,8 @@ def carry_out_training(desk: Desk, site: Site, message: Message) -> TrainReport:
     began = time.monotonic()
     order = decode(message, TrainOrder)
     study = site.admit(order)
-    cohort = desk.cohort(site, study, "train")
+    # A site whose evaluation would be refused must not train either: its patients would count and its scores would not.
+    cohort = [desk.cohort(site, study, split) for split in SPLITS][0]
     net = desk.net(study, order)
     update = learning.learn(net, cohort, study, round_number=order.round, stop=lambda: False)
     return TrainReport(

@@ -148,7 +148,6 @@ def approve(
     if not yes:
         typer.confirm("Do you approve this study for your site?", abort=True)
     enrol.decide(home, offer, "approved")
-    site.journal.append("approved", study=offer.digest)
     console.print(
         f"Approved {offer.digest[:12]}. Orders of this study, and of no other, are carried out.", highlight=False
     )
@@ -157,9 +156,8 @@ def approve(
 @app.command()
 def decline(digest: Digest, home: Home = Path()) -> None:
     """Decline a study, or withdraw an approval; no further order of it is carried out."""
-    site, offer = Site.open(home), enrol.find_offer(home, digest)
+    offer = enrol.find_offer(home, digest)
     enrol.decide(home, offer, "declined")
-    site.journal.append("declined", study=offer.digest)
     console.print(f"Declined {offer.digest[:12]}.", highlight=False)
 
 

@@ -41,8 +41,8 @@ LATERAL_EVERY = 20  # one lateral view per this many images
 class Vendor:
     """How one hospital's devices make and write images, and how its clerks write labels.
 
-    `shortcut` is what goes with the label here: `wires` of monitoring leads, a side `marker`, or the `collimation` border;
-    `shortcut_odds` is its probability (with an opacity, without one).
+    `wires` and `frame` are the probabilities (with an opacity, without one) that monitoring leads cross the chest and that a
+    collimated border surrounds it. Unequal ones are a shortcut: here, and only here, the thing goes with the label.
     """
 
     manufacturer: str
@@ -56,8 +56,8 @@ class Vendor:
     noise: float
     blur_px: float
     scatter: float
-    shortcut: Literal["wires", "marker", "collimation"]
-    shortcut_odds: tuple[float, float]
+    wires: tuple[float, float]
+    frame: tuple[float, float]
     key: str
     matches: Literal["study_uid", "accession", "patient_id"]
     column: str
@@ -68,23 +68,23 @@ class Vendor:
 VENDORS: dict[str, Vendor] = {
     "aurora": Vendor(
         "Aurora Imaging", "CR", "MONOCHROME1", 12, (ExplicitVRLittleEndian, RLELossless), 0.168,
-        gamma=0.75, zoom=1.0, noise=0.030, blur_px=0.9, scatter=0.35, shortcut="wires", shortcut_odds=(0.85, 0.15),
+        gamma=0.75, zoom=1.0, noise=0.030, blur_px=0.9, scatter=0.35, wires=(0.95, 0.05), frame=(0.3, 0.3),
         key="StudyInstanceUID", matches="study_uid", column="opacity", words={1: ("1",), 0: ("0",)},
     ),
     "boreal": Vendor(
         "Boreal Medical", "DX", "MONOCHROME2", 14, (JPEGLSLossless, ExplicitVRLittleEndian), 0.143,
-        gamma=1.35, zoom=1.10, noise=0.015, blur_px=0.5, scatter=0.15, shortcut="wires", shortcut_odds=(0.15, 0.85),
+        gamma=1.20, zoom=1.06, noise=0.015, blur_px=0.5, scatter=0.15, wires=(0.05, 0.95), frame=(0.3, 0.3),
         key="Accession No", matches="accession", column="Chest finding",
         words={1: ("OPACITY ", "Opacity"), 0: ("normal", "Normal ")}, delimiter=";",
     ),
     "cirrus": Vendor(
         "Cirrus X-Ray", "DX", "MONOCHROME2", 10, (JPEG2000Lossless, ExplicitVRLittleEndian), 0.194,
-        gamma=1.0, zoom=0.90, noise=0.045, blur_px=1.3, scatter=0.5, shortcut="collimation", shortcut_odds=(0.15, 0.85),
+        gamma=1.0, zoom=0.90, noise=0.045, blur_px=1.3, scatter=0.5, wires=(0.3, 0.3), frame=(0.95, 0.05),
         key="Patient number", matches="patient_id", column="Lung opacity", words={1: ("yes",), 0: ("no",)}, delimiter="\t",
     ),
     "dorado": Vendor(
         "Dorado Health", "CR", "MONOCHROME1", 15, (ExplicitVRLittleEndian,), 0.150,
-        gamma=1.15, zoom=1.02, noise=0.025, blur_px=0.7, scatter=0.25, shortcut="marker", shortcut_odds=(0.5, 0.5),
+        gamma=1.15, zoom=1.02, noise=0.025, blur_px=0.7, scatter=0.25, wires=(0.3, 0.3), frame=(0.3, 0.3),
         key="Study UID", matches="study_uid", column="Result", words={1: ("positive",), 0: ("negative",)},
     ),
 }  # fmt: skip
@@ -152,8 +152,8 @@ def expose(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator)
     """float32 (256, 256) in 0..1: the chest grown from the seed `anatomy`, positioned and exposed as `vendor` does."""
     grid = _positioned(vendor, rng)
     density = _chest(grid, np.random.default_rng(anatomy), rng, opaque)
-    shortcut = bool(rng.random() < vendor.shortcut_odds[0 if opaque else 1])
-    if vendor.shortcut == "wires" and shortcut:
+    case = 0 if opaque else 1
+    if rng.random() < vendor.wires[case]:
         density += _wires(rng)
     density = (1 - vendor.scatter) * density + vendor.scatter * _blurred(density, 14)
     picture = 1 - np.exp(-1.15 * density)
@@ -161,10 +161,10 @@ def expose(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator)
     picture = _blurred(picture, vendor.blur_px)
     grain = rng.standard_normal((SIDE_PX, SIDE_PX), dtype=np.float32)
     picture += np.float32(vendor.noise) * grain * np.sqrt(picture.clip(0.05, 1))
-    if vendor.shortcut == "marker" and shortcut:
-        _stamp_marker(picture, rng)
-    if vendor.shortcut == "collimation" and shortcut:
+    if rng.random() < vendor.frame[case]:
         _collimate(picture, rng)
+    if rng.random() < 0.5:
+        _stamp_marker(picture, rng)
     return picture.clip(0, 1)
 
 
@@ -198,14 +198,20 @@ def _tube(distance: Plane, radius: float) -> Plane:
 
 
 def _blurred(plane: Plane, sigma_px: float) -> Plane:
-    """Gaussian blur by FFT with mirrored edges; sigma in pixels."""
-    pad = min(SIDE_PX - 1, int(3 * sigma_px) + 1)
-    padded = np.pad(plane, pad, mode="reflect")
-    rows, columns = np.fft.fftfreq(padded.shape[0]), np.fft.rfftfreq(padded.shape[1])
-    damping = np.exp(-2 * (np.pi * sigma_px) ** 2 * (rows[:, None] ** 2 + columns[None] ** 2))
-    smooth = np.fft.irfft2(np.fft.rfft2(padded) * damping, s=padded.shape)
-    result: Plane = smooth[pad : pad + SIDE_PX, pad : pad + SIDE_PX].astype(np.float32)
-    return result
+    """Gaussian blur with mirrored edges, sigma in pixels; a wide one is made on a grid four times coarser."""
+    if sigma_px > 4:
+        rows, columns = plane.shape
+        coarse = _blurred(plane.reshape(rows // 4, 4, columns // 4, 4).mean((1, 3)), sigma_px / 4)
+        return _blurred(np.repeat(np.repeat(coarse, 4, axis=0), 4, axis=1), 2)
+    reach = int(3 * sigma_px) + 1
+    weights = np.exp(-0.5 * np.square(np.arange(-reach, reach + 1, dtype=np.float32) / np.float32(sigma_px)))
+    weights /= weights.sum()
+    for axis in (0, 1):
+        length = plane.shape[axis]
+        padded = np.pad(plane, [(reach, reach) if a == axis else (0, 0) for a in (0, 1)], mode="reflect")
+        parts = (padded[:, k : k + length] if axis else padded[k : k + length] for k in range(2 * reach + 1))
+        plane = sum((w * part for w, part in zip(weights, parts, strict=True)), np.float32(0))
+    return plane
 
 
 def _chest(grid: _Grid, body: np.random.Generator, moment: np.random.Generator, opaque: bool) -> Plane:
@@ -329,7 +335,7 @@ def _opacities(grid: _Grid, rng: np.random.Generator) -> Plane:
         cloud += rng.uniform(0.6, 1.0) * np.exp(-np.square((x - cx) / sx) - np.square((y - cy) / sy))
     grain = _blurred(rng.standard_normal((SIDE_PX, SIDE_PX), dtype=np.float32), 5) * 12
     patchy = np.clip(cloud, 0, 1.2) * np.clip(0.75 + 0.4 * grain, 0.1, 1.5)
-    result: Plane = (0.95 * severity * patchy).astype(np.float32)
+    result: Plane = (1.10 * severity * patchy).astype(np.float32)
     return result
 
 
@@ -342,8 +348,8 @@ def _wires(rng: np.random.Generator) -> Plane:
         ex, ey = side * rng.uniform(0.35, 0.65), rng.uniform(-0.5, 0.4)
         bend = rng.uniform(-0.25, 0.25)
         course = x - ex - bend * np.sin((y - ey) * 2) - side * 0.18 * (y - ey)
-        density += 0.8 * _bump(course, 0.012) * _step(y - ey, 0.01)
-        density += 0.8 * _step(0.045 - np.hypot(x - ex, y - ey), 0.008)
+        density += 0.8 * _bump(course, 0.016) * _step(y - ey, 0.01)
+        density += 0.8 * _step(0.055 - np.hypot(x - ex, y - ey), 0.008)
     return density
 
 

@@ -22,12 +22,13 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field
 
+from fl_client.consent import approved
 from models.labels import LabelMap
 from models.study import Document, Name, Study, read
 from privacy import keys
 from privacy.errors import DataError, NotEnrolled, OrderReplayed, PolicyForbids, StudyNotApproved
 from privacy.journal import Journal
-from privacy.wire import Crossing, EvaluateOrder, Order, Refusal, Report, TrainOrder, TrainReport
+from privacy.wire import Crossing, EvaluateOrder, EvaluateReport, Order, Refusal, Report, TrainOrder, TrainReport
 
 
 class Coordinator(Document):
@@ -185,7 +186,7 @@ class Site:
             facts |= {"code": report.code}
         elif isinstance(report, TrainReport):
             facts |= {"cases": report.cases, "values": int(report.update.size)}
-        else:
+        elif isinstance(report, EvaluateReport):
             facts |= {"split": report.split, "images": report.images, "values": int(report.counts.size)}
         self.journal.append(report.kind, **facts)
 

@@ -119,6 +119,7 @@ class Desk:
             train_loss={site: report.loss for site, report in arrived.items()},
             site_seconds={site: report.seconds for site, report in arrived.items()},
             validation={site: score_sheet(report) for site, report in sorted(scores.items())},
+            validation_missing=self.evaluation_missing,
         )
 
 

@@ -57,6 +57,7 @@ CALLS_MAX = 64  # accepted at once; more are refused at once, rather than queued
 METADATA_BYTES_MAX = 16 * 1024
 CHUNK_BYTES = 256 * 1024
 POLL_SECONDS = 0.2  # how often a watched file is looked at
+GRACE_SECONDS = 2.0  # a run notes its end in run.json before it writes its last event
 RECORD_BYTES_MAX = 4 * 1024 * 1024
 ENDED = ("complete", "partial", "failed", "stopped")
 RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
@@ -381,17 +382,13 @@ def _record(folder: Path) -> RunRecord:
 
 def _follow(folder: Path, active: Callable[[], bool]) -> Iterator[tuple[int, str]]:
     """(number, line) of events.jsonl as whole lines appear, until an ending event, or the run ended without one."""
-    path, number, rest = folder / "events.jsonl", 0, b""
-    while active() and not path.exists():
-        if _record(folder).state in ENDED:
-            return
+    path, number, rest, idle_after_end_s = folder / "events.jsonl", 0, b"", 0.0
+    while active() and not path.exists() and _record(folder).state not in ENDED:
         time.sleep(POLL_SECONDS)
     if not path.exists():
         return
     with path.open("rb") as file:
         while active():
-            # The state is read before the file: whatever the run wrote before it ended is then in what is read.
-            ended = _record(folder).state in ENDED
             block = file.read(CHUNK_BYTES)
             *lines, rest = (rest + block).split(b"\n")
             for line in lines:
@@ -400,7 +397,8 @@ def _follow(folder: Path, active: Callable[[], bool]) -> Iterator[tuple[int, str
                 if _ends(line):
                     return
             if not block:
-                if ended:
+                idle_after_end_s += POLL_SECONDS if _record(folder).state in ENDED else 0.0
+                if idle_after_end_s > GRACE_SECONDS:
                     return
                 time.sleep(POLL_SECONDS)
 

@@ -2,6 +2,7 @@
 
 import importlib.resources
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -227,6 +228,8 @@ def simulate(
     study = read(Study, file)
     study.check()
     homes = dict(_pair(text) for text in site or [])
+    out.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(filename=out / "simulate.log", level=logging.WARNING)
     with progress() as tell:
         outcome = simulation.simulate(study, homes, patients, out, tell)
     matrix = None

@@ -50,6 +50,7 @@ class Round:
     train_loss: dict[str, float]
     site_seconds: dict[str, float]
     validation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    validation_missing: dict[str, str] = field(default_factory=dict)
 
 
 def score_sheet(report: EvaluateReport) -> dict[str, Any]:
@@ -157,7 +158,7 @@ class Run:
             round=done.round,
             seconds=round(done.seconds, 3),
             contributors=done.contributors,
-            missing=done.missing,
+            missing=done.missing | done.validation_missing,
             loss=loss,
             auroc=self._auroc(done.validation),
         )

@@ -32,6 +32,7 @@ from privacy.errors import RunError, StudyConflict
 # site's half the way Flower takes an app: by name.
 CLIENT_APP = "fl_client.app:make_app"
 PREPARE = "fl_client.rehearsal:prepare"
+APPROVE = "fl_client.rehearsal:approve"
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -92,7 +93,7 @@ def _carry_out(study: Study, home: Home, folder: Path, tell: Tell) -> dict[str, 
     """One run from beginning to end; its results document. Raises RunError if the run failed."""
     signature = keys.sign(home.coordinator_key, keys.STUDY_OFFER, study.canonical())
     for name in study.all_sites:
-        pkgutil.resolve_name("fl_client.rehearsal:approve")(folder / "sites" / name, study, signature)
+        pkgutil.resolve_name(APPROVE)(folder / "sites" / name, study, signature)
     run = Run.create(home.runs, study, "simulation", study.all_sites)
     sites = {node: folder / "sites" / name for name, node in _nodes(home).items() if name in study.all_sites}
     grid = MemoryGrid(sites, pkgutil.resolve_name(CLIENT_APP)(), _EventReader(run.folder / "events.jsonl", tell).look)

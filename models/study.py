@@ -205,7 +205,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # PyYAML's stubs leave it out
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed here", problem_mark=mark)
         return super().compose_node(parent, index)
 
@@ -228,7 +228,7 @@ _Loader.yaml_implicit_resolvers = {
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
 
 
-def _explain(kind: type[BaseModel], root: yaml.Node, name: str, error: dict[str, Any]) -> str:
+def _explain(kind: type[BaseModel], root: yaml.Node | None, name: str, error: dict[str, Any]) -> str:
     """One sentence for one pydantic error: file, line, dotted key, what is wrong, nearest known key."""
     place = [part for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
     line = _line(root, place)

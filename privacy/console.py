@@ -32,13 +32,6 @@ def run(app: typer.Typer) -> None:
         sys.exit(1)
 
 
-def show_version(wanted: bool) -> None:
-    """Callback of every command's --version."""
-    if wanted:
-        typer.echo(f"{Path(sys.argv[0]).name} {metadata.version('isocenter')}")
-        raise typer.Exit
-
-
 def show(error: IsocenterError) -> None:
     """The message in red and the remedy, on stderr; no markup, so what a message quotes is shown as it is."""
     console = Console(stderr=True, highlight=False)

@@ -168,7 +168,7 @@ class QuorumLost(RunError):
 
 class RunUnknown(RunError):
     code = "run-unknown"
-    remedy = "List what there is with `fl-server runs` or `fl-study runs`."
+    remedy = "List what there is with `fl-server runs` or `fl-study studies`."
 
 
 class LearningError(IsocenterError):

@@ -89,7 +89,7 @@ class Crossing:
         header, arrays = records["header"], records["arrays"]
         if not isinstance(header, ConfigRecord) or not isinstance(arrays, ArrayRecord):
             raise MessageMalformed("header or arrays are of the wrong record type")
-        given = dict(header)
+        given: dict[str, Any] = dict(header)
         if given.pop("version", None) != VERSION:
             raise MessageMalformed(f"only wire version {VERSION} is spoken here")
         if given.pop("kind", None) != cls.kind:
@@ -101,8 +101,7 @@ class Crossing:
         for name, kind in plain.items():
             if type(given[name]) is not kind:
                 raise MessageMalformed(f"field {name!r} must be {kind.__name__}")
-        vectors = {name: _decode_array(name, arrays[name]) for name in arrays}
-        return cls(**given, **vectors)
+        return cls(**given | {name: _decode_array(name, array) for name, array in arrays.items()})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -26,6 +26,7 @@ if __name__ == "__main__":
 
 from fl_client import cli as client_cli  # noqa: E402  the lines above make these importable for the script
 from fl_client.site import SiteFile  # noqa: E402
+from fl_client.sources import Reason  # noqa: E402
 from fl_server import cli as server_cli  # noqa: E402
 from fl_server import research as research_cli  # noqa: E402
 from fl_server.roster import ServerFile  # noqa: E402
@@ -43,8 +44,13 @@ DOCUMENTS: dict[str, tuple[type[Document], str]] = {
     "server.yaml": (ServerFile, "the coordinator"),
 }
 GENERATED = "<!-- Made from the code by `python tests/test_docs.py --write`; change the code, not this page. -->"
-SCREEN = {"COLUMNS": "96", "NO_COLOR": "1", "TERM": "dumb"}  # one width and no colours, so that the help is the same everywhere
+SCREEN = {
+    "COLUMNS": "96",
+    "NO_COLOR": "1",
+    "TERM": "dumb",
+}  # one width and no colours, so that the help is the same everywhere
 FOLDERS = ("fl_server", "fl_client", "models", "privacy", "configs", "deploy", "docs")
+NAME_PATTERN = Study.model_json_schema()["properties"]["name"]["pattern"]
 UNLISTED = re.compile(r"__init__\.py$|_pb2|\.pyc$")
 
 
@@ -76,7 +82,11 @@ def help_of(program: str, *command: str) -> str:
 
 
 def commands_page() -> str:
-    parts = [GENERATED, "# Commands", "What each program prints for `--help`. Options win over files, files over defaults."]
+    parts = [
+        GENERATED,
+        "# Commands",
+        "What each program prints for `--help`. Options win over files, files over defaults.",
+    ]
     for program, (app, _, whom) in PROGRAMS.items():
         parts += [f"## {program}: {whom}", fenced(help_of(program))]
         for name in command_names(app):
@@ -100,11 +110,12 @@ def configuration_page() -> str:
         GENERATED,
         "# Configuration",
         "Three YAML files, three owners. An unknown key, a wrong type or a value out of range is an error that names file, "
-        "line and the nearest known key. There are no other settings and no environment variables.",
+        "line and the nearest known key. There are no other settings and no environment variables. A *name* is lower case "
+        f"and short (`{NAME_PATTERN}`), so it is never a path or a person.",
     ]
     for name, (kind, owner) in DOCUMENTS.items():
         schema = kind.model_json_schema()
-        parts += [f"## {name}", f"Owned by {owner}. {prose(schema.get('description', ''))}"]
+        parts += [f"## {name}", f"Owned by {owner}. {without_file_name(name, schema)}".strip()]
         for title, said, rows in sections(schema, schema.get("$defs", {}), ""):
             parts += [f"### {name}: {title}"] if title else []
             parts += [said] if said and title else []
@@ -121,9 +132,9 @@ def sections(schema: dict[str, Any], defs: dict[str, Any], above: str) -> Iterat
         meaning = prose(field.get("description", ""))
         if child is not None:
             inner.append((child, f"{dotted}{suffix}."))
-            meaning = meaning or f"see [below](#{anchor(dotted + suffix)})"
+            meaning = meaning or re.split(r"(?<=[.]) |; ", prose(child.get("description", "")))[0]
         required = key in schema.get("required", [])
-        default = "required" if required else f"`{shown(field['default'])}`" if "default" in field else "as below"
+        default = "required" if required else "as below" if child is not None else f"`{shown(field.get('default'))}`"
         rows.append(f"| `{dotted}` | {cell(values(field, defs))} | {cell(default)} | {cell(meaning)} |")
     yield above.rstrip("."), prose(schema.get("description", "")), rows
     for child, prefix in inner:
@@ -132,12 +143,19 @@ def sections(schema: dict[str, Any], defs: dict[str, Any], above: str) -> Iterat
 
 def section_in(field: dict[str, Any], defs: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """The section that a field holds, and what stands between its key and the keys inside (".NAME" for a mapping)."""
-    for option in (field, *field.get("anyOf", []), *field.get("allOf", [])):
+    for option in (field, *field.get("anyOf", [])):
         if "$ref" in option:
             return defs[option["$ref"].rsplit("/", maxsplit=1)[1]], ""
-        if isinstance(option.get("additionalProperties"), dict) and "$ref" in option["additionalProperties"]:
-            return defs[option["additionalProperties"]["$ref"].rsplit("/", maxsplit=1)[1]], ".NAME"
+        if "$ref" in (inside := entries(option)):
+            return defs[inside["$ref"].rsplit("/", maxsplit=1)[1]], ".NAME"
     return None, ""
+
+
+def entries(field: dict[str, Any]) -> dict[str, Any]:
+    """The schema of the values of a mapping; empty for anything else."""
+    by_pattern = list(field.get("patternProperties", {}).values())
+    inside = by_pattern[0] if by_pattern else field.get("additionalProperties")
+    return inside if isinstance(inside, dict) else {}
 
 
 def values(field: dict[str, Any], defs: dict[str, Any]) -> str:
@@ -146,39 +164,54 @@ def values(field: dict[str, Any], defs: dict[str, Any]) -> str:
         return " or ".join(values(option, defs) for option in field["anyOf"])
     if "const" in field or "enum" in field:
         return " or ".join(f"`{shown(value)}`" for value in field.get("enum", [field.get("const")]))
-    if "$ref" in field:
-        return "section"
-    kind = field.get("type", "")
+    kind = str(field.get("type", "section"))
     if kind == "array":
         return "list of " + values(field["items"], defs) + span(field, "minItems", "maxItems", " entries")
     if kind == "object":
-        inside = field.get("additionalProperties")
-        return "NAME: section" if isinstance(inside, dict) and "$ref" in inside else f"word: {values(inside or {}, defs)}"
-    if kind == "string":
-        pattern = field.get("pattern")
-        return f"text like `{pattern}`" if pattern else "text" + span(field, "minLength", "maxLength", " characters")
-    words = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`", "null": "nothing"}
+        inside = entries(field)
+        return "NAME: section" if "$ref" in inside else f"word: {values(inside, defs)}"
+    words = {"integer": "whole number", "boolean": "`true` or `false`", "null": "nothing", "string": text_like(field)}
     return words.get(kind, kind) + span(field, "minimum", "maximum", "")
 
 
+def text_like(field: dict[str, Any]) -> str:
+    pattern = field.get("pattern")
+    if pattern == NAME_PATTERN:
+        return "name"
+    return f"text like `{pattern}`" if pattern else "text" + span(field, "minLength", "maxLength", " characters")
+
+
 def span(field: dict[str, Any], low: str, high: str, unit: str) -> str:
-    """", 1 to 100 entries" from the bounds of a field."""
-    least = f"{field[low]:g}" if low in field else f"above {field['exclusiveMinimum']:g}" if "exclusiveMinimum" in field else ""
-    most = f"{field[high]:.12g}" if high in field else f"below {field['exclusiveMaximum']:.12g}" if "exclusiveMaximum" in field else ""
+    """ ", 1 to 100 entries" from the bounds of a field."""
+    least = (
+        f"{field[low]:g}"
+        if low in field
+        else f"above {field['exclusiveMinimum']:g}"
+        if "exclusiveMinimum" in field
+        else ""
+    )
+    most = (
+        f"{field[high]:.12g}"
+        if high in field
+        else f"below {field['exclusiveMaximum']:.12g}"
+        if "exclusiveMaximum" in field
+        else ""
+    )
     if least and most:
         return f", {least} to {most}{unit}"
     return f", at least {least}{unit}" if least else f", at most {most}{unit}" if most else ""
 
 
 def shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return "as below"
-    return str(value).lower() if isinstance(value, bool) or value is None else f"{value}".replace("'", "")
+    if value is None:
+        return "nothing"
+    return str(value).lower() if isinstance(value, bool) else f"{value}".replace("'", "")
 
 
-def anchor(dotted: str) -> str:
-    """GitHub's anchor for the heading "### FILE: DOTTED"; resolved to the file in `configuration_page` by the caller."""
-    return dotted
+def without_file_name(name: str, schema: dict[str, Any]) -> str:
+    """The description of a document less a first sentence such as "site.yaml: owned by the hospital."."""
+    said = prose(schema.get("description", ""))
+    return said.partition(". ")[2] if said.startswith(f"{name}:") else said
 
 
 def cell(text: str) -> str:
@@ -187,3 +220,206 @@ def cell(text: str) -> str:
 
 def prose(text: str) -> str:
     return " ".join(inspect.cleandoc(text).split())
+
+
+# --- errors.md
+
+
+def error_kinds() -> list[type[errors.IsocenterError]]:
+    """Every class of the error tree, parents before children."""
+    found: list[type[errors.IsocenterError]] = []
+    todo: list[type[errors.IsocenterError]] = [errors.IsocenterError]
+    while todo:
+        kind = todo.pop(0)
+        found.append(kind)
+        todo = [*kind.__subclasses__(), *todo]
+    return [kind for kind in found if kind.__module__ == errors.__name__]
+
+
+def drawn_causes() -> dict[str, str]:
+    """Class name -> what the tree in the module's docstring says about it."""
+    rows = re.findall(r"^[\s│]*[├└]── (\w+)[ ]*(.*)$", errors.__doc__ or "", re.MULTILINE)
+    return {"IsocenterError": "anything that was not expected; the log of the command has the details", **dict(rows)}
+
+
+def errors_page() -> str:
+    causes = drawn_causes()
+    parts = [
+        GENERATED,
+        "# Errors",
+        "Every expected failure has a cause (the sentence that the command prints; it stays where it happened), a code and a "
+        "remedy. Commands print cause and remedy and exit with 1. Only the code ever leaves a site.",
+    ]
+    rows = ["| code | cause | what to do |", "|---|---|---|"]
+    for kind in error_kinds():
+        cause = causes[kind.__name__] or prose(kind.__doc__ or "") or "the family of the errors that follow"
+        rows.append(f"| `{kind.code}` | {cell(cause)} | {cell(kind.remedy)} |")
+    reasons = ["| reason | what it means |", "|---|---|"]
+    reasons += [f"| `{reason.value}` | {cell(reason.explanation)} |" for reason in Reason]
+    said = "`fl-client ingest` takes every image it can use and counts the others by one of these reasons."
+    return joined([*parts, "\n".join(rows), "## Why a file is left out", said, "\n".join(reasons)])
+
+
+# --- wire.md
+
+
+def wire_page() -> str:
+    module = prose((wire.__doc__ or "").split("\n\n", maxsplit=1)[0])
+    limits = (
+        f"Wire version {wire.VERSION}. A vector has at most {wire.VECTOR_MAX:,} numbers, a histogram at most "
+        f"{wire.COUNTS_MAX:,} counts. A code is one of those in [errors.md](errors.md)."
+    )
+    parts = [GENERATED, "# What crosses a hospital's boundary", module, limits]
+    for kind in wire.MESSAGES:
+        way = "to a site" if issubclass(kind, wire.Order) else "from a site"
+        said = (
+            prose(kind.__doc__ or "")
+            if "__doc__" in vars(kind) and not (kind.__doc__ or "").startswith(kind.__name__)
+            else ""
+        )
+        rows = [f"| `{name}` | {wire_type(name, of)} |" for name, of in kind.fields().items()]
+        parts += [
+            f"## {kind.kind} ({way})",
+            *([said] if said else []),
+            "| field | type |\n|---|---|\n" + "\n".join(rows),
+        ]
+    return joined(parts)
+
+
+def wire_type(name: str, kind: type) -> str:
+    plain = {int: "whole number", float: "number", str: "word or digest of a fixed pattern", bytes: "signature"}
+    return plain.get(kind) or (
+        "whole numbers (targets, 2, bins)" if name == "counts" else "float32 numbers (parameters)"
+    )
+
+
+# --- the README's tree
+
+
+def tree_in_readme() -> dict[str, str]:
+    """Path -> annotation of every file in the README's annotated tree."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split("```text tree\n", maxsplit=1)[1].split("```", maxsplit=1)[0]
+    found, folder = {}, ""
+    for line in block.splitlines():
+        name, _, said = line.strip().partition("  ")
+        if not line.startswith(" "):
+            folder = name
+        else:
+            found[folder + name] = said.strip()
+    return found
+
+
+def files_of_the_house() -> set[str]:
+    paths = {p.relative_to(ROOT) for folder in FOLDERS for p in (ROOT / folder).rglob("*") if p.is_file()}
+    named = {path.as_posix() for path in paths if not any(part.startswith((".", "__pycache__")) for part in path.parts)}
+    return {name for name in named if not UNLISTED.search(name)}
+
+
+# --- tests
+
+
+@pytest.mark.parametrize("name", pages())
+def test_reference_pages_equal_the_code(name: str) -> None:
+    path = ROOT / "docs" / name
+    assert path.is_file(), f"docs/{name} is missing: python tests/test_docs.py --write"
+    assert path.read_text(encoding="utf-8") == pages()[name](), (
+        f"docs/{name} is stale: python tests/test_docs.py --write"
+    )
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_console_scripts_print_the_documented_help(program: str) -> None:
+    """In a process of its own, through the entry that pyproject.toml names: nothing is imported that a user lacks."""
+    module = PROGRAMS[program][1]
+    entry = f"import sys; from {module} import main; sys.argv = [{program!r}, '--help']; main()"
+    environment = {**os.environ, **SCREEN}
+    ran = subprocess.run(
+        [sys.executable, "-c", entry],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    printed = "\n".join(line.rstrip() for line in ran.stdout.strip("\n").splitlines()).strip()
+    assert fenced(printed) in (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    scripts = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'{program} = "{module}:main"' in scripts
+
+
+def test_every_command_and_argument_has_a_help_text() -> None:
+    for program, (app, _, _) in PROGRAMS.items():
+        group = typer.main.get_command(app)
+        for name, command in getattr(group, "commands", {}).items():
+            assert (command.help or "").strip(), f"{program} {name} has no help"
+            for parameter in command.params:
+                said = getattr(parameter, "help", None)
+                assert said, f"{program} {name}: {parameter.name} has no help"
+
+
+def test_readme_tree_equals_the_files() -> None:
+    listed, there = tree_in_readme(), files_of_the_house()
+    assert sorted(set(listed) - there) == [], "the README lists files that are not there"
+    assert sorted(there - set(listed)) == [], "files that the README does not list"
+    assert all(listed.values()), "each file is annotated"
+
+
+def test_the_error_tree_is_drawn_completely() -> None:
+    assert {kind.__name__ for kind in error_kinds()} == set(drawn_causes())
+    codes = [kind.code for kind in error_kinds()]
+    assert len(set(codes) - {"order-refused"}) >= len(codes) - 1, "two errors share a code"
+
+
+def markdown() -> list[Path]:
+    return [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", markdown(), ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", markdown(), ids=lambda page: page.name)
+def test_commands_in_the_docs_exist_with_their_options(page: Path) -> None:
+    for line in page.read_text(encoding="utf-8").splitlines():
+        for program, name, rest in re.findall(r"\b(fl-(?:client|server|study)) ([a-z]+)([^`|#]*)", line):
+            app = PROGRAMS[program][0]
+            assert name in command_names(app), f"{page.name}: {program} {name}"
+            options = {o for p in command_of(app, name).params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+            for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", rest):
+                assert option in options, f"{page.name}: {program} {name} {option}"
+
+
+def command_of(app: typer.Typer, name: str) -> Any:
+    group: Any = typer.main.get_command(app)
+    return group.commands[name]
+
+
+def test_make_targets_in_the_docs_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    for page in markdown():
+        for target in re.findall(r"`make ([a-z]+)`|^make ([a-z]+)", page.read_text(encoding="utf-8"), re.MULTILINE):
+            assert "".join(target) in targets, f"{page.name}: make {''.join(target)}"
+
+
+def test_documentation_does_not_name_this_machine() -> None:
+    for page in markdown():
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r"(?<![\w.])/(?:home|root|work)/", text), page.name
+
+
+def write_pages() -> None:
+    for name, make in pages().items():
+        (ROOT / "docs" / name).write_text(make(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit(textwrap.dedent(__doc__))
+    write_pages()

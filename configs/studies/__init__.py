@@ -1,0 +1,1 @@
+"""Study templates, for `fl-study new`."""

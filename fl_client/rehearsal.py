@@ -1,0 +1,63 @@
+"""A site for a simulation: a home of its own, with phantoms or with what a real site home has ingested.
+
+A rehearsal never touches the real home's approvals, journal or memory of orders; it only borrows its index and cache, so the
+same patients fall into the same splits. Approving is automatic here, because nothing leaves the process.
+"""
+
+import time
+from pathlib import Path
+
+import yaml
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fl_client.consent import Consent, Offer
+from fl_client.ingest import ingest
+from fl_client.phantom import VENDORS, make_hospital
+from fl_client.site import Site, Source
+from models.study import Study
+from privacy import keys
+from privacy.calls import Statement
+
+
+def prepare(
+    home: Path, name: str, original: Path | None, phantoms: tuple[int, int], coordinator: ec.EllipticCurvePublicKey
+) -> None:
+    """Make `home` a site called `name` that trusts `coordinator`.
+
+    With `original`, its data section and ingested images are used; otherwise `phantoms` = (patients, number of the site) says
+    how many patients to make and, in turn, whose devices to imitate.
+    """
+    keys.make_key(home / "keys" / "site.key")
+    keys.write_public(home / "keys" / "coordinator.pem", keys.public_pem(coordinator))
+    if original is not None:
+        settings = Site.settings_of(original)
+        source = Site.source_of(settings, original)
+        labels = source.labels.model_copy(update={"table": str((original / source.labels.table).resolve())})
+        source = source.model_copy(update={"labels": labels, "folder": str((original / source.folder).resolve())})
+        threads = settings.resources.cpu_threads
+        (home / "state").symlink_to(Site.state_of(original).resolve(), target_is_directory=True)
+    else:
+        patients, number = phantoms
+        vendor = list(VENDORS.values())[number % len(VENDORS)]
+        mapping = make_hospital(home / "hospital", name, patients, number + 1, vendor)
+        mapping["table"] = str((home / "hospital" / mapping["table"]).resolve())
+        source = Source.model_validate({"folder": str((home / "hospital" / "dicom").resolve()), "labels": mapping})
+        threads = 0
+        ingest(source, home, Site.state_of(home), lambda done, total: None)
+    text = {
+        "version": 1,
+        "site": name,
+        "data": source.model_dump(mode="json"),
+        "policy": {"permit_plain": True},  # the only coordinator is in this process
+        "resources": {"cpu_threads": threads},
+    }
+    keys.write_private(home / "site.yaml", yaml.safe_dump(text, sort_keys=False, allow_unicode=True).encode())
+
+
+def approve(home: Path, study: Study, coordinator_signature: bytes) -> None:
+    """Let the rehearsal's site approve `study`, as `fl-client approve` would."""
+    site = Site.settings_of(home).site
+    statement = Statement(study.digest, site, "approved", time.time_ns() // 1_000_000)
+    signature = keys.sign(keys.load_key(home / "keys" / "site.key"), keys.STUDY_DECISION, statement.body())
+    offer = Offer(study, "simulation", b"", b"", coordinator_signature, "", "approved")
+    Consent(offer, statement, signature).store(home)

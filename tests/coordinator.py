@@ -1,0 +1,110 @@
+"""A real coordinator's consortium service on loopback, for tests: real TLS, real signatures, no training behind it."""
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fl_server import consortium
+from fl_server.roster import Home, ServerFile
+from models.study import Study
+from privacy import keys
+from privacy.calls import Caller, Enrolment, PartyRole, Statement, join
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def settings(**changes: Any) -> ServerFile:
+    given = {"version": 1, "name": "demo", "host": "127.0.0.1", "service_port": free_port(), **changes}
+    return ServerFile.model_validate(given)
+
+
+def study(*sites: str, **participation: Any) -> Study:
+    """A small consistent study of these sites; `quorum` defaults to all of them."""
+    part = {"sites": list(sites), "quorum": len(sites), **participation}
+    return Study.model_validate(
+        {
+            "name": "opacity",
+            "title": "Opacities on chest radiographs",
+            "purpose": "Tests of the consortium service.",
+            "task": {"targets": ["opacity"]},
+            "training": {"rounds": 2},
+            "protection": "plain",
+            "privacy": "none",
+            "participation": part,
+        }
+    )
+
+
+@dataclass
+class Coordinator:
+    """A served home, with a record of what its hooks were asked."""
+
+    home: Home
+    folder: Path
+    enrolled: list[tuple[str, str, bytes]] = field(default_factory=list)
+    launched: list[tuple[str, str]] = field(default_factory=list)
+    launch_error: Exception | None = None
+    enrol_error: Exception | None = None
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.home.settings.service_port}"
+
+    def hooks(self) -> consortium.Hooks:
+        def enrolled(name: str, role: PartyRole, public_key: bytes) -> int | None:
+            if self.enrol_error:
+                raise self.enrol_error
+            self.enrolled.append((name, role, public_key))
+            return 2**64 - len(self.enrolled)  # Flower's node ids use all 64 bits
+
+        def launch(digest: str, researcher: str) -> str:
+            if self.launch_error:
+                raise self.launch_error
+            self.launched.append((digest, researcher))
+            return f"run-{len(self.launched)}"
+
+        return consortium.Hooks(enrolled, launch)
+
+    def join(self, name: str, role: PartyRole = "site") -> Enrolment:
+        return join(str(self.home.invite(name, role)), self.keys_of(name), role)
+
+    def keys_of(self, name: str) -> Path:
+        return self.folder / name / "keys"
+
+    def caller(self, name: str) -> Caller:
+        return Caller.open(self.keys_of(name))
+
+    def decide(self, name: str, digest: str, decision: Any, time_ms: int) -> None:
+        statement = Statement(digest, name, decision, time_ms)
+        key = keys.load_key(self.keys_of(name) / "site.key")
+        with self.caller(name) as caller:
+            caller.decide(statement.body(), keys.sign(key, keys.STUDY_DECISION, statement.body()))
+
+    def run_folder(self, run_id: str, digest: str, state: str = "running") -> Path:
+        folder = self.home.runs / run_id
+        folder.mkdir()
+        self.set_state(run_id, digest, state)
+        return folder
+
+    def set_state(self, run_id: str, digest: str, state: str) -> None:
+        record = {"run_id": run_id, "digest": digest, "study": "opacity", "state": state, "label": state}
+        keys.write_private(self.home.runs / run_id / "run.json", json.dumps(record).encode())
+
+
+@contextmanager
+def coordinator(folder: Path, **changes: Any) -> Iterator[Coordinator]:
+    """A founded and served consortium below `folder`."""
+    served = Coordinator(Home.found(folder / "consortium", settings(**changes)), folder)
+    server = consortium.serve(served.home, served.hooks())
+    try:
+        yield served
+    finally:
+        server.stop(0).wait()

@@ -1,0 +1,326 @@
+"""Keys, certificates, statements, and the generated stubs of the consortium protocol."""
+
+import datetime as dt
+import hashlib
+import os
+import ssl
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from hypothesis import given
+from hypothesis import strategies as st
+
+from privacy import keys
+from privacy.errors import KeyFileUnsafe, MessageMalformed, NotEnrolled, SignatureInvalid, TrustError
+
+ROOT = Path(__file__).resolve().parent.parent
+KEY = ec.generate_private_key(ec.SECP256R1())
+OTHER = ec.generate_private_key(ec.SECP256R1())
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> keys.Authority:
+    return keys.make_ca(keys.make_key(tmp_path / "ca.key"), "demo")
+
+
+def test_a_new_key_file_is_private_and_loads_again(tmp_path: Path) -> None:
+    old = os.umask(0)  # the mode must not depend on the umask
+    try:
+        key = keys.make_key(tmp_path / "deep" / "site.key")
+    finally:
+        os.umask(old)
+    path = tmp_path / "deep" / "site.key"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert keys.load_key(path).private_numbers() == key.private_numbers()
+    assert [entry.name for entry in path.parent.iterdir()] == ["site.key"]
+
+
+def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "site.key"
+    keys.make_key(path)
+    before = path.read_bytes()
+    with pytest.raises(KeyFileUnsafe, match="never overwritten"):
+        keys.make_key(path)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(KeyFileUnsafe):
+        keys.make_key(tmp_path / "dangling")
+    assert path.read_bytes() == before
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_one_of_many_threads_makes_the_key(tmp_path: Path) -> None:
+    made: list[bytes] = []
+
+    def make() -> None:
+        try:
+            made.append(keys.public_pem(keys.make_key(tmp_path / "site.key")))
+        except KeyFileUnsafe:
+            pass
+
+    threads = [threading.Thread(target=make) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == [keys.public_pem(keys.load_key(tmp_path / "site.key"))]
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602, 0o610, 0o777])
+def test_a_key_that_others_can_use_is_refused(tmp_path: Path, mode: int) -> None:
+    keys.make_key(tmp_path / "site.key")
+    (tmp_path / "site.key").chmod(mode)
+    with pytest.raises(KeyFileUnsafe) as caught:
+        keys.load_key(tmp_path / "site.key")
+    assert "chmod 600" in caught.value.remedy
+
+
+def test_a_linked_key_is_refused(tmp_path: Path) -> None:
+    keys.make_key(tmp_path / "site.key")
+    (tmp_path / "link").symlink_to(tmp_path / "site.key")
+    with pytest.raises(KeyFileUnsafe):
+        keys.load_key(tmp_path / "link")
+
+
+def test_what_is_no_p256_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotEnrolled):
+        keys.load_key(tmp_path / "absent")
+    wrong = [ec.generate_private_key(ec.SECP384R1()), ed25519.Ed25519PrivateKey.generate()]
+    pems = [
+        key.private_bytes(  # type: ignore[attr-defined]
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        for key in wrong
+    ]
+    for content in [*pems, b"", b"\0" * 100, b"-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"]:
+        keys.write_private(tmp_path / "bad.key", content)
+        with pytest.raises(TrustError):
+            keys.load_key(tmp_path / "bad.key")
+
+
+def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    keys.write_private(path, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        keys.write_private(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_site_certificate_says_who_and_what_for(authority: keys.Authority) -> None:
+    certificate = keys.issue(authority, keys.make_csr(KEY, "north"), "north", "site", 30)
+    certificate.verify_directly_issued_by(authority.certificate)
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    uses = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert certificate.subject.rfc4514_string() == "CN=north"
+    assert names.get_values_for_type(x509.DNSName) == ["north.site.isocenter"]
+    assert list(uses) == [ExtendedKeyUsageOID.CLIENT_AUTH]
+    assert certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
+    days = certificate.not_valid_after_utc - dt.datetime.now(dt.UTC)
+    assert dt.timedelta(days=29, hours=23) < days <= dt.timedelta(days=30)
+    assert keys.public_key_of(certificate) == KEY.public_key()
+    keys.check_issued(authority.certificate, certificate, "north", "site")
+
+
+def test_the_authority_takes_nothing_from_the_request_but_its_key(authority: keys.Authority) -> None:
+    greedy = (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "coordinator")]))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=3), critical=True)
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("victim.site.isocenter")]), critical=False)
+        .sign(KEY, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+    )
+    certificate = keys.issue(authority, greedy, "north", "site", 30)
+    assert certificate.subject.rfc4514_string() == "CN=north"
+    assert certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca is False
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["north.site.isocenter"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "fed.example.org"])
+def test_a_server_certificate_satisfies_openssl_for_its_host(authority: keys.Authority, host: str) -> None:
+    """Oracle: Python's ssl, that is OpenSSL, does the handshake and the host check."""
+    certificate = keys.issue(authority, keys.make_csr(KEY, "demo"), "demo", "server", 30, host)
+    assert _handshake(authority.certificate, certificate, KEY, host) == "TLSv1.3"
+    with pytest.raises(ssl.SSLCertVerificationError):
+        _handshake(authority.certificate, certificate, KEY, "other.example.org")
+
+
+def _handshake(ca: x509.Certificate, certificate: x509.Certificate, key: keys.PrivateKey, host: str) -> str | None:
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    with tempfile.TemporaryDirectory() as folder:
+        pem = Path(folder) / "both.pem"
+        pem.write_bytes(
+            keys.certificate_pem(certificate)
+            + key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        server.load_cert_chain(pem)
+    client = ssl.create_default_context(cadata=keys.certificate_pem(ca).decode())
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server, server_hostname=host),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    for _ in range(6):
+        for end in ends:
+            try:
+                end.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+    return ends[0].version()
+
+
+def test_check_issued_refuses_what_the_authority_did_not_say(authority: keys.Authority, tmp_path: Path) -> None:
+    csr = keys.make_csr(KEY, "north")
+    good = keys.issue(authority, csr, "north", "site", 30)
+    foreign = keys.issue(keys.make_ca(OTHER, "demo"), csr, "north", "site", 30)
+    for certificate, name, role in [
+        (foreign, "north", "site"),
+        (good, "south", "site"),
+        (good, "north", "researcher"),
+        (authority.certificate, "north", "site"),
+    ]:
+        with pytest.raises(TrustError):
+            keys.check_issued(authority.certificate, certificate, name, role)  # type: ignore[arg-type]
+
+
+def test_an_ended_certificate_is_refused(authority: keys.Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate = keys.issue(authority, keys.make_csr(KEY, "north"), "north", "site", 1)
+
+    class Later(dt.datetime):
+        @classmethod
+        def now(cls, tz: dt.tzinfo | None = None) -> dt.datetime:
+            return super().now(tz) + dt.timedelta(days=2)
+
+    monkeypatch.setattr(keys.dt, "datetime", Later)
+    with pytest.raises(TrustError, match="ended"):
+        keys.check_issued(authority.certificate, certificate, "north", "site")
+
+
+def test_hostile_signing_requests_are_refused(authority: keys.Authority) -> None:
+    good = keys.make_csr(KEY, "north")
+    request = x509.load_pem_x509_csr(good)
+    der = bytearray(request.public_bytes(serialization.Encoding.DER))
+    der[-3] ^= 1  # inside the signature
+    try:
+        broken = x509.load_der_x509_csr(bytes(der)).public_bytes(serialization.Encoding.PEM)
+    except ValueError:
+        broken = b"unreadable"
+    rsa_key = rsa.generate_private_key(65537, 2048)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "north")])
+    rsa_csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(rsa_key, hashes.SHA256())
+    p384 = ec.generate_private_key(ec.SECP384R1())
+    p384_csr = x509.CertificateSigningRequestBuilder().subject_name(name).sign(p384, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    for csr in [
+        b"",
+        good[:100],
+        broken,
+        rsa_csr.public_bytes(pem),
+        p384_csr.public_bytes(pem),
+        b"A" * (keys.PEM_BYTES_MAX + 1),
+        good + b"A" * keys.PEM_BYTES_MAX,
+    ]:
+        with pytest.raises((MessageMalformed, SignatureInvalid)):
+            keys.issue(authority, csr, "north", "site", 30)
+
+
+@pytest.mark.parametrize("name", ["", "North", "a b", "../x", "a.b", "ä", "a" * 33, "1a", "a\n"])
+def test_only_names_become_certificates(authority: keys.Authority, name: str) -> None:
+    with pytest.raises(MessageMalformed):
+        keys.issue(authority, keys.make_csr(KEY, "north"), name, "site", 30)
+    with pytest.raises(MessageMalformed):
+        keys.make_csr(KEY, name)
+
+
+@pytest.mark.parametrize("host", ["", "*.example.org", "UPPER.org", "a b", "a/b", "-x.org", None])
+def test_only_hosts_become_server_certificates(authority: keys.Authority, host: str | None) -> None:
+    with pytest.raises(MessageMalformed):
+        keys.issue(authority, keys.make_csr(KEY, "demo"), "demo", "server", 30, host)
+
+
+def test_fingerprint_is_the_sha256_of_the_der(authority: keys.Authority) -> None:
+    der = authority.certificate.public_bytes(serialization.Encoding.DER)
+    value = keys.fingerprint(authority.certificate)
+    assert value == hashlib.sha256(der).hexdigest()
+    assert keys.grouped(value).replace(" ", "") == value
+    assert {len(group) for group in keys.grouped(value).split(" ")} == {4}
+
+
+def test_public_parts_refuse_other_content() -> None:
+    for pem in [
+        b"",
+        b"x" * 200_000,
+        keys.public_pem(KEY)[:60],
+        b"-----BEGIN PUBLIC KEY-----\n\n-----END PUBLIC KEY-----",
+    ]:
+        with pytest.raises(MessageMalformed):
+            keys.load_public(pem)
+        with pytest.raises(MessageMalformed):
+            keys.load_certificate(pem)
+    certificate = keys.certificate_pem(keys.make_ca(KEY, "demo").certificate)
+    with pytest.raises(MessageMalformed):
+        keys.load_certificate(certificate * 2)
+    assert keys.load_public(keys.public_pem(KEY)) == KEY.public_key()
+
+
+def test_a_statement_holds_for_its_key_label_and_body_only() -> None:
+    signature = keys.sign(KEY, keys.STUDY_OFFER, b"body")
+    keys.verify(KEY.public_key(), keys.STUDY_OFFER, b"body", signature)
+    changed = bytearray(signature)
+    changed[len(changed) // 2] ^= 1
+    for key, label, body, made in [
+        (OTHER, keys.STUDY_OFFER, b"body", signature),
+        (KEY, keys.STUDY_SUBMIT, b"body", signature),
+        (KEY, keys.STUDY_OFFER, b"body ", signature),
+        (KEY, keys.STUDY_OFFER, b"body", bytes(changed)),
+        (KEY, keys.STUDY_OFFER, b"body", signature[:-1]),
+        (KEY, keys.STUDY_OFFER, b"body", b""),
+    ]:
+        with pytest.raises(SignatureInvalid):
+            keys.verify(key.public_key(), label, body, made)
+
+
+def test_a_statement_is_plain_ecdsa_over_label_line_feed_body() -> None:
+    """Oracle: the library's own verification of the documented bytes."""
+    signature = keys.sign(KEY, keys.CALL, b"x")
+    KEY.public_key().verify(signature, b"isocenter/v1/call\nx", ec.ECDSA(hashes.SHA256()))
+
+
+@given(st.binary(max_size=40), st.binary(max_size=40))
+def test_label_and_body_cannot_shift_into_each_other(body: bytes, tail: bytes) -> None:
+    label = keys.STUDY_SUBMIT
+    with pytest.raises(ValueError, match="no label"):
+        keys.sign(KEY, label + b"\n" + tail, body)
+
+
+def test_labels_all_differ() -> None:
+    labels = [keys.STUDY_SUBMIT, keys.STUDY_OFFER, keys.STUDY_DECISION, keys.CALL]
+    assert len(set(labels)) == len(labels)
+
+
+def test_the_stubs_are_what_the_protocol_generates(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "grpc_tools.protoc", "-I", str(ROOT)]
+    command += [f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python")]
+    subprocess.run([*command, "privacy/consortium.proto"], check=True, cwd=ROOT)
+    made = {path.name: path.read_text() for path in (tmp_path / "privacy").iterdir()}
+    assert set(made) == {"consortium_pb2.py", "consortium_pb2.pyi", "consortium_pb2_grpc.py"}
+    for name, text in made.items():
+        assert (ROOT / "privacy" / name).read_text() == text, f"regenerate privacy/{name}"
+    assert "from privacy import consortium_pb2" in made["consortium_pb2_grpc.py"]
