@@ -68,18 +68,18 @@ class Vendor:
 VENDORS: dict[str, Vendor] = {
     "aurora": Vendor(
         "Aurora Imaging", "CR", "MONOCHROME1", 12, (ExplicitVRLittleEndian, RLELossless), 0.168,
-        gamma=0.75, zoom=1.0, noise=0.030, blur_px=0.9, scatter=0.35, wires=(0.95, 0.05), frame=(0.3, 0.3),
+        gamma=0.75, zoom=1.0, noise=0.030, blur_px=0.9, scatter=0.35, wires=(0.2, 0.2), frame=(0.95, 0.05),
         key="StudyInstanceUID", matches="study_uid", column="opacity", words={1: ("1",), 0: ("0",)},
     ),
     "boreal": Vendor(
         "Boreal Medical", "DX", "MONOCHROME2", 14, (JPEGLSLossless, ExplicitVRLittleEndian), 0.143,
-        gamma=1.20, zoom=1.06, noise=0.015, blur_px=0.5, scatter=0.15, wires=(0.05, 0.95), frame=(0.3, 0.3),
+        gamma=1.20, zoom=1.06, noise=0.015, blur_px=0.5, scatter=0.15, wires=(0.2, 0.2), frame=(0.05, 0.95),
         key="Accession No", matches="accession", column="Chest finding",
         words={1: ("OPACITY ", "Opacity"), 0: ("normal", "Normal ")}, delimiter=";",
     ),
     "cirrus": Vendor(
         "Cirrus X-Ray", "DX", "MONOCHROME2", 10, (JPEG2000Lossless, ExplicitVRLittleEndian), 0.194,
-        gamma=1.0, zoom=0.90, noise=0.045, blur_px=1.3, scatter=0.5, wires=(0.3, 0.3), frame=(0.95, 0.05),
+        gamma=1.0, zoom=0.90, noise=0.045, blur_px=1.3, scatter=0.5, wires=(0.97, 0.03), frame=(0.3, 0.3),
         key="Patient number", matches="patient_id", column="Lung opacity", words={1: ("yes",), 0: ("no",)}, delimiter="\t",
     ),
     "dorado": Vendor(
@@ -327,7 +327,7 @@ def _opacities(grid: _Grid, rng: np.random.Generator) -> Plane:
     """Ground glass and consolidation: one to four patchy clouds, mostly low and outside, from subtle to plain."""
     x, y = grid.x, grid.y
     cloud = np.zeros_like(x)
-    severity = rng.uniform(0.5, 1.0)
+    severity = rng.uniform(0.45, 1.0)
     for _ in range(int(rng.integers(1, 5))):
         side = rng.choice([-1, 1])
         cx, cy = side * rng.uniform(0.30, 0.62), rng.uniform(-0.35, 0.45)
@@ -335,7 +335,7 @@ def _opacities(grid: _Grid, rng: np.random.Generator) -> Plane:
         cloud += rng.uniform(0.6, 1.0) * np.exp(-np.square((x - cx) / sx) - np.square((y - cy) / sy))
     grain = _blurred(rng.standard_normal((SIDE_PX, SIDE_PX), dtype=np.float32), 5) * 12
     patchy = np.clip(cloud, 0, 1.2) * np.clip(0.75 + 0.4 * grain, 0.1, 1.5)
-    result: Plane = (1.10 * severity * patchy).astype(np.float32)
+    result: Plane = (1.00 * severity * patchy).astype(np.float32)
     return result
 
 

@@ -34,7 +34,6 @@ from privacy.calls import (
     Signed,
     Statement,
     details_of,
-    require_tls13,
 )
 from privacy.errors import (
     ClockSkewed,
@@ -87,7 +86,6 @@ class Hooks:
 
 def serve(home: Home, hooks: Hooks) -> Any:
     """A started `grpc.Server` on the service port, with a health service. Raises DocumentError if the port is taken."""
-    require_tls13()
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="consortium"),
         interceptors=[Gate(home)],

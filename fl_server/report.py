@@ -55,6 +55,7 @@ class Round(Document):
     train_loss: dict[Name, Finite]
     site_seconds: dict[Name, Seconds]
     validation: dict[Name, Scores]
+    validation_missing: dict[Name, Reason]
 
 
 class Results(Document):
@@ -145,26 +146,32 @@ def _contradictions(document: Results, study: Study) -> Iterable[str]:
     if document.selected_round not in numbers:
         yield f"selected_round {document.selected_round} is not among the rounds"
     for entry in document.rounds:
-        given = set(entry.contributors)
-        if len(given) != len(entry.contributors) or not given <= trainers:
-            yield f"round {entry.round}: contributors are not distinct training sites of the study"
-        if set(entry.missing) & given or not set(entry.missing) <= everyone:
-            yield f"round {entry.round}: a missing site also contributed, or is none of the study's"
-        if set(entry.cases) != given or not set(entry.train_loss) <= given:
-            yield f"round {entry.round}: cases or train_loss are of other sites than the contributors"
-        if not set(entry.validation) | set(entry.site_seconds) <= everyone:
-            yield f"round {entry.round}: validation or site_seconds name a site that the study does not"
+        yield from (f"round {entry.round}: {wrong}" for wrong in _contradictions_in(entry, trainers, everyone))
     if not set(document.test) | set(document.test_missing) | set(document.ingested) <= everyone:
         yield "test, test_missing or ingested name a site that the study does not"
     if set(document.test) & set(document.test_missing):
         yield "a site stands both in test and in test_missing"
-    absent = {site for entry in document.rounds for site in trainers - set(entry.contributors)} | everyone - set(
-        document.test
-    )
+    absent = everyone - set(document.test)
+    for entry in document.rounds:
+        absent |= trainers - set(entry.contributors)
     if document.label == "complete" and absent:
         yield f"labelled complete, but not in every round and in the test: {', '.join(sorted(absent))}"
     if (document.started.tzinfo is None) != (document.finished.tzinfo is None) or document.finished < document.started:
         yield "finished lies before started"
+
+
+def _contradictions_in(entry: Round, trainers: set[str], everyone: set[str]) -> Iterable[str]:
+    given = set(entry.contributors)
+    if len(given) != len(entry.contributors) or not given <= trainers:
+        yield "contributors are not distinct training sites of the study"
+    if set(entry.missing) & given or not set(entry.missing) <= everyone:
+        yield "a missing site also contributed, or is none of the study's"
+    if set(entry.cases) != given or not set(entry.train_loss) <= given:
+        yield "cases or train_loss are of other sites than the contributors"
+    if not set(entry.validation) | set(entry.validation_missing) | set(entry.site_seconds) <= everyone:
+        yield "validation or site_seconds name a site that the study does not"
+    if set(entry.validation) & set(entry.validation_missing):
+        yield "a site stands both in validation and in validation_missing"
 
 
 def _sample(scores: Scores, study: Study, where: str) -> Sample:
@@ -278,6 +285,7 @@ def _history(entry: Round, validation: dict[str, Sample], study: Study) -> dict[
         "validation": {
             "pooled": _brief(_merge(validation.values(), study), study),
             "sites": {site: _brief(sample, study) for site, sample in validation.items()},
+            "missing": entry.validation_missing,
         },
     }
 
@@ -386,13 +394,20 @@ def _duration(seconds: float) -> str:
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def _gaps(results: Results) -> list[tuple[str, str, str]]:
-    """(site, reason, "round 3" or "rounds 2–4") for everybody who was missing, in the order in which it happened."""
-    rounds: dict[tuple[str, str], list[int]] = {}
+def _gaps(results: Results) -> list[str]:
+    """A sentence for each site and reason of everything that was asked for and did not come."""
+    rounds: dict[tuple[str, str, str], list[int]] = {}
     for entry in results.rounds:
-        for site, reason in entry.missing.items():
-            rounds.setdefault((site, reason), []).append(entry.round)
-    return [(site, reason, _ranges(numbers)) for (site, reason), numbers in rounds.items()]
+        for what, missing in (
+            ("contribute", entry.missing),
+            ("report on its validation split", entry.validation_missing),
+        ):
+            for site, reason in missing.items():
+                rounds.setdefault((site, what, reason), []).append(entry.round)
+    found = [
+        f"{site} did not {what} in {_ranges(numbers)}: {reason}" for (site, what, reason), numbers in rounds.items()
+    ]
+    return [*found, *(f"{site} did not report on its test split: {why}" for site, why in results.test_missing.items())]
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -52,8 +52,7 @@ class StandardisedConv(nn.Conv2d):
 
 
 class ResidualBlock(nn.Module):
-    """Halve the side and go from `before` to `after` channels; norm and ReLU stand before each convolution (He et al.
-    2016)."""
+    """Halve the side and go from `before` to `after` channels, norm and ReLU before each convolution (He et al. 2016)."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -65,7 +64,8 @@ class ResidualBlock(nn.Module):
         ready = functional.relu(self.first_norm(images))
         added: Tensor = self.second(functional.relu(self.second_norm(self.first(ready))))
         # Pooled with ceil_mode, an odd side is halved upwards, as the strided convolution beside it does.
-        return added + self.shortcut(functional.avg_pool2d(ready, 2, ceil_mode=True))
+        shortcut: Tensor = self.shortcut(functional.avg_pool2d(ready, 2, ceil_mode=True))
+        return added + shortcut
 
 
 class SmallCNN(nn.Module):

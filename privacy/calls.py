@@ -13,7 +13,6 @@ import binascii
 import hashlib
 import itertools
 import json
-import os
 import re
 import secrets
 import select
@@ -423,17 +422,7 @@ def _store_one(part: Path, pieces: Iterable[pb.Chunk], name: str) -> None:
 # Channel and failures ------------------------------------------------------------------------------------------------
 
 
-def require_tls13() -> None:
-    """Make TLS 1.3 the only version that gRPC can negotiate in this process.
-
-    gRPC's Python interface has no setting for the version, only this one for the TLS 1.2 cipher suites. It is set to a
-    suite that needs an RSA certificate; ours are P-256, so no TLS 1.2 handshake succeeds. TLS 1.3 is not affected.
-    """
-    os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
-
-
 def _channel(address: str, ca_pem: bytes) -> Any:
-    require_tls13()
     options = [
         ("grpc.max_receive_message_length", REPLY_BYTES_MAX),
         ("grpc.max_send_message_length", REQUEST_BYTES_MAX),
@@ -491,7 +480,9 @@ def _translated(error: Any, address: str) -> IsocenterError:
 
 def _unreachable(details: str, address: str) -> IsocenterError:
     lower = details.lower()
-    if "certificate_verify_failed" in lower or "hostname" in lower or "peer name" in lower:
+    if "resolving" in lower or "name resolution" in lower:
+        return Unreachable(f"the host name of {address} cannot be resolved")
+    if "certificate_verify_failed" in lower or "verification check" in lower:
         return WrongAuthority(
             f"the certificate of {address} is not from this consortium's authority, has ended, or is for another host"
         )
@@ -501,8 +492,6 @@ def _unreachable(details: str, address: str) -> IsocenterError:
         )
     if "refused" in lower:
         return Unreachable(f"nothing listens at {address} (connection refused)")
-    if "dns" in lower or "name resolution" in lower:
-        return Unreachable(f"the host name of {address} cannot be resolved")
     return Unreachable(f"no connection to {address}")
 
 

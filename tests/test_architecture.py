@@ -256,7 +256,8 @@ def test_what_never_stands_in_a_package(module: Module) -> None:
             if called == "print":
                 assert module.path in SPEAKS_TO_PEOPLE, f"{module.path}:{node.lineno}: libraries do not print"
     if module.path.endswith("__init__.py"):
-        assert not module.imports, f"{module.path}: names are imported from where they are defined"
+        outside = {name for name in module.imports if name.split(".")[0] not in sys.stdlib_module_names}
+        assert not outside, f"{module.path}: names are imported from where they are defined"
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.path)

@@ -182,9 +182,10 @@ def test_processes_and_threads_share_one_chain(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_append_many, args=(path, f"p{i}")) for i in range(2)]
     threads = [threading.Thread(target=_append_many, args=(path, f"t{i}")) for i in range(2)]
-    for worker in [*processes, *threads]:
+    workers: list[Any] = [*processes, *threads]
+    for worker in workers:
         worker.start()
-    for worker in [*processes, *threads]:
+    for worker in workers:
         worker.join()
     assert verify(path) == 100
     written = [json.loads(line)["facts"] for line in path.read_bytes().splitlines()]

@@ -1,5 +1,6 @@
 """Keys, certificates, statements, and the generated stubs of the consortium protocol."""
 
+import contextlib
 import datetime as dt
 import hashlib
 import os
@@ -61,10 +62,8 @@ def test_one_of_many_threads_makes_the_key(tmp_path: Path) -> None:
     made: list[bytes] = []
 
     def make() -> None:
-        try:
+        with contextlib.suppress(KeyFileUnsafe):
             made.append(keys.public_pem(keys.make_key(tmp_path / "site.key")))
-        except KeyFileUnsafe:
-            pass
 
     threads = [threading.Thread(target=make) for _ in range(8)]
     for thread in threads:
@@ -201,16 +200,16 @@ def test_check_issued_refuses_what_the_authority_did_not_say(authority: keys.Aut
 
 
 def test_an_ended_certificate_is_refused(authority: keys.Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(dt.datetime):
+        pass
+
+    monkeypatch.setattr(dt, "datetime", Clock)
+    now = dt.datetime.now(dt.UTC)
     certificate = keys.issue(authority, keys.make_csr(KEY, "north"), "north", "site", 1)
-
-    class Later(dt.datetime):
-        @classmethod
-        def now(cls, tz: dt.tzinfo | None = None) -> dt.datetime:
-            return super().now(tz) + dt.timedelta(days=2)
-
-    monkeypatch.setattr(keys.dt, "datetime", Later)
-    with pytest.raises(TrustError, match="ended"):
-        keys.check_issued(authority.certificate, certificate, "north", "site")
+    for moment in (now + dt.timedelta(days=2), now - dt.timedelta(hours=1)):
+        monkeypatch.setattr(Clock, "now", staticmethod(lambda _tz, moment=moment: moment))
+        with pytest.raises(TrustError, match="ended"):
+            keys.check_issued(authority.certificate, certificate, "north", "site")
 
 
 def test_hostile_signing_requests_are_refused(authority: keys.Authority) -> None:

@@ -5,6 +5,8 @@ import logging
 import os
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +44,8 @@ from privacy.errors import (
 )
 from privacy.journal import verify
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Coordinator]:
@@ -77,7 +81,7 @@ class Raw:
     def refused(self, method: str, request: bytes, metadata: Any = ()) -> IsocenterError:
         with pytest.raises(grpc.RpcError) as caught:
             self(method, request, metadata)
-        error = error_of(str(caught.value.details()))  # type: ignore[attr-defined]
+        error = error_of(str(caught.value.details()))
         assert error is not None, caught.value
         return error
 
@@ -110,10 +114,22 @@ def tls_version(address: str, ca_pem: bytes, version: ssl.TLSVersion) -> str | N
         return tls.version()
 
 
-def test_only_tls_13_is_spoken(served: Coordinator) -> None:
-    assert tls_version(served.address, served.home.ca_pem, ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
-    with pytest.raises((ssl.SSLError, ConnectionError)):
-        tls_version(served.address, served.home.ca_pem, ssl.TLSVersion.TLSv1_2)
+def test_only_tls_13_is_spoken(tmp_path: Path) -> None:
+    """In a process of its own, with the imports of `fl-server`: gRPC reads what forbids TLS 1.2 when it is loaded."""
+    program = (
+        "import sys; from pathlib import Path; from fl_server import cli, consortium; from fl_server.roster import Home;"
+        "home = Home.open(Path(sys.argv[1])); hooks = consortium.Hooks(lambda *_: None, lambda *_: '');"
+        "server = consortium.serve(home, hooks); print('ready', flush=True); sys.stdin.read(); server.stop(0)"
+    )
+    home = Home.found(tmp_path / "consortium", settings())
+    command = [sys.executable, "-c", program, str(home.root)]
+    address = f"127.0.0.1:{home.settings.service_port}"
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        assert tls_version(address, home.ca_pem, ssl.TLSVersion.TLSv1_3) == "TLSv1.3"
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            tls_version(address, home.ca_pem, ssl.TLSVersion.TLSv1_2)
 
 
 def test_plaintext_gets_no_answer(served: Coordinator) -> None:
@@ -140,22 +156,21 @@ def test_nothing_else_is_served(served: Coordinator, raw: Raw) -> None:
     ):
         with pytest.raises(grpc.RpcError) as caught:
             raw.channel.unary_unary(method)(b"", timeout=5)
-        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED, method  # type: ignore[attr-defined]
+        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED, method
 
 
 def test_the_callers_tell_apart_why_nobody_answers(served: Coordinator, tmp_path: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
-    with Caller(f"127.0.0.1:{free_port()}", served.home.ca_pem, "north", key) as caller:
-        with pytest.raises(Unreachable, match="connection refused"):
-            caller.offers()
-    with Caller("no-such-host.invalid:1234", served.home.ca_pem, "north", key) as caller:
-        with pytest.raises(Unreachable, match="resolved"):
-            caller.offers()
+    own, port = served.home.ca_pem, served.address.partition(":")[2]
     foreign = keys.certificate_pem(keys.make_ca(key, "demo").certificate)
-    with Caller(served.address, foreign, "north", key) as caller, pytest.raises(WrongAuthority):
-        caller.offers()
-    with Caller(f"localhost:{served.address.partition(':')[2]}", served.home.ca_pem, "north", key) as caller:
-        with pytest.raises(WrongAuthority, match="another host"):
+    cases: list[tuple[str, bytes, type[IsocenterError], str]] = [
+        (f"127.0.0.1:{free_port()}", own, Unreachable, "connection refused"),
+        ("no-such-host.invalid:1234", own, Unreachable, "resolved"),
+        (served.address, foreign, WrongAuthority, "not from this consortium"),
+        (f"localhost:{port}", own, WrongAuthority, "another host"),
+    ]
+    for address, ca_pem, kind, sentence in cases:
+        with Caller(address, ca_pem, "north", key) as caller, pytest.raises(kind, match=sentence):
             caller.offers()
     with socket.create_server(("127.0.0.1", 0)) as mute:
         threading.Thread(target=_answer_nonsense, args=(mute,), daemon=True).start()
@@ -256,7 +271,7 @@ Change = Callable[[dict[str, Any]], None]
         (lambda m: m.pop("isocenter-time"), MessageMalformed),
         (lambda m: m.pop("isocenter-nonce"), MessageMalformed),
         (lambda m: m.pop("isocenter-signature-bin"), MessageMalformed),
-        (lambda m: m.update({"isocenter-name": "north\x7f"}), MessageMalformed),
+        (lambda m: m.update({"isocenter-name": "North"}), MessageMalformed),
         (lambda m: m.update({"isocenter-name": "../north"}), MessageMalformed),
         (lambda m: m.update({"isocenter-time": "1e9"}), MessageMalformed),
         (lambda m: m.update({"isocenter-time": "-1"}), MessageMalformed),
@@ -276,10 +291,7 @@ def test_a_call_that_is_not_wholly_signed_is_refused(
 ) -> None:
     metadata = dict(signed(served, "north", "Offers", b"").metadata())
     change(metadata)
-    try:
-        assert isinstance(raw.refused("Offers", b"", tuple(metadata.items())), kind)
-    except ValueError:  # gRPC itself refuses to send the metadata
-        assert "\x7f" in str(metadata["isocenter-name"])
+    assert isinstance(raw.refused("Offers", b"", tuple(metadata.items())), kind)
 
 
 def test_a_signature_holds_for_its_method_and_request_only(served: Coordinator, raw: Raw, submitted: Study) -> None:
@@ -327,16 +339,16 @@ def test_a_wrong_clock_has_its_own_message(
     assert "clock" in caught.value.remedy
 
 
-def test_a_slightly_wrong_clock_is_no_matter(served: Coordinator, monkeypatch: pytest.MonkeyPatch) -> None:
-    for shift_s in (-110, 110):
+@pytest.mark.parametrize("shift_s", [-110, 110])
+def test_a_slightly_wrong_clock_is_no_matter(
+    served: Coordinator, monkeypatch: pytest.MonkeyPatch, shift_s: int
+) -> None:
+    class Clock:
+        time = staticmethod(lambda: time.time() + shift_s)
 
-        class Clock:
-            time = staticmethod(lambda shift_s=shift_s: time.time() + shift_s)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(calls, "time", Clock)
-            with served.caller("north") as caller:
-                caller.offers()
+    monkeypatch.setattr(calls, "time", Clock)
+    with served.caller("north") as caller:
+        assert isinstance(caller.offers(), list)
 
 
 def test_each_call_is_for_one_role(served: Coordinator, raw: Raw) -> None:
@@ -357,7 +369,7 @@ def test_garbage_and_oversized_requests_are_refused_and_the_service_stays_up(ser
     big = b"\0" * (calls.REQUEST_BYTES_MAX + 1)
     with pytest.raises(grpc.RpcError) as caught:
         raw("Submit", big, signed(served, "rosa", "Submit", big).metadata())
-    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED  # type: ignore[attr-defined]
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     with pytest.raises(grpc.RpcError):
         raw("Offers", b"", (("isocenter-name", "a" * 40_000),))
     with served.caller("north") as caller:
@@ -409,7 +421,7 @@ def test_a_study_goes_from_submission_to_launch(served: Coordinator, submitted: 
             rosa.launch(submitted.digest)
         _approve(served, submitted, "north", "west")
         served.decide("south", submitted.digest, "declined", 1)
-        with pytest.raises(TooFewApprovals, match="quorum is 2.*approved: north; declined: south"):
+        with pytest.raises(TooFewApprovals, match=r"quorum is 2.*approved: north; declined: south"):
             rosa.launch(submitted.digest)  # west only evaluates: it does not count
         _approve(served, submitted, "south")
         run_id = rosa.launch(submitted.digest)
@@ -500,7 +512,7 @@ def test_researchers_see_their_own_only(served: Coordinator, submitted: Study, t
             lambda: ruth.results("own-1", tmp_path),
         ):
             with pytest.raises(RunUnknown) as foreign:
-                attempt()  # type: ignore[no-untyped-call]
+                attempt()
             assert "opacity" not in str(foreign.value)
     with served.caller("rosa") as rosa:
         assert [text for _, text in rosa.watch("own-1")] == ['{"event":"finished"}']

@@ -75,6 +75,7 @@ def results_of(study: Study, raw: Raw, rounds: int = 6, late_in: tuple[int, ...]
             "round": number, "seconds": 3.25, "contributors": here, "missing": {"west": "timeout"} if late else {},
             "cases": {s: sizes[s] for s in here}, "train_loss": dict.fromkeys(here, 0.72 - 0.06 * number),
             "site_seconds": dict.fromkeys(here, 2.5), "validation": validation,
+            "validation_missing": {"west": "offline"} if late else {},
         })  # fmt: skip
     label = f"partial (3 of 4, west missed {len(late_in)} of {rounds} rounds)" if late_in else "complete"
     return {
@@ -200,7 +201,8 @@ def test_a_partial_result_is_never_shown_as_a_whole(raw: Raw, tmp_path: Path) ->
     assert "must not be reported as a result of the whole study" in page
     assert "Complete:" not in page
     assert "west did not contribute in rounds 2–3, 5: timeout" in page
-    assert "west did not report on the test split: cohort-too-small" in page
+    assert "west did not report on its validation split in rounds 2–3, 5: offline" in page
+    assert "west did not report on its test split: cohort-too-small" in page
     assert "not estimable: no report" in page
     metrics = metrics_in(tmp_path)
     assert metrics["sites"]["west"]["reason"] == "no report"
@@ -320,6 +322,8 @@ LIES = {
     "a contributor twice": lambda d: d["rounds"][0]["contributors"].append("north"),
     "nobody contributed": put("rounds.0.contributors", []),
     "missing and there": put("rounds.0.missing.north", "timeout"),
+    "missing and validated": put("rounds.0.validation_missing.north", "timeout"),
+    "a reason of a validation that is markup": put("rounds.1.validation_missing.west", "<b>"),
     "missing and tested": put("test_missing.north", "timeout"),
     "a reason that is markup": put("test_missing.west", "<b>"),
     "cases of somebody else": lambda d: d["rounds"][1]["contributors"].remove("west"),

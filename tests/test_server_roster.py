@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from coordinator import settings, study
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 from typer.testing import CliRunner
 
 from fl_server.cli import app
@@ -124,7 +125,8 @@ def test_server_settings_are_checked(change: dict[str, Any]) -> None:
 def test_a_mistyped_key_names_line_and_nearest(home: Home) -> None:
     path = home.root / "server.yaml"
     path.write_text(path.read_text().replace("invitation_hours", "invitation_hour"))
-    number = [i for i, line in enumerate(path.read_text().splitlines(), 1) if line.startswith("invitation_hour")][0]
+    lines = path.read_text().splitlines()
+    number = next(n for n, line in enumerate(lines, start=1) if line.startswith("invitation_hour"))
     with pytest.raises(DocumentError, match=rf"line {number}: .*'invitation_hour'; did you mean 'invitation_hours'"):
         Home.open(home.root)
 
@@ -155,8 +157,7 @@ def test_an_invitation_line_is_one_word_and_comes_back(home: Home) -> None:
     assert InvitationLine.parse(text) == line
     assert InvitationLine.parse(f"  {text[:70]}\n   {text[70:]}\n") == line  # a mail program wrapped it
     assert (
-        home.ca_fingerprint
-        == hashlib.sha256(keys.load_certificate(home.ca_pem).public_bytes(keys.serialization.Encoding.DER)).hexdigest()
+        home.ca_fingerprint == hashlib.sha256(keys.load_certificate(home.ca_pem).public_bytes(Encoding.DER)).hexdigest()
     )
 
 
@@ -260,7 +261,7 @@ def test_a_name_and_a_key_belong_to_one_party(home: Home) -> None:
         home.enrol(other.token, "south", "site", keys.make_csr(KEY, "south"))
     for role in ("site", "researcher"):
         with pytest.raises(InvitationRefused, match="enrolled already"):
-            home.invite("north", role)  # type: ignore[arg-type]
+            home.invite("north", role)
 
 
 def test_of_many_at_once_one_redeems(home: Home) -> None:
@@ -366,7 +367,7 @@ def test_the_same_study_again_changes_nothing_and_nobody_else_may_take_it(home: 
 
 
 def test_every_site_that_is_not_enrolled_is_named(home: Home, offered: str) -> None:
-    with pytest.raises(NotEnrolled, match="not enrolled here: east, rosa$"):  # a researcher is no site
+    with pytest.raises(NotEnrolled, match=r"not enrolled here: east, rosa$"):  # a researcher is no site
         home.roster.add_study(study("north", "east", "rosa"), "rosa", b"r", b"c")
 
 
