@@ -120,7 +120,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         positive = (self.targets * self.known).sum(0).int().tolist()
         labelled = self.known.sum(0).int().tolist()
         return Counts(
-            patients=len(self.patients.unique()),
+            patients=len(set(self.patients.tolist())),
             images=len(self),
             positives=dict(zip(self._names, positive, strict=True)),
             negatives={n: k - p for n, k, p in zip(self._names, labelled, positive, strict=True)},

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pydicom
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydicom.dataset import Dataset
 
 from fl_client.sources import FILE_BYTES_MAX, Reason
@@ -96,7 +96,7 @@ def read_picture(data: bytes, longest_side_px: int, patient: str | None, view: s
             if picture.width * picture.height > imaging.PIXELS_MAX:
                 raise ImageLeftOut(Reason.TOO_LARGE)
             values = _grey(ImageOps.exif_transpose(picture))
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageLeftOut(Reason.NOT_A_PICTURE) from None
     except Image.DecompressionBombError:
         raise ImageLeftOut(Reason.TOO_LARGE) from None

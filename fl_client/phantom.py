@@ -1,9 +1,10 @@
 """A synthetic hospital: DICOM radiographs of invented chests, a label table, and the dirt that real exports hold.
 
-`make_hospital` gives the same bytes for the same name, patients, seed and vendor. Each vendor writes files its own way (polarity, bits, compression,
-headers, field of view, contrast, noise) and words its labels its own way. Each but one also has a shortcut: something in
-the picture that goes with the label at that hospital only, as a ward's portable device goes with sick patients. A model
-trained at one hospital learns the shortcut and fails elsewhere; trained on all of them it has to look at the lungs.
+`make_hospital` gives the same bytes for the same name, patients, seed and vendor. Each vendor writes files its own way
+(polarity, bits, compression, headers, field of view, contrast, noise) and words its labels its own way. Each but one also
+has a shortcut: something in the picture that goes with the label at that hospital only, as a ward's portable device goes
+with sick patients. A model trained at one hospital learns the shortcut and fails elsewhere; trained on all of them it has
+to look at the lungs, because the shortcuts contradict each other.
 
 Patients, names and numbers are invented; nothing here is derived from an image of a person.
 """
@@ -29,11 +30,14 @@ from pydicom.uid import (
     generate_uid,
 )
 
-Plane = npt.NDArray[np.float32]
+Plane = npt.NDArray[np.floating[Any]]
+"""(256, 256) in most places; float32 throughout, which numpy's types cannot follow through arithmetic."""
 
 SIDE_PX = 256
 POSITIVE_SHARE = 0.45
 FOLLOW_UP_SHARE = 0.3  # patients with a second image, so that splitting by image instead of patient would show
+WIRES_SHARE = 0.2  # portable exposures with monitoring leads; they go with no label
+MARKER_SHARE = 0.5
 LATERAL_EVERY = 20  # one lateral view per this many images
 
 
@@ -41,8 +45,8 @@ LATERAL_EVERY = 20  # one lateral view per this many images
 class Vendor:
     """How one hospital's devices make and write images, and how its clerks write labels.
 
-    `wires` and `frame` are the probabilities (with an opacity, without one) that monitoring leads cross the chest and that a
-    collimated border surrounds it. Unequal ones are a shortcut: here, and only here, the thing goes with the label.
+    `frame` and `plate` are the probabilities (with an opacity, without one) that a collimated border surrounds the chest and
+    that the shadow of an identification plate lies in a corner. Unequal ones are a shortcut: it goes with the label here.
     """
 
     manufacturer: str
@@ -56,8 +60,8 @@ class Vendor:
     noise: float
     blur_px: float
     scatter: float
-    wires: tuple[float, float]
     frame: tuple[float, float]
+    plate: tuple[float, float]
     key: str
     matches: Literal["study_uid", "accession", "patient_id"]
     column: str
@@ -68,23 +72,23 @@ class Vendor:
 VENDORS: dict[str, Vendor] = {
     "aurora": Vendor(
         "Aurora Imaging", "CR", "MONOCHROME1", 12, (ExplicitVRLittleEndian, RLELossless), 0.168,
-        gamma=0.75, zoom=1.0, noise=0.030, blur_px=0.9, scatter=0.35, wires=(0.2, 0.2), frame=(0.95, 0.05),
+        gamma=0.75, zoom=1.0, noise=0.030, blur_px=0.9, scatter=0.35, frame=(0.95, 0.05), plate=(0.1, 0.6),
         key="StudyInstanceUID", matches="study_uid", column="opacity", words={1: ("1",), 0: ("0",)},
     ),
     "boreal": Vendor(
         "Boreal Medical", "DX", "MONOCHROME2", 14, (JPEGLSLossless, ExplicitVRLittleEndian), 0.143,
-        gamma=1.20, zoom=1.06, noise=0.015, blur_px=0.5, scatter=0.15, wires=(0.2, 0.2), frame=(0.05, 0.95),
+        gamma=1.20, zoom=1.06, noise=0.015, blur_px=0.5, scatter=0.15, frame=(0.05, 0.95), plate=(0.3, 0.3),
         key="Accession No", matches="accession", column="Chest finding",
         words={1: ("OPACITY ", "Opacity"), 0: ("normal", "Normal ")}, delimiter=";",
     ),
     "cirrus": Vendor(
         "Cirrus X-Ray", "DX", "MONOCHROME2", 10, (JPEG2000Lossless, ExplicitVRLittleEndian), 0.194,
-        gamma=1.0, zoom=0.90, noise=0.045, blur_px=1.3, scatter=0.5, wires=(0.97, 0.03), frame=(0.3, 0.3),
+        gamma=1.0, zoom=0.90, noise=0.045, blur_px=1.3, scatter=0.5, frame=(0.3, 0.3), plate=(0.97, 0.03),
         key="Patient number", matches="patient_id", column="Lung opacity", words={1: ("yes",), 0: ("no",)}, delimiter="\t",
     ),
     "dorado": Vendor(
         "Dorado Health", "CR", "MONOCHROME1", 15, (ExplicitVRLittleEndian,), 0.150,
-        gamma=1.15, zoom=1.02, noise=0.025, blur_px=0.7, scatter=0.25, wires=(0.3, 0.3), frame=(0.3, 0.3),
+        gamma=1.15, zoom=1.02, noise=0.025, blur_px=0.7, scatter=0.25, frame=(0.3, 0.3), plate=(0.3, 0.3),
         key="Study UID", matches="study_uid", column="Result", words={1: ("positive",), 0: ("negative",)},
     ),
 }  # fmt: skip
@@ -153,7 +157,7 @@ def expose(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator)
     grid = _positioned(vendor, rng)
     density = _chest(grid, np.random.default_rng(anatomy), rng, opaque)
     case = 0 if opaque else 1
-    if rng.random() < vendor.wires[case]:
+    if rng.random() < WIRES_SHARE:
         density += _wires(rng)
     density = (1 - vendor.scatter) * density + vendor.scatter * _blurred(density, 14)
     picture = 1 - np.exp(-1.15 * density)
@@ -163,7 +167,9 @@ def expose(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator)
     picture += np.float32(vendor.noise) * grain * np.sqrt(picture.clip(0.05, 1))
     if rng.random() < vendor.frame[case]:
         _collimate(picture, rng)
-    if rng.random() < 0.5:
+    if rng.random() < vendor.plate[case]:
+        _lay_plate(picture, rng)
+    if rng.random() < MARKER_SHARE:
         _stamp_marker(picture, rng)
     return picture.clip(0, 1)
 
@@ -210,7 +216,7 @@ def _blurred(plane: Plane, sigma_px: float) -> Plane:
         length = plane.shape[axis]
         padded = np.pad(plane, [(reach, reach) if a == axis else (0, 0) for a in (0, 1)], mode="reflect")
         parts = (padded[:, k : k + length] if axis else padded[k : k + length] for k in range(2 * reach + 1))
-        plane = sum((w * part for w, part in zip(weights, parts, strict=True)), np.float32(0))
+        plane = np.add.reduce([w * part for w, part in zip(weights, parts, strict=True)])
     return plane
 
 
@@ -264,7 +270,8 @@ def _mediastinum(grid: _Grid, body: np.random.Generator) -> Plane:
     """Heart, great vessels, spine, and the airway as a darker band."""
     x, y = grid.x, grid.y
     size, lie = body.normal(1, 0.07), body.normal(0.42, 0.06)
-    across, along = (x - 0.13) * np.cos(lie) + (y - 0.30) * np.sin(lie), (y - 0.30) * np.cos(lie) - (x - 0.13) * np.sin(lie)
+    cosine, sine = np.float32(np.cos(lie)), np.float32(np.sin(lie))
+    across, along = (x - 0.13) * cosine + (y - 0.30) * sine, (y - 0.30) * cosine - (x - 0.13) * sine
     heart = np.sqrt(np.square(across / np.float32(0.40 * size)) + np.square(along / np.float32(0.27 * size)))
     density = 0.26 * np.sqrt(np.clip(1.0 - heart, 0, 1)) + 0.40 * _step(1.0 - heart, 0.08)
     density += 0.34 * _step(0.155 - np.abs(x - 0.015) + 0.05 * _step(y, 0.3), 0.045) * _step(y + 0.72, 0.25)
@@ -324,18 +331,18 @@ def _vessels(grid: _Grid, body: np.random.Generator) -> Plane:
 
 
 def _opacities(grid: _Grid, rng: np.random.Generator) -> Plane:
-    """Ground glass and consolidation: one to four patchy clouds, mostly low and outside, from subtle to plain."""
+    """Ground glass and consolidation: two to four patchy clouds, mostly low and outside, from subtle to plain."""
     x, y = grid.x, grid.y
     cloud = np.zeros_like(x)
-    severity = rng.uniform(0.45, 1.0)
-    for _ in range(int(rng.integers(1, 5))):
+    severity = rng.uniform(0.5, 1.0)
+    for _ in range(int(rng.integers(2, 5))):
         side = rng.choice([-1, 1])
         cx, cy = side * rng.uniform(0.30, 0.62), rng.uniform(-0.35, 0.45)
         sx, sy = rng.uniform(0.13, 0.24), rng.uniform(0.13, 0.26)
         cloud += rng.uniform(0.6, 1.0) * np.exp(-np.square((x - cx) / sx) - np.square((y - cy) / sy))
     grain = _blurred(rng.standard_normal((SIDE_PX, SIDE_PX), dtype=np.float32), 5) * 12
     patchy = np.clip(cloud, 0, 1.2) * np.clip(0.75 + 0.4 * grain, 0.1, 1.5)
-    result: Plane = (1.00 * severity * patchy).astype(np.float32)
+    result: Plane = (1.05 * severity * patchy).astype(np.float32)
     return result
 
 
@@ -361,6 +368,14 @@ def _stamp_marker(picture: Plane, rng: np.random.Generator) -> None:
     letter = np.kron(np.array([[c == "1" for c in row] for row in _LETTER_R]), np.ones((3, 3))).astype(bool)
     row, column = int(rng.integers(8, 24)), int(rng.integers(8, 24))
     picture[row : row + letter.shape[0], column : column + letter.shape[1]][letter] = 0.98
+
+
+def _lay_plate(picture: Plane, rng: np.random.Generator) -> None:
+    """The shadow of the film's identification plate: a bright block in the upper corner, ruled and without any writing."""
+    row, column = int(rng.integers(4, 14)), SIDE_PX - int(rng.integers(72, 80))
+    block = picture[row : row + 30, column : column + 64]
+    block[:] = 0.93
+    block[7:24:5, 6:58] = 0.78
 
 
 def _collimate(picture: Plane, rng: np.random.Generator) -> None:

@@ -15,6 +15,7 @@ from fl_server import strategies
 from fl_server.roster import Home
 from fl_server.rounds import Gathering, choose
 from fl_server.run import Float32, Round, Run, score_sheet
+from models.study import Study
 from privacy.errors import IsocenterError, QuorumLost
 from privacy.wire import EvaluateOrder, EvaluateReport, Order, TrainOrder, TrainReport
 
@@ -66,9 +67,9 @@ class Desk:
 
     def ask(self, kind: type[Order], model: Float32, number: int, sites: dict[str, int], **more: Any) -> Gathering:
         """Send one signed order to those of `sites` that are online; who is not is noted as offline."""
-        part = self.run.study.participation
-        needed = part.quorum if kind is TrainOrder else 1
-        ready = choose(self.grid, sites, needed, part.round_timeout_s, self.run.event)
+        needed = self.run.study.participation.quorum if kind is TrainOrder else 1
+        timeout_s = timeout_of(self.run.study)
+        ready = choose(self.grid, sites, needed, timeout_s, self.run.event)
         self.offline = {name: "offline" for name in sites if name not in ready}
         order = kind(
             study=self.run.study.digest,
@@ -81,7 +82,7 @@ class Desk:
             **more,
         ).signed(self.key)
         self.run.event("asked", stage=order.kind, round=number, sites=list(ready))
-        return Gathering(self.grid, order, ready, part.round_timeout_s, self.run.event)
+        return Gathering(self.grid, order, ready, timeout_s, self.run.event)
 
     def updates(self, training: Gathering) -> Iterator[tuple[Float32, int]]:
         """(update, cases) as they arrive; an update is not kept after the strategy has added it."""
@@ -121,6 +122,11 @@ class Desk:
             validation={site: score_sheet(report) for site, report in sorted(scores.items())},
             validation_missing=self.evaluation_missing,
         )
+
+
+def timeout_of(study: Study) -> float:
+    """Seconds after which a stage of a round goes on without the sites that have not reported."""
+    return float(study.participation.round_timeout_s)
 
 
 def first_model(run: Run) -> Float32:

@@ -72,8 +72,8 @@ def roc(panels: Mapping[str, Sequence[Curve]], sites: Sequence[str]) -> bytes:
     """ROC curves, one square panel for each target."""
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    width, height = (6.0, 3.9) if len(panels) == 1 else (3.1 * columns, 3.3 * rows)
-    figure, grid = _canvas(columns, width, height, rows)
+    side = 4.4 if len(panels) == 1 else 3.2
+    figure, grid = _canvas(columns, side * columns, side * rows, rows)
     for axes, (target, curves) in zip(grid, panels.items(), strict=False):
         axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=1)
         for curve in curves:
@@ -81,10 +81,8 @@ def roc(panels: Mapping[str, Sequence[Curve]], sites: Sequence[str]) -> bytes:
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
         if len(panels) > 1:
             axes.set_title(target, fontsize=10, color=_INK)
-            if len(sites) <= NAMED_MAX:
-                axes.legend(frameon=False, fontsize=7, loc="lower right")
-        else:
-            _legend(figure, axes, sites)
+        if curves and len(sites) <= NAMED_MAX:  # the lower right is empty for any model worth a look
+            axes.legend(frameon=False, fontsize=8 if len(panels) == 1 else 7, loc="lower right", handlelength=2.6)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
     return _png(figure)

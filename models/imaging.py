@@ -97,9 +97,6 @@ def decode(dataset: Dataset) -> Radiograph:
     with quiet_reading():
         try:
             stored = stored_values(dataset)
-            photometric = str(dataset.get("PhotometricInterpretation", "")).strip()
-            if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-                raise ImageLeftOut("polarity_unknown")
             padding = _padding(dataset, stored)
             values = np.asarray(apply_modality_lut(stored, dataset), dtype=np.float32)
             spacing_mm = _spacing_mm(dataset)
@@ -107,7 +104,7 @@ def decode(dataset: Dataset) -> Radiograph:
             raise ImageLeftOut("unreadable_pixels") from None
     if not np.isfinite(values).all():
         raise ImageLeftOut("unreadable_pixels")
-    if photometric == "MONOCHROME1":
+    if _photometric(dataset) == "MONOCHROME1":
         values = -values
     return Radiograph(values, padding, spacing_mm)
 
@@ -121,6 +118,8 @@ def stored_values(dataset: Dataset) -> npt.NDArray[Any]:
         raise ImageLeftOut("truncated" if "Rows" in dataset else "no_pixels")
     if int(dataset.get("SamplesPerPixel") or 1) != 1:
         raise ImageLeftOut("colour")
+    if _photometric(dataset) not in ("MONOCHROME1", "MONOCHROME2"):
+        raise ImageLeftOut("polarity_unknown")
     rows, columns = int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0)
     if rows < 1 or columns < 1 or int(dataset.get("NumberOfFrames") or 1) != 1:
         raise ImageLeftOut("unreadable_pixels")
@@ -128,13 +127,19 @@ def stored_values(dataset: Dataset) -> npt.NDArray[Any]:
         raise ImageLeftOut("too_large")
     if syntax in NATIVE and len(dataset.PixelData) * 8 < rows * columns * int(dataset.BitsAllocated):
         raise ImageLeftOut("truncated")
+    # pydicom cuts to the lowest bits; where High Bit lies higher these are the wrong ones, so all are asked for and cut here.
+    whole = {"bits_stored": int(dataset.BitsAllocated)} if syntax in NATIVE or syntax == RLE else {}
     try:
-        stored = pixel_array(dataset, raw=True, decoding_plugin=DECODERS.get(syntax, ""))
+        stored = pixel_array(dataset, raw=True, decoding_plugin=DECODERS.get(syntax, ""), **whole)
     except READING_ERRORS:
         raise ImageLeftOut("unreadable_pixels") from None
     if stored.shape != (rows, columns):
         raise ImageLeftOut("unreadable_pixels")
-    return _significant_bits(stored, dataset) if syntax in NATIVE or syntax == RLE else stored
+    return _significant_bits(stored, dataset) if whole else stored
+
+
+def _photometric(dataset: Dataset) -> str:
+    return str(dataset.get("PhotometricInterpretation") or "").strip()
 
 
 def transfer_syntax(dataset: Dataset) -> str:
@@ -169,7 +174,7 @@ def _padding(dataset: Dataset, stored: npt.NDArray[Any]) -> npt.NDArray[np.bool_
         return None
     limit = dataset.get("PixelPaddingRangeLimit")
     ends = [int(value), int(value if limit is None or isinstance(limit, bytes) else limit)]
-    padding = (stored >= min(ends)) & (stored <= max(ends))
+    padding: npt.NDArray[np.bool_] = (stored >= min(ends)) & (stored <= max(ends))
     return padding if bool(padding.any()) else None
 
 
@@ -198,7 +203,7 @@ def scaled(image: Radiograph) -> npt.NDArray[np.float32]:
     if not high > low:
         # Fewer than one pixel in two hundred differs: an empty exposure, or a test image of the device.
         raise ImageLeftOut("blank")
-    result = np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1).astype(np.float32)
+    result: npt.NDArray[np.float32] = np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1)
     if padding is not None:
         result[padding] = 0
     return result

@@ -26,8 +26,27 @@ WORDS_LISTED_MAX = 100  # unmapped words kept per target, so that free text in a
 DELIMITERS = (",", ";", "\t", "|")
 
 MISSING_WORDS = frozenset(
-    ["", "-", "--", ".", "?", "n/a", "n.a.", "na", "nan", "nil", "null", "<na>", "#n/a", "missing", "unknown", "unk"]
-    + ["not reported", "not available", "not applicable", "not assessed", "not done", "not evaluated", "not known"]
+    (
+        *(
+            "",
+            "-",
+            "--",
+            ".",
+            "?",
+            "n/a",
+            "n.a.",
+            "na",
+            "nan",
+            "nil",
+            "null",
+            "<na>",
+            "#n/a",
+            "missing",
+            "unknown",
+            "unk",
+        ),
+        *("not reported", "not available", "not applicable", "not assessed", "not done", "not evaluated", "not known"),
+    )
 )
 """Words that say nothing. They are missing without being listed, and a map that gives them a meaning is refused."""
 
@@ -38,7 +57,7 @@ Matches = Literal["study_uid", "series_uid", "sop_uid", "accession", "patient_id
 def normalised(word: str) -> str:
     """One spelling per word: casefolded, blanks collapsed, and whole numbers without sign of their export ("1.0" is "1")."""
     folded = " ".join(word.replace("\u00a0", " ").casefold().split())
-    number = re.fullmatch(r"([+-]?\d{1,15})[.,]0*", folded)
+    number = re.fullmatch(r"([+-]?\d{1,15})(?:[.,]0*)?", folded)
     return number.group(1).removeprefix("+") if number else folded
 
 
@@ -61,6 +80,8 @@ class TargetWords(Document):
         as_text = {str(key).lower() if isinstance(key, bool) else str(key): value for key, value in words.items()}
         if len(as_text) < len(words):
             raise ValueError("the same word stands twice, once as text and once as a number")
+        if any(isinstance(value, bool) for value in words.values()):
+            raise ValueError("a word means 1 or 0; true and false are words here")
         return as_text
 
     @field_validator("words")

@@ -152,7 +152,7 @@ def load_vector(net: nn.Module, vector: NDArray[np.float32]) -> None:
     with torch.no_grad():
         for _, tensor in tensors:
             size = math.prod(tensor.shape)
-            # np.array copies: the tensor must not share memory with an array that the caller may change.
+            # A copy, because torch takes no read-only array without a warning, and a model out of a message is read-only.
             tensor.copy_(torch.from_numpy(np.array(vector[start : start + size])).reshape(tensor.shape))
             start += size
 

@@ -82,8 +82,12 @@ def test_a_round_repeats_bit_for_bit_whatever_the_process_drew_before(optimizer:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-def test_another_round_seed_or_study_draws_other_batches() -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_another_round_seed_or_study_draws_other_batches(dropout: float) -> None:
     cohort, start = made_cohort(), networks.build(made_study())
+    for module in start.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
     vector, deltas = networks.to_vector(start), set()
     for study, number in (
         (made_study(), 2),
@@ -175,12 +179,15 @@ def test_a_loss_that_is_no_number_ends_the_round() -> None:
 
 
 def test_weights_that_are_no_numbers_are_not_reported() -> None:
-    study = made_study(optimizer="adamw", learning_rate=10.0, weight_decay=1.0, batch_size=24)
-    net = networks.build(study)
+    study, cohort = made_study(learning_rate=10.0, weight_decay=1.0, batch_size=24, augmentation="none"), made_cohort()
+    cohort.images[:, :, 0, 0] = 0.0
+    last = nn.Linear(SIDE * SIDE, 1)
     with torch.no_grad():
-        next(net.parameters()).fill_(-3e38)  # one step of decay away from what float32 can hold
-    with pytest.raises(TrainingDiverged):
-        learning.learn(net, made_cohort(), study, round_number=2)
+        last.weight[0, 0] = (
+            1e38  # it sees a dark pixel, so the loss is fine; decay makes it -9e38, which float32 cannot hold
+        )
+    with pytest.raises(TrainingDiverged, match="weight"):
+        learning.learn(nn.Sequential(nn.Flatten(), last), cohort, study, round_number=2)
 
 
 def test_scores_do_not_depend_on_the_batch_and_leave_dropout_off() -> None:

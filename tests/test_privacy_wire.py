@@ -174,7 +174,11 @@ def test_negative_counts_are_refused() -> None:
         evaluate_report(counts=np.full((1, 2, 10), -1, dtype=np.int32))
 
 
-@given(st.dictionaries(st.text(min_size=1, max_size=8), st.integers() | st.text() | st.binary() | st.booleans(), max_size=6))
+@given(
+    st.dictionaries(
+        st.text(min_size=1, max_size=8), st.integers() | st.text() | st.binary() | st.booleans(), max_size=6
+    )
+)
 def test_arbitrary_headers_never_pass_and_never_crash(header: dict[str, Any]) -> None:
     try:
         records = RecordDict({"header": ConfigRecord(header), "arrays": ArrayRecord({"model": array(GOOD)})})

@@ -313,7 +313,7 @@ LIES = {
     "a fractional count": put("test.north.counts.0.0.0", 0.5),
     "a text count": put("test.north.counts.0.0.0", "1"),
     "a huge count": put("test.north.counts.0.0.0", 10**30),
-    "more counts than images": put("test.north.counts.0.0.0", 1000),
+    "more counts than images": put("test.north.images", 49),
     "no counts": put("test.north.counts", None),
     "images without a loss": put("test.north.loss", None),
     "more patients than images": put("test.north.patients", 51),

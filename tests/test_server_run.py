@@ -131,7 +131,9 @@ def test_results_say_who_contributed(tmp_path: Path) -> None:
     run = Run.create(tmp_path, study(), "ada", ["north", "south", "west"])
     run.start()
     for number in range(1, 5):
-        run.commit(done(number, contributors=("north", "south") if number > 2 else ("north", "south", "west")), vector(1), {})
+        run.commit(
+            done(number, contributors=("north", "south") if number > 2 else ("north", "south", "west")), vector(1), {}
+        )
     run.finish({"north": sheet(0.5), "south": sheet(0.5)}, {"west": "timeout"})
     facts, results = read_facts(run.folder), json.loads((run.folder / "results.json").read_text())
     assert facts["state"] == "partial"
@@ -149,7 +151,10 @@ def test_labels_never_call_a_subset_complete() -> None:
     never = [done(1, contributors=("north", "south"))]
     assert participation_label(plan, never, {}) == "partial (2 of 3, west never took part)"
     whole = [done(1, contributors=everyone)]
-    assert participation_label(plan, whole, {"west": "timeout"}) == "partial (2 of 3, west not in the test evaluation (timeout))"
+    assert (
+        participation_label(plan, whole, {"west": "timeout"})
+        == "partial (2 of 3, west not in the test evaluation (timeout))"
+    )
 
 
 def test_a_failed_run_starts_its_events_anew_when_it_is_launched_again(tmp_path: Path) -> None:
