@@ -26,7 +26,6 @@ from privacy.errors import CohortTooSmall, IsocenterError, MessageMalformed
 from privacy.wire import EvaluateOrder, EvaluateReport, Order, Refusal, Report, TrainOrder, TrainReport, decode
 
 Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 Work = Callable[["Desk", Site, Message], Report]
 log = logging.getLogger("isocenter.site")
 
@@ -58,7 +57,9 @@ class Desk:
             cohort = Cohort.open(Index.open(site.state), labels, study, split, pins)
             least = site.settings.policy.minimum_patients
             if cohort.counts.patients < least:
-                raise CohortTooSmall(f"the {split} split has {cohort.counts.patients} patients; site.yaml asks for {least}")
+                raise CohortTooSmall(
+                    f"the {split} split has {cohort.counts.patients} patients; site.yaml asks for {least}"
+                )
             self.cohorts[key] = cohort
         return self.cohorts[key]
 
@@ -105,7 +106,10 @@ def carry_out_training(desk: Desk, site: Site, message: Message) -> TrainReport:
     order = decode(message, TrainOrder)
     study = site.admit(order)
     # A site whose evaluation would be refused must not train either: its patients would count and its scores would not.
-    cohort = [desk.cohort(site, study, split) for split in SPLITS][0]
+    splits: tuple[Split, ...] = ("validation", "test")
+    for split in splits:
+        desk.cohort(site, study, split)
+    cohort = desk.cohort(site, study, "train")
     net = desk.net(study, order)
     update = learning.learn(net, cohort, study, round_number=order.round, stop=lambda: False)
     return TrainReport(

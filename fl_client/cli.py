@@ -21,7 +21,10 @@ from privacy.console import show_version
 from privacy.errors import DocumentError
 
 app = typer.Typer(
-    help="Run a hospital's node: images stay here, you decide what is learned from them.", no_args_is_help=True
+    help="Run a hospital's node: images stay here, you decide what is learned from them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 console = Console()
 

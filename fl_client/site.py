@@ -17,7 +17,7 @@ Trust rules, in the order `Site.admit` applies them:
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field
@@ -34,16 +34,16 @@ from privacy.wire import Crossing, EvaluateOrder, EvaluateReport, Order, Refusal
 class Coordinator(Document):
     """Where the consortium is; written by `fl-client join`."""
 
-    gateway: str = Field(pattern=r"^[^\s:]+:\d+$")
-    service: str = Field(pattern=r"^[^\s:]+:\d+$")
+    gateway: str = Field(pattern=r"^[^\s:]+:\d+$", description="host:port for training")
+    service: str = Field(pattern=r"^[^\s:]+:\d+$", description="host:port for joining, studies and results")
 
 
 class Source(Document):
     """Where the site's images are and what they are called there."""
 
-    name: Name = "chest"
+    name: Name = Field(default="chest", description="what this collection of images is called")
     folder: str = Field(min_length=1, description="folder with the images; searched with everything below it")
-    format: str = Field(default="dicom", pattern="^(dicom|pictures)$")
+    format: Literal["dicom", "pictures"] = Field(default="dicom", description="dicom, or pictures (PNG, JPEG)")
     labels: LabelMap
     longest_side_px: int = Field(
         default=1024, ge=64, le=4096, description="cached images are reduced to this, never enlarged"
@@ -53,22 +53,24 @@ class Source(Document):
 class Policy(Document):
     """What this site permits. A study can only be stricter."""
 
-    permit_plain: bool = False
-    minimum_patients: int = Field(default=10, ge=1)
-    maximum_rounds: int = Field(default=1000, ge=1)
+    permit_plain: bool = Field(default=False, description="true: the coordinator may see this site's own update")
+    minimum_patients: int = Field(
+        default=10, ge=1, description="least patients in each split; a study may ask for more"
+    )
+    maximum_rounds: int = Field(default=1000, ge=1, description="most rounds of a study")
 
 
 class Resources(Document):
     """What training may use of this machine. 0 threads: all cores."""
 
-    cpu_threads: int = Field(default=0, ge=0, le=1024)
+    cpu_threads: int = Field(default=0, ge=0, le=1024, description="threads of training; 0: all cores")
 
 
 class SiteFile(Document):
     """site.yaml: owned by the hospital, never leaves it. Relative paths are relative to the file."""
 
-    version: int = Field(ge=1, le=1)
-    site: Name
+    version: Literal[1] = Field(default=1, description="version of this file's layout")
+    site: Name = Field(description="name of this site in the consortium")
     coordinator: Coordinator | None = None
     data: Source | None = None
     policy: Policy = Policy()

@@ -105,7 +105,8 @@ class Desk:
         asked = self.ask(EvaluateOrder, model, number, self.evaluators, split=split)
         found = {site: report for site, report in asked.reports() if isinstance(report, EvaluateReport)}
         self.run.ingested |= {site: report.ingested for site, report in found.items()}
-        self.evaluation_missing = asked.missing | self.offline
+        silent = {name: "not-consenting" for name in self.run.study.all_sites if name not in self.evaluators}
+        self.evaluation_missing = asked.missing | self.offline | silent
         return found
 
     def summary(self, number: int, began: float, training: Gathering, scores: dict[str, EvaluateReport]) -> Round:

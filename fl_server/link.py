@@ -69,7 +69,9 @@ def serve(home: Home, ready: Callable[[str], None] = print) -> None:
 
 
 async def _serve(home: Home, ready: Callable[[str], None]) -> None:
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # a line per node and message is for -v, not for a service's log
+    logging.getLogger("flwr").setLevel(
+        logging.WARNING
+    )  # a line per node and message is for -v, not for a service's log
     settings, secret = home.settings, secrets.token_bytes(32)
     inner = _listen(LOOPBACK, 0)
     port = inner.getsockname()[1]

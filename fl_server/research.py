@@ -19,7 +19,12 @@ from privacy.console import run as run_command
 from privacy.console import show_version
 from privacy.errors import DocumentError, RunError, RunUnknown
 
-app = typer.Typer(help="Write, rehearse, submit and evaluate a federated study.", no_args_is_help=True)
+app = typer.Typer(
+    help="Write, rehearse, submit and evaluate a federated study.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 console = Console()
 
 Home = Annotated[Path, typer.Option("--home", "-H", help="Folder with your keys; made by `fl-study join`.")]

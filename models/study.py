@@ -33,8 +33,10 @@ class Document(BaseModel):
 class Task(Document):
     """What is predicted: one binary target, or several at once (multi-label). Missing labels are masked, never negative."""
 
-    kind: Literal["classification"] = "classification"
-    targets: list[Name] = Field(min_length=1, max_length=32)
+    kind: Literal["classification"] = Field(default="classification", description="what kind of prediction")
+    targets: list[Name] = Field(
+        min_length=1, max_length=32, description="names of what is predicted; each site maps its own words to them"
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> "Task":
@@ -46,39 +48,47 @@ class Task(Document):
 class Images(Document):
     """Which images take part and the grid they are brought to: float32 (1, size_px, size_px)."""
 
-    modalities: list[Literal["CR", "DX"]] = Field(default=["CR", "DX"], min_length=1)
-    view: Literal["frontal"] = "frontal"
-    size_px: int = Field(default=96, ge=32, le=512)
+    modalities: list[Literal["CR", "DX"]] = Field(
+        default=["CR", "DX"], min_length=1, description="DICOM modalities that take part"
+    )
+    view: Literal["frontal"] = Field(default="frontal", description="projection that takes part")
+    size_px: int = Field(default=96, ge=32, le=512, description="side of the square grid that images are brought to")
 
 
 class Network(Document):
     """Which network of `models.networks` is trained; every one of them uses GroupNorm."""
 
-    name: Literal["small_cnn", "densenet121"] = "small_cnn"
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    name: Literal["small_cnn", "densenet121"] = Field(
+        default="small_cnn", description="small_cnn for CPUs, densenet121 (MONAI) for GPUs"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of features dropped while training")
 
 
 class Training(Document):
     """The local loop of one round at one site."""
 
-    rounds: int = Field(ge=1, le=10_000)
-    local_epochs: int = Field(default=1, ge=1, le=100)
-    batch_size: int = Field(default=16, ge=1, le=1024)
-    optimizer: Literal["sgd", "adamw"] = "adamw"
-    learning_rate: float = Field(default=1e-3, gt=0, le=10)
+    rounds: int = Field(ge=1, le=10_000, description="rounds of the whole run")
+    local_epochs: int = Field(default=1, ge=1, le=100, description="passes over a site's images in one round")
+    batch_size: int = Field(default=16, ge=1, le=1024, description="images in one step")
+    optimizer: Literal["sgd", "adamw"] = Field(
+        default="adamw", description="optimizer of the local loop; its state starts anew each round"
+    )
+    learning_rate: float = Field(default=1e-3, gt=0, le=10, description="step size of the first round")
     schedule: Literal["constant", "cosine"] = Field(
         default="cosine", description="the rate over the rounds: the same in all, or falling along half a cosine to 0"
     )
-    weight_decay: float = Field(default=1e-4, ge=0, le=1)
-    augmentation: Literal["none", "light"] = "light"
+    weight_decay: float = Field(default=1e-4, ge=0, le=1, description="decay of the weights")
+    augmentation: Literal["none", "light"] = Field(
+        default="light", description="light: small shifts, turns and exposures; never mirrored"
+    )
     balance: bool = Field(default=True, description="weigh the two classes of a target equally in the local loss")
-    seed: int = Field(default=1, ge=0, lt=2**31)
+    seed: int = Field(default=1, ge=0, lt=2**31, description="makes initial weights and every random choice repeatable")
 
 
 class Strategy(Document):
     """How updates become the next model. FedAvg: their mean, weighted by cases (McMahan et al. 2017)."""
 
-    name: Literal["fedavg"] = "fedavg"
+    name: Literal["fedavg"] = Field(default="fedavg", description="how the sites' updates become the next model")
 
 
 class Participation(Document):
@@ -86,17 +96,23 @@ class Participation(Document):
 
     sites: list[Name] = Field(min_length=1, max_length=1000, description="sites that train and evaluate")
     evaluate_only: list[Name] = Field(default=[], max_length=1000, description="sites that evaluate and do not train")
-    quorum: int = Field(ge=1)
+    quorum: int = Field(ge=1, description="training sites whose reports a round needs")
     minimum_patients: int = Field(default=10, ge=1, description="least patients in each split of a site")
-    round_timeout_s: int = Field(default=3600, ge=5, le=7 * 86400)
+    round_timeout_s: int = Field(
+        default=3600, ge=5, le=7 * 86400, description="seconds after which a site is left out of a round, by name"
+    )
 
 
 class Evaluation(Document):
     """Splits by patient, and the resolution of the score histograms that leave a site."""
 
-    validation: float = Field(default=0.15, ge=0.05, le=0.4)
-    test: float = Field(default=0.2, ge=0.05, le=0.5)
-    bins: int = Field(default=1000, ge=10, le=10_000)
+    validation: float = Field(
+        default=0.15, ge=0.05, le=0.4, description="share of a site's patients that chooses the round"
+    )
+    test: float = Field(
+        default=0.2, ge=0.05, le=0.5, description="share of a site's patients looked at once, for the report"
+    )
+    bins: int = Field(default=1000, ge=10, le=10_000, description="bins of the score histograms that leave a site")
     select: Literal["best_validation", "last"] = Field(
         default="best_validation", description="the round whose model is evaluated on the test split and released"
     )
@@ -105,17 +121,17 @@ class Evaluation(Document):
 class Study(Document):
     """One study protocol. `protection: plain` means the coordinator sees every site's update: each site must permit it."""
 
-    version: Literal[1] = 1
-    name: Name
-    title: str = Field(min_length=1, max_length=200)
-    purpose: str = Field(min_length=1, max_length=2000)
+    version: Literal[1] = Field(default=1, description="version of this file's layout")
+    name: Name = Field(description="short name of the study")
+    title: str = Field(min_length=1, max_length=200, description="title of the report")
+    purpose: str = Field(min_length=1, max_length=2000, description="what sites read before they approve")
     task: Task
     images: Images = Images()
     network: Network = Network()
     training: Training
     strategy: Strategy = Strategy()
-    protection: Literal["plain"]
-    privacy: Literal["none"]
+    protection: Literal["plain"] = Field(description="plain: the coordinator sees each site's update")
+    privacy: Literal["none"] = Field(description="none: no differential privacy")
     participation: Participation
     evaluation: Evaluation = Evaluation()
 

@@ -410,8 +410,8 @@ def _store_one(part: Path, pieces: Iterable[pb.Chunk], name: str) -> None:
     with part.open("wb") as file:
         for chunk in pieces:
             size += len(chunk.data)
-            if announced or size > RESULT_BYTES_MAX:
-                raise MessageMalformed(f"{name} is larger than announced, or than any result may be")
+            if size > RESULT_BYTES_MAX:
+                raise MessageMalformed(f"{name} is larger than any result may be")
             hashed.update(chunk.data)
             file.write(chunk.data)
             announced = chunk.sha256

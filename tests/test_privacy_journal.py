@@ -81,6 +81,19 @@ def test_the_first_damaged_line_is_named(path: Path, damage: Damage, line: int) 
         verify(path)
 
 
+def test_a_line_rewritten_with_a_hash_of_its_own_breaks_the_chain_behind_it(path: Path) -> None:
+    lines = path.read_bytes().splitlines()
+    entry = json.loads(lines[1])
+    del entry["hash"]
+    entry["facts"]["round"] = 7
+    text = json.dumps(entry, sort_keys=True, separators=(",", ":"))
+    entry["hash"] = hashlib.sha256(b"isocenter/v1/journal\n" + text.encode()).hexdigest()
+    lines[1] = json.dumps(entry, separators=(",", ":")).encode()
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    with pytest.raises(JournalDamaged, match=r"line 3: does not continue line 2"):
+        verify(path)
+
+
 def test_every_flipped_bit_is_found(path: Path) -> None:
     content = path.read_bytes()
     for position in range(0, len(content), 7):

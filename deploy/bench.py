@@ -1,0 +1,141 @@
+"""`make bench`: what the federation costs beside the same training in one plain process. Writes bench.json.
+
+Both are measured on this machine in one run, pinned to one core, in turn; the ratio of their medians is what counts, because
+machines differ and are noisy. docs/benchmarks.md has the figures and how they were got.
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from stage import BIN, Stage
+
+SITES = {"alpine": "aurora", "bayside": "boreal", "central": "cirrus", "delta": "dorado"}
+PATIENTS, ROUNDS, SKIPPED = 190, 12, 2
+"""About 256 images a site; the first rounds warm caches on both sides and are not counted."""
+
+
+def main() -> None:
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})  # children inherit it
+    with tempfile.TemporaryDirectory(prefix="isocenter-bench-") as folder:
+        stage = Stage(Path(folder) / "stage")
+        try:
+            report = measure(stage)
+        finally:
+            stage.stop()
+    Path("bench.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report, indent=1))
+
+
+def measure(stage: Stage) -> dict[str, Any]:
+    stage.found()
+    coordinator = stage.serve()
+    for name, vendor in SITES.items():
+        stage.open_hospital(name, vendor, PATIENTS)
+    stage.join_researcher()
+    path = stage.folder / "study.yaml"
+    path.write_text(yaml.safe_dump(study()))
+    digest = stage.submit(path)
+    nodes = []
+    for name in SITES:
+        stage.approve(name, digest)
+        nodes.append(stage.node(name))
+    time.sleep(10)  # four workers import torch on one core
+    run_id = re.findall(r"Run (\S+)", stage.study("run", digest))[0]
+    results = json.loads((stage.coordinator / "runs" / run_id / "results.json").read_text())
+    rounds = [entry["seconds"] for entry in results["rounds"]][SKIPPED:]
+    memory = {"coordinator_mib": family_mib(coordinator), "node_mib": [family_mib(node) for node in nodes]}
+    stage.stop()
+    plain = json.loads(
+        subprocess.run(
+            [sys.executable, __file__, "plain", str(stage.folder), digest], capture_output=True, text=True, check=True
+        ).stdout
+    )[SKIPPED:]
+    ours, limit = statistics.median(rounds), statistics.median(plain)
+    note = f"{len(SITES)} sites, real processes, mutual TLS, plain protection, one core; median of {len(rounds)} rounds"
+    return {
+        "round_small": {
+            "ratio": round(ours / limit, 2),
+            "limit_s": round(limit, 3),
+            "ours_s": round(ours, 3),
+            "note": note,
+        },
+        "memory": memory,
+        "start": {"fl_client_help_s": round(median_seconds([str(BIN / "fl-client"), "--help"]), 2)},
+    }
+
+
+def study() -> dict[str, Any]:
+    return {
+        "name": "bench",
+        "title": "Benchmark",
+        "purpose": "Seconds per round.",
+        "task": {"targets": ["opacity"]},
+        "images": {"size_px": 64},
+        "training": {"rounds": ROUNDS, "batch_size": 32},
+        "protection": "plain",
+        "privacy": "none",
+        "participation": {"sites": list(SITES), "quorum": len(SITES)},
+    }
+
+
+def plain(folder: Path, digest: str) -> list[float]:
+    """Seconds of each round of the same work in this process alone: train at each site, average, validate at each."""
+    import numpy as np
+    import torch
+
+    from fl_client.app import Desk
+    from fl_client.consent import approved
+    from fl_client.site import Site
+    from models import learning, networks
+
+    torch.set_num_threads(1)
+    sites = [Site.open(folder / "sites" / name) for name in SITES]
+    plan = approved(sites[0].home, digest, sites[0].coordinator)
+    desk, net = [Desk() for _ in sites], networks.build(plan)
+    cohorts = [(d.cohort(s, plan, "train"), d.cohort(s, plan, "validation")) for d, s in zip(desk, sites, strict=True)]
+    model, seconds = networks.to_vector(net), []
+    for number in range(1, ROUNDS + 1):
+        began = time.monotonic()
+        total, cases = np.zeros(model.shape, np.float64), 0
+        for train, _ in cohorts:
+            networks.load_vector(net, model)
+            update = learning.learn(net, train, plan, round_number=number)
+            total, cases = total + update.delta * np.float64(update.cases), cases + update.cases
+        model = (model + total / cases).astype(np.float32)
+        networks.load_vector(net, model)
+        for _, validation in cohorts:
+            learning.predict(net, validation)
+        seconds.append(time.monotonic() - began)
+    return seconds
+
+
+def family_mib(process: subprocess.Popen[str]) -> int:
+    """Proportional set size of a process and its children: memory shared between them counts once."""
+    parent = psutil.Process(process.pid)
+    return round(sum(p.memory_full_info().pss for p in [parent, *parent.children(recursive=True)]) / 2**20)
+
+
+def median_seconds(words: list[str]) -> float:
+    def once() -> float:
+        began = time.monotonic()
+        subprocess.run(words, capture_output=True, check=True)
+        return time.monotonic() - began
+
+    return statistics.median(once() for _ in range(5))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["plain"]:
+        print(json.dumps(plain(Path(sys.argv[2]), sys.argv[3])))
+    else:
+        main()
