@@ -313,21 +313,22 @@ def _bones(grid: _Grid, width: np.float32, body: np.random.Generator) -> Plane:
 
 def _vessels(grid: _Grid, body: np.random.Generator) -> Plane:
     """Branches that leave both hila and grow finer outwards, drawn as points in the patient and blurred."""
-    sheet = np.zeros((SIDE_PX, SIDE_PX), np.float32)
     steps = np.linspace(0, 1, 90, dtype=np.float32)
-    left, step = float(grid.x[0, 0]), float(grid.x[0, 1] - grid.x[0, 0])
-    top = float(grid.y[0, 0])
-    for side in (-1, 1):
-        for angle in np.linspace(-1.25, 1.25, 11) + body.normal(0, 0.08, 11):
-            bend, length = body.normal(0, 0.35), body.uniform(0.35, 0.62)
-            for twig in (0.0, body.choice([-0.35, 0.35])):
-                turn = angle + (bend + twig) * steps
-                px = side * (0.18 + length * steps * np.cos(turn))
-                py = 0.0 + length * steps * np.sin(turn)
-                column, row = ((px - left) / step).astype(int), ((py - top) / step).astype(int)
-                good = (column >= 0) & (column < SIDE_PX) & (row >= 0) & (row < SIDE_PX)
-                np.add.at(sheet, (row[good], column[good]), (1 - 0.8 * steps[good]) ** 1.3)
-    return np.minimum(_blurred(sheet, 1.4), 0.6) * np.float32(body.uniform(0.45, 0.8))
+    sides, angles = np.repeat([-1.0, 1.0], 22), np.tile(np.repeat(np.linspace(-1.25, 1.25, 11), 2), 2)
+    angles += np.repeat(body.normal(0, 0.08, 22), 2)
+    bends, lengths = np.repeat(body.normal(0, 0.35, 22), 2), np.repeat(body.uniform(0.35, 0.62, 22), 2)
+    bends += np.where(np.arange(44) % 2, body.choice([-0.35, 0.35], 44), 0)  # every branch has a twig
+    turns = angles[:, None] + bends[:, None] * steps
+    px = sides[:, None] * (0.18 + lengths[:, None] * steps * np.cos(turns))
+    py = lengths[:, None] * steps * np.sin(turns)
+    spacing = float(grid.x[0, 1] - grid.x[0, 0])
+    column = ((px - float(grid.x[0, 0])) / spacing).astype(int)
+    row = ((py - float(grid.y[0, 0])) / spacing).astype(int)
+    inside = (column >= 0) & (column < SIDE_PX) & (row >= 0) & (row < SIDE_PX)
+    ink = np.broadcast_to((1 - 0.8 * steps) ** 1.3, px.shape)
+    sheet = np.bincount((row * SIDE_PX + column)[inside], ink[inside], minlength=SIDE_PX * SIDE_PX)
+    plane = sheet.reshape(SIDE_PX, SIDE_PX).astype(np.float32)
+    return np.minimum(_blurred(plane, 1.4), 0.6) * np.float32(body.uniform(0.45, 0.8))
 
 
 def _opacities(grid: _Grid, rng: np.random.Generator) -> Plane:
@@ -336,7 +337,7 @@ def _opacities(grid: _Grid, rng: np.random.Generator) -> Plane:
     cloud = np.zeros_like(x)
     severity = rng.uniform(0.5, 1.0)
     for _ in range(int(rng.integers(2, 5))):
-        side = rng.choice([-1, 1])
+        side = int(rng.choice([-1, 1]))
         cx, cy = side * rng.uniform(0.30, 0.62), rng.uniform(-0.35, 0.45)
         sx, sy = rng.uniform(0.13, 0.24), rng.uniform(0.13, 0.26)
         cloud += rng.uniform(0.6, 1.0) * np.exp(-np.square((x - cx) / sx) - np.square((y - cy) / sy))
@@ -351,7 +352,7 @@ def _wires(rng: np.random.Generator) -> Plane:
     line = np.linspace(-1, 1, SIDE_PX, dtype=np.float32)
     x, y = np.meshgrid(line, line)
     density = np.zeros_like(x)
-    for side in (-1, 1, rng.choice([-1, 1])):
+    for side in (-1, 1, int(rng.choice([-1, 1]))):
         ex, ey = side * rng.uniform(0.35, 0.65), rng.uniform(-0.5, 0.4)
         bend = rng.uniform(-0.25, 0.25)
         course = x - ex - bend * np.sin((y - ey) * 2) - side * 0.18 * (y - ey)

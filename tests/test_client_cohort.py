@@ -66,7 +66,8 @@ class Site:
 
     def sides(self, plan: Study | None = None) -> dict[str, str]:
         """Study UID -> split, found by comparing tensors with cached pixels and so without the code's own bookkeeping."""
-        index, found = Index.open(self.state), {}
+        index = Index.open(self.state)
+        found: dict[str, str] = {}
         grids = {image.study_uid: to_grid(index.pixels(image), 32) for image in index.images()}
         for split in SPLITS:
             for image in self.cohort(split, plan).images.numpy():
@@ -104,10 +105,7 @@ def test_splits_are_by_patient_in_the_studys_shares_and_stratified(site: Site) -
     assert all(len(splits) == 1 for splits in split_of.values())
     assert max(Counter(patient.values()).values()) == 2  # some patients have two images, else this would show nothing
     shares = {"train": 0.65, "validation": 0.15, "test": 0.2}
-    for stratum in (
-        positive,
-        patient.values() - positive if isinstance(patient.values(), set) else set(patient.values()) - positive,
-    ):
+    for stratum in (positive, set(patient.values()) - positive):
         counts = Counter(next(iter(split_of[p])) for p in stratum)
         assert all(abs(counts[s] - share * len(stratum)) <= 1 for s, share in shares.items()), counts
 
@@ -195,9 +193,11 @@ def test_two_sites_with_the_same_patients_split_them_differently(site: Site) -> 
     assert site.sides() != first
 
 
-@pytest.mark.parametrize(
-    "damage", [b"", b"{", b"[]", b'{"version": 2, "secret": "", "splits": {}}', b'{"version": 1, "secret": "x", "splits": {"t": "all"}}', b"\xff"]
-)  # fmt: skip
+ODD_SIDE = b'{"version": 1, "secret": "x", "splits": {"t": "all"}}'
+OTHER_VERSION = b'{"version": 2, "secret": "", "splits": {}}'
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", OTHER_VERSION, ODD_SIDE, b"\xff"])
 def test_damaged_pins_are_an_error_and_never_made_anew(site: Site, damage: bytes) -> None:
     site.cohort()
     site.pins.write_bytes(damage)
@@ -244,8 +244,12 @@ def test_other_modalities_are_left_out_and_counted(site: Site) -> None:
 def test_the_grid_is_made_once_and_made_again_when_images_change(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     before = site.cohort().images.clone()
     made: list[int] = []
-    real = cohort_module.to_grid
-    monkeypatch.setattr(cohort_module, "to_grid", lambda pixels, size: made.append(size) or real(pixels, size))
+
+    def counting(pixels: np.ndarray[Any, np.dtype[np.float32]], size_px: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        made.append(size_px)
+        return to_grid(pixels, size_px)
+
+    monkeypatch.setattr(cohort_module, "to_grid", counting)
     assert torch.equal(site.cohort().images, before) and not made
     (grid,) = (site.state / "grids").iterdir()
     grid.write_bytes(grid.read_bytes()[:-50])

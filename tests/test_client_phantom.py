@@ -109,7 +109,7 @@ def test_a_chest_is_bright_in_the_middle_and_below_and_dark_in_the_lungs(name: s
     for anatomy in range(3):
         picture = expose(anatomy, False, VENDORS[name], np.random.default_rng(anatomy))
         assert picture.shape == (SIDE_PX, SIDE_PX) and picture.dtype == np.float32
-        assert 0 <= float(picture.min()) and float(picture.max()) <= 1
+        assert float(picture.min()) >= 0 and float(picture.max()) <= 1
         lungs = (picture[90:130, 60:90].mean() + picture[90:130, 166:196].mean()) / 2
         assert picture[150:190, 120:136].mean() > lungs + 0.12  # heart and spine
         assert picture[215:235, 60:196].mean() > lungs + 0.12  # below the diaphragm

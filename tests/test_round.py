@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from flwr.app import Context, Message, RecordDict
 from grid import Answer, FaultyGrid
 from hospital import COORDINATOR, Hospital, first_model, study
@@ -196,3 +197,24 @@ def test_a_round_below_quorum_fails_by_name_and_is_continued_later(federation: F
     run.requeue()
     federation.run(folder=folder)
     assert read_facts(folder)["state"] == "complete"
+
+
+def test_several_targets_are_learned_at_once_and_missing_labels_are_masked(tmp_path: Path) -> None:
+    """Two targets from one column: `clear` is the opposite of `opacity` at north, and south has no word for it at all."""
+    plan = study(**{"targets__[opacity]": "targets: [opacity, clear]"})
+    federation = Federation(tmp_path, plan)
+    for name, hospital in federation.hospitals.items():
+        path = hospital.home / "site.yaml"
+        text = yaml.safe_load(path.read_text())
+        targets = text["data"]["labels"]["targets"]
+        words = {word: 1 - value for word, value in targets["opacity"]["words"].items()}
+        targets["clear"] = {"column": targets["opacity"]["column"], "words": words if name == "north" else {"zebra": 1}}
+        path.write_text(yaml.safe_dump(text))
+    folder = federation.run()
+    assert read_facts(folder)["state"] == "complete"
+    test = json.loads((folder / "results.json").read_text())["test"]
+    counts = {name: np.array(sheet["counts"]) for name, sheet in test.items()}
+    assert counts["north"].shape == (2, 2, 50)
+    # At north the positives of one target are the negatives of the other; at south the second has no label.
+    assert counts["north"][0, 1].sum() == counts["north"][1, 0].sum() > 0
+    assert counts["south"][0].sum() > 0 and counts["south"][1].sum() == 0

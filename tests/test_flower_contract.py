@@ -1,0 +1,84 @@
+"""What Isocenter relies on inside Flower 1.41 and no document promises. An upgrade that changes it fails here, by name."""
+
+import inspect
+from importlib import metadata
+from pathlib import Path
+
+import flwr.supercore.inflatable.inflatable_utils as inflatable
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.grid.http_grid import HttpGrid
+from flwr.supernode.fleet_http_client import FleetHttpClient
+
+from fl_server.link import FLEET_PATHS, superlink_app
+
+CALLED = ["ActivateNode", "DeactivateNode", "SendNodeHeartbeat", "PullMessages", "PushMessages", "PullObject"]
+
+
+def test_flower_is_the_version_whose_facts_were_verified() -> None:
+    assert metadata.version("flwr").startswith("1.41.")
+
+
+def test_the_fleet_paths_exist_in_the_superlink(tmp_path: Path) -> None:
+    routes = {route["path"] for route in _paths(superlink_app(tmp_path / "s" / "superlink.sqlite", 1, b"x" * 32))}
+    assert routes >= FLEET_PATHS
+    # What the gateway has to keep in is where it was: unauthenticated, in the same application.
+    assert {"/v1/control/start-run", "/v1/runtime/acquire-task", "/v1/fleet/get-fab"} <= routes
+
+
+def _paths(app: object) -> list[dict[str, str]]:
+    schema = app.openapi()  # type: ignore[attr-defined]
+    return [{"path": path} for path in schema["paths"]]
+
+
+def test_the_clients_have_the_calls_that_node_and_executor_make() -> None:
+    for name in [*CALLED, "PushObject", "ConfirmMessageReceived"]:
+        assert callable(getattr(FleetHttpClient, name))
+        source = inspect.getsource(getattr(FleetHttpClient, name))
+        assert any(path in source for path in FLEET_PATHS), name
+    for name in ("AcquireTask", "PullTaskInput", "PushTaskOutput", "SendTaskHeartbeat"):
+        assert callable(getattr(RuntimeHttpClient, name))
+    assert isinstance(HttpGrid._runtime_client, property)
+
+
+def test_the_superlink_is_configured_by_exactly_these_fields() -> None:
+    assert set(inspect.signature(SuperLinkLifespanConfig).parameters) == {
+        *(
+            "control_address",
+            "health_server_address",
+            "host",
+            "port",
+            "insecure",
+            "certificates",
+            "superexec_auth_secret",
+        ),
+        *("authn_plugin", "event_log_plugin", "fleet_event_log_plugin", "enable_event_log", "artifact_provider"),
+        *(
+            "enable_supernode_auth",
+            "fleet_api_type",
+            "fleet_api_address",
+            "simulation",
+            "ssl_ca_certfile",
+            "ssl_certfile",
+        ),
+        *("ssl_keyfile", "database", "isolation", "runtime_dependency_install"),
+    }
+
+
+def test_objects_can_be_pulled_without_flowers_first_second_of_waiting() -> None:
+    assert "initial_backoff" in inspect.signature(inflatable.pull_objects).parameters
+
+
+def test_equal_arrays_are_one_object() -> None:
+    one, two = (Array(dtype="float32", shape=(2,), stype="isocenter.raw", data=b"12345678") for _ in range(2))
+    assert one.object_id == two.object_id
+
+
+def test_a_message_needs_a_task_and_takes_a_reply() -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    records = RecordDict({"header": ConfigRecord({"kind": "x"}), "arrays": ArrayRecord()})
+    message = Message(records, dst_node_id=5, message_type="train")
+    message.metadata.__dict__["_message_id"] = "m1"
+    assert Message(records, reply_to=message).metadata.reply_to_message_id == "m1"
