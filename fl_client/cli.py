@@ -18,7 +18,7 @@ from fl_client.site import Site, SiteFile
 from models.study import Study, read
 from privacy.console import run as run_command
 from privacy.console import show_version
-from privacy.errors import DocumentError
+from privacy.errors import DataError, DocumentError
 
 app = typer.Typer(
     help="Run a hospital's node: images stay here, you decide what is learned from them.",
@@ -188,9 +188,23 @@ def show_study(study: Study, site: Site, researcher: str) -> None:
         lines.append(("Seen by", "the coordinator sees YOUR site's own update and histograms (protection: plain)"))
     if study.privacy == "none":
         lines.append(("Privacy", "no differential privacy: an update can reveal something about patients behind it"))
+    lines.append(("Yours", _own_data(study, site)))
     for name, text in lines:
         console.print(f"[bold]{name:<8}[/bold] ", end="")
         console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _own_data(study: Study, site: Site) -> str:
+    """What this site would bring to the study, or what is missing for it; said before anybody approves."""
+    from fl_client.ingest import Index
+
+    try:
+        index, mapped = Index.open(site.state), set(site.source.labels.targets)
+    except DataError as error:
+        return f"{error} {error.remedy}"
+    unmapped = sorted(set(study.task.targets) - mapped)
+    note = f"; site.yaml maps no label to {', '.join(unmapped)}, so these count as missing" if unmapped else ""
+    return f"{index.taken} images of {index.patients} patients are ready here{note}"
 
 
 @app.command()

@@ -1,17 +1,15 @@
 """One study's patients at one site: labels joined to images, split by patient, held as tensors on the study's grid.
 
-A patient is on one side of the split for ever. The order of patients comes from a secret of the site, so nobody outside can
-tell who is where, and the assignment is written down once (`pins`): images that arrive later follow their patient, and new
-patients go where most are lacking, each stratum (any positive label, none) by itself.
+A patient is on one side of the split for ever. The order of patients is that of a hash of their numbers, so a site that reads
+its images anew splits them alike, and the assignment is written down once (`pins`): images that arrive later follow their
+patient, and new patients go where most are lacking, each stratum (any positive label, none) by itself.
 """
 
 import fcntl
 import hashlib
-import hmac
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from fl_client.ingest import Index, IndexedImage
 from models.imaging import to_grid
 from models.labels import Label, LabelTable
 from models.study import Evaluation, Study
+from privacy import keys
 from privacy.errors import CohortTooSmall, DataError, LabelTableError
 
 Split = Literal["train", "validation", "test"]
@@ -34,7 +33,6 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 PINS_VERSION = 1
 PINS_BYTES_MAX = 256 * 1024 * 1024  # three million patients
 TOKEN_LABEL = b"isocenter/v1/split-token"
-SECRET_LABEL = b"isocenter/v1/split-secret"
 GRID_LABEL = b"isocenter/v1/grid"
 
 
@@ -89,7 +87,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         """The `split` of `study` here. Splits are pinned in the file `pins`, which is made on the first call.
 
         Raises CohortTooSmall below the study's minimum of patients, LabelTableError if the site maps none of the study's
-        targets, CacheLost if pixels are missing, DataError if pins and secret do not belong together.
+        targets, CacheLost if pixels are missing, DataError if the pins are damaged.
         """
         names = study.task.targets
         if not set(names) & set(labels.mapping.targets):
@@ -97,9 +95,8 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
             raise LabelTableError(
                 f"none of the study's targets ({', '.join(names)}) is in data.labels.targets ({mapped})"
             )
-        secret = _secret(index.state / "split.key")
-        members, left_out = _join(index, labels, study, secret)
-        placed = _pinned(pins, secret, _strata(members), study.evaluation)
+        members, left_out = _join(index, labels, study)
+        placed = _pinned(pins, _strata(members), study.evaluation)
         mine = [member for member in members if placed[member.token] == split]
         cohort = cls(mine, _grid(index, study, split, mine), names)
         cohort.ingested, cohort.left_out = index.taken, left_out
@@ -127,7 +124,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         )
 
 
-def _join(index: Index, labels: LabelTable, study: Study, secret: bytes) -> tuple[list[_Member], LeftOut]:
+def _join(index: Index, labels: LabelTable, study: Study) -> tuple[list[_Member], LeftOut]:
     """Images with a label for at least one target, ordered by patient token and file."""
     members: list[_Member] = []
     unlabelled = modality = 0
@@ -143,14 +140,14 @@ def _join(index: Index, labels: LabelTable, study: Study, secret: bytes) -> tupl
             unlabelled += 1
             continue
         patient = labels.patient_of(key) or image.patient
-        members.append(_Member(image, _token(secret, patient), row))
+        members.append(_Member(image, _token(patient), row))
     members.sort(key=lambda member: (member.token, member.image.file))
     return members, LeftOut(unlabelled, modality)
 
 
-def _token(secret: bytes, patient: str) -> str:
-    """32 hex characters that stand for a patient at this site and mean nothing without the secret."""
-    return hmac.new(secret, TOKEN_LABEL + b"\n" + patient.encode(), hashlib.sha256).hexdigest()[:32]
+def _token(patient: str) -> str:
+    """32 hex characters that stand for a patient and decide the order of placing; like the index, they stay at the site."""
+    return hashlib.sha256(TOKEN_LABEL + b"\n" + patient.encode()).hexdigest()[:32]
 
 
 def _strata(members: list[_Member]) -> dict[str, bool]:
@@ -161,37 +158,17 @@ def _strata(members: list[_Member]) -> dict[str, bool]:
     return strata
 
 
-def _secret(path: Path) -> bytes:
-    """32 bytes that exist only at this site; made once, linked into place so that two workers agree on one."""
-    if not path.exists():
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        _write_private(part, secrets.token_bytes(32))
-        try:
-            os.link(part, path)
-        except FileExistsError:
-            pass  # another worker was first; its secret counts
-        finally:
-            part.unlink()
-    secret = path.read_bytes()
-    if len(secret) != 32:
-        raise DataError(f"{path}: damaged", remedy="Restore it from a backup; without it patients would change sides.")
-    return secret
-
-
-def _pinned(pins: Path, secret: bytes, strata: dict[str, bool], evaluation: Evaluation) -> dict[str, Split]:
+def _pinned(pins: Path, strata: dict[str, bool], evaluation: Evaluation) -> dict[str, Split]:
     """Token -> split for every patient of `strata`; new ones are placed and written down before anybody uses them."""
-    owner = hashlib.sha256(SECRET_LABEL + b"\n" + secret).hexdigest()[:16]
     pins.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(pins):
-        known = _read_pins(pins, owner) if pins.exists() else {}
+        known = _read_pins(pins) if pins.exists() else {}
         placed = dict(known)
         for stratum in (True, False):
             _place([token for token, positive in strata.items() if positive == stratum], placed, evaluation)
         if placed != known:
-            document = {"version": PINS_VERSION, "secret": owner, "splits": placed}
-            part = pins.with_name(pins.name + ".part")
-            _write_private(part, json.dumps(document, sort_keys=True, indent=0).encode())
-            part.replace(pins)
+            document = {"version": PINS_VERSION, "splits": placed}
+            keys.write_private(pins, json.dumps(document, sort_keys=True, indent=0).encode())
     return placed
 
 
@@ -212,21 +189,19 @@ def _place(tokens: list[str], placed: dict[str, Split], evaluation: Evaluation) 
         lacking[split] -= 1
 
 
-def _read_pins(pins: Path, owner: str) -> dict[str, Split]:
+def _read_pins(pins: Path) -> dict[str, Split]:
     """The written assignment. A damaged file is an error and never made anew: that would move patients between splits."""
     remedy = "Restore the file from a backup. If it is removed, patients used for training may be used for testing."
     try:
         if pins.stat().st_size > PINS_BYTES_MAX:
             raise ValueError
         document = json.loads(pins.read_text(encoding="ascii"))
-        version, secret, splits = document["version"], document["secret"], document["splits"]
+        version, splits = document["version"], document["splits"]
         good = version == PINS_VERSION and isinstance(splits, dict) and set(splits.values()) <= set(SPLITS)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        good, secret, splits = False, "", {}
+        good, splits = False, {}
     if not good:
         raise DataError(f"{pins}: the assignment of patients to splits cannot be read", remedy=remedy)
-    if secret != owner:
-        raise DataError(f"{pins}: made with another split.key than the one that is here now", remedy=remedy)
     return dict(splits)
 
 
@@ -263,7 +238,7 @@ def _make_grid(path: Path, shape: tuple[int, ...], index: Index, members: list[_
     """Write the images one by one into a file that gets its name when it is whole; never all of them in memory."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        _write_private(part, b"")
+        os.close(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
         grid = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
         for number, member in enumerate(members):
             grid[number] = to_grid(index.pixels(member.image), shape[-1])
@@ -272,14 +247,6 @@ def _make_grid(path: Path, shape: tuple[int, ...], index: Index, members: list[_
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Write and sync a file that only its owner can read; the caller renames it into place."""
-    with os.fdopen(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextmanager

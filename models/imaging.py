@@ -75,18 +75,18 @@ class Radiograph:
 @contextlib.contextmanager
 def quiet_reading() -> Iterator[None]:
     """Nothing that pydicom or a decoder warns of or logs inside this block is shown: those texts quote patient data."""
-    names = ("pydicom", "pynetdicom", "pylibjpeg", "openjpeg", "jpeg_ls")
-    loggers = [logging.getLogger(name) for name in names]
-    before = [(logger, logger.disabled) for logger in loggers]
+    # Their modules log under these names; what reaches the top one ends there, in a handler that drops it.
+    loggers = [logging.getLogger(name) for name in ("pydicom", "pylibjpeg", "openjpeg", "jpeg_ls")]
+    before = [(logger, logger.handlers, logger.propagate) for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
-            logger.disabled = True
+            logger.handlers, logger.propagate = [logging.NullHandler()], False
         try:
             yield
         finally:
-            for logger, disabled in before:
-                logger.disabled = disabled
+            for logger, handlers, propagate in before:
+                logger.handlers, logger.propagate = handlers, propagate
 
 
 def decode(dataset: Dataset) -> Radiograph:

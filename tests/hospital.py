@@ -12,12 +12,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl_client.cohort import Cohort
-from fl_client.ingest import Index
 from fl_client.rehearsal import approve, prepare
 from fl_client.site import Site
 from models import networks
-from models.labels import LabelTable
 from models.study import Study, parse
 from privacy import keys, wire
 
@@ -50,10 +47,6 @@ def _ingested(name: str) -> Path:
     prepare(home, name, None, (16, len(name)), COORDINATOR.public_key())
     text = (home / "site.yaml").read_text().replace("permit_plain: true", "permit_plain: true\n  minimum_patients: 2")
     (home / "site.yaml").write_text(text)
-    # Every copy has to split its patients alike, so the site's secret is made before the first copy.
-    site = Site.open(home)
-    labels = LabelTable.read(home / site.source.labels.table, site.source.labels)
-    Cohort.open(Index.open(site.state), labels, study(), "train", home / "pins.json")
     return home
 
 

@@ -242,14 +242,20 @@ def test_more_pixels_than_any_detector_are_refused_before_decoding() -> None:
         decode(dataset)
 
 
-def test_nothing_of_the_header_is_shown(capfd: pytest.CaptureFixture[str]) -> None:
-    """pydicom quotes offending values in warnings and log lines; inside quiet_reading nobody sees them."""
-    with warnings.catch_warnings(record=True) as seen, quiet_reading():
+@pytest.mark.parametrize("logger", ["pydicom", "pydicom.pixels.decoders.base", "openjpeg"])
+def test_nothing_that_pydicom_says_is_shown(
+    logger: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its warnings and log lines quote offending values; inside quiet_reading nobody sees them, afterwards all is as before."""
+    with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        logging.getLogger("pydicom").warning("SMITH^JOHN")
-    assert not seen
+        with quiet_reading():
+            warnings.warn("SMITH^JOHN", UserWarning, stacklevel=1)
+            logging.getLogger(logger).warning("SMITH^JOHN")
+    assert not seen and not caplog.records
     assert "SMITH" not in "".join(capfd.readouterr())
-    assert not logging.getLogger("pydicom").disabled
+    logging.getLogger(logger).warning("audible again")
+    assert [record.message for record in caplog.records] == ["audible again"]
 
 
 def test_reducing_keeps_the_aspect_and_never_enlarges() -> None:
