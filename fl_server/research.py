@@ -58,7 +58,7 @@ def new(
     known = templates()
     if list_:
         for name, text in known.items():
-            console.print(f"{name:<14} {text.splitlines()[0].lstrip('# ')}", highlight=False)
+            console.print(f"{name:<10} {text.splitlines()[0].lstrip('# ')}", highlight=False, soft_wrap=True)
         return
     if template not in known:
         raise DocumentError(
