@@ -3,7 +3,6 @@
 import json
 import logging
 import signal
-import threading
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -217,11 +216,11 @@ def start(
 
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    node.serve(home, stop, _say)
-    _say("The node has stopped.")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's stop is a person's Ctrl-C
+    try:
+        node.serve(home, _say)
+    except KeyboardInterrupt:
+        _say("The node has stopped.")
 
 
 def _say(sentence: str) -> None:

@@ -15,16 +15,17 @@ import signal
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import httpx
 from flwr.app import Context, Message, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
@@ -36,7 +37,13 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects, push_objects
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectPushError,
+    inflate_object_from_contents,
+    pull_objects,
+    push_objects,
+)
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
@@ -44,13 +51,16 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from fl_client.site import Site
 from privacy import keys
 from privacy.errors import IsocenterError, MessageMalformed, NotEnrolled, Unreachable, WorkerDied, WrongAuthority
-from privacy.wire import EvaluateOrder, Refusal, TrainOrder, decode
+from privacy.wire import EvaluateOrder, EvaluateReport, Refusal, Report, TrainOrder, TrainReport, decode
 
-PAUSE_FIRST_S, PAUSE_GROWTH, PAUSE_MOST_S = 0.03, 1.15, 1.0
-"""Looks for orders: often after one came (the next stage of a round follows at once), slower and slower when none does."""
+HELD_S = 0.5
+PAUSE_FIRST_S, PAUSE_GROWTH, PAUSE_MOST_S = 0.02, 1.5, 2.0
+"""Looks for orders. The coordinator holds a look that finds nothing until there is something, so the next one follows at once;
+an answer within HELD_S says that it was not held, and then looks become seldom by themselves."""
 RETRY_FIRST_S, RETRY_MOST_S = 0.5, 15.0
 OBJECT_BACKOFF_S = 0.02  # a message is visible before its objects are; Flower's own first wait is a second
 CALL_TIMEOUT_S = 60.0
+Tell = Callable[[str], None]
 log = logging.getLogger("isocenter.node")
 
 
@@ -62,42 +72,55 @@ class Connection:
     node: Node
 
     def receive(self) -> Message | None:
-        """The next order with everything that belongs to it, or None."""
+        """The next order with everything that belongs to it, or None; what Flower has taken back meanwhile is dropped."""
         answer = self.client.PullMessages(PullMessagesRequest(node=self.node))
         if not answer.messages_list:
             return None
         envelope = message_from_proto(answer.messages_list[0])
         run_id, message_id = envelope.metadata.run_id, envelope.metadata.message_id
-        contents = pull_objects(
-            [tree.object_id for tree in iterate_object_tree(answer.message_object_trees[0])],
-            make_pull_object_fn_protobuf(self.client.PullObject, self.node, run_id),
-            initial_backoff=OBJECT_BACKOFF_S,
-        )
-        make_confirm_message_received_fn_protobuf(self.client.ConfirmMessageReceived, self.node, run_id)(message_id)
+        try:
+            contents = pull_objects(
+                [tree.object_id for tree in iterate_object_tree(answer.message_object_trees[0])],
+                make_pull_object_fn_protobuf(self.client.PullObject, self.node, run_id),
+                initial_backoff=OBJECT_BACKOFF_S,
+            )
+            make_confirm_message_received_fn_protobuf(self.client.ConfirmMessageReceived, self.node, run_id)(message_id)
+        except ObjectPullError:
+            log.warning("an order whose content is gone was dropped")
+            return None
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.FORBIDDEN:
+                raise
+            log.warning("an order of a run that has ended was dropped")
+            return None
         message = inflate_object_from_contents(message_id, contents)
         if not isinstance(message, Message):
             raise MessageMalformed("what was received is no Flower message")
         message.metadata.__dict__["_message_id"] = message_id
         return message
 
-    def send(self, reply: Message, seconds: float) -> None:
-        """Push a reply and its objects."""
+    def send(self, reply: Message) -> None:
+        """Push a reply and its objects. A reply that Flower no longer wants, because its run has ended, is dropped."""
         run_id = reply.metadata.run_id
         reply.metadata.__dict__["_message_id"] = reply.object_id
         tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
-        answer = self.client.PushMessages(
-            PushMessagesRequest(
-                node=self.node,
-                messages_list=[message_to_proto(_without_content(reply))],
-                message_object_trees=[tree],
-                clientapp_runtime_list=[seconds],
+        envelope = message_to_proto(remove_content_from_message(reply))
+        request = PushMessagesRequest(
+            node=self.node, messages_list=[envelope], message_object_trees=[tree], clientapp_runtime_list=[0.0]
+        )
+        try:
+            answer = self.client.PushMessages(request)
+            push_objects(
+                objects,
+                make_push_object_fn_protobuf(self.client.PushObject, self.node, run_id, answer.session_id),
+                object_ids_to_push=set(answer.objects_to_push),
             )
-        )
-        push_objects(
-            objects,
-            make_push_object_fn_protobuf(self.client.PushObject, self.node, run_id, answer.session_id),
-            object_ids_to_push=set(answer.objects_to_push),
-        )
+        except ObjectPushError:
+            log.warning("a reply was not taken in time and is dropped; the coordinator asks again")
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.FORBIDDEN:
+                raise
+            log.warning("a reply to a run that has ended was dropped")
 
     def beat(self) -> None:
         self.client.SendNodeHeartbeat(
@@ -231,65 +254,52 @@ def _work(home: str, message: Message) -> Message:
     return app(message, context)
 
 
-@dataclass
-class _Serving:
-    """State of `serve` between connections."""
-
-    site: Site
-    worker: Worker
-    stop: threading.Event
-    tell: Callable[[str], None]
-    unsent: list[tuple[Message, float]] = field(default_factory=list)
-
-
-def serve(home: Path, stop: threading.Event, tell: Callable[[str], None]) -> None:
-    """Answer orders until `stop` is set. A broken link is retried for ever; a finished reply is kept and sent again.
+def serve(home: Path, tell: Tell) -> None:
+    """Answer orders until KeyboardInterrupt. A broken link is retried for ever; a finished reply is kept and sent again.
 
     `tell` gets short sentences for people. Raises what no retry can mend: NotEnrolled, WrongAuthority, DocumentError.
     """
     site = Site.open(home)
-    worker = Worker(site)
-    state = _Serving(site, worker, stop, tell)
-    pause = RETRY_FIRST_S
+    worker, unsent, pause = Worker(site), deque[Message](), RETRY_FIRST_S
     try:
-        while not stop.is_set():
+        while True:
             try:
                 with connect(site) as connection:
                     tell(f"{site.name} is connected and waits for orders.")
                     pause = RETRY_FIRST_S
-                    _answer_orders(state, connection)
+                    _answer_orders(connection, worker, unsent, tell)
             except Unreachable as error:
-                tell(f"{error}; trying again in {pause:.0f} s" if pause >= 1 else f"{error}; trying again")
-                stop.wait(pause)
+                tell(f"{error}; trying again in {pause:g} s")
+                time.sleep(pause)
                 pause = min(pause * 2, RETRY_MOST_S)
     finally:
         worker.stop()
 
 
-def _answer_orders(state: _Serving, connection: Connection) -> None:
-    """Work through orders one by one until `stop`, with heartbeats from a thread of their own."""
+def _answer_orders(connection: Connection, worker: Worker, unsent: deque[Message], tell: Tell) -> None:
+    """Work through orders one by one until the link breaks, with heartbeats from a thread of their own."""
     done = threading.Event()
-    beats = threading.Thread(target=_keep_beating, args=(connection, done), daemon=True)
-    beats.start()
+    threading.Thread(target=_keep_beating, args=(connection, done), daemon=True).start()
     pause = PAUSE_FIRST_S
     try:
-        while not state.stop.is_set():
-            while state.unsent:
-                connection.send(*state.unsent[0])
-                state.unsent.pop(0)
+        while True:
+            while unsent:
+                connection.send(unsent[0])
+                unsent.popleft()
+            asked = time.monotonic()
             message = connection.receive()
             if message is None:
-                state.stop.wait(pause)
-                pause = min(pause * PAUSE_GROWTH, PAUSE_MOST_S)
+                if time.monotonic() - asked < HELD_S:
+                    time.sleep(pause)
+                    pause = min(pause * PAUSE_GROWTH, PAUSE_MOST_S)
                 continue
             pause, began = PAUSE_FIRST_S, time.monotonic()
             try:
-                reply = state.worker.answer(message)
+                unsent.append(worker.answer(message))
             except MessageMalformed as error:
                 log.warning("a message that is no order was dropped (%s)", error)
                 continue
-            state.unsent.append((reply, time.monotonic() - began))
-            state.tell(_sentence(reply, time.monotonic() - began))
+            tell(_sentence(unsent[-1], time.monotonic() - began))
     finally:
         done.set()
 
@@ -301,15 +311,9 @@ def _keep_beating(connection: Connection, done: threading.Event) -> None:
 
 
 def _sentence(reply: Message, seconds: float) -> str:
-    header: dict[str, Any] = dict(reply.content["header"])
-    what = f"refused: {header['code']}" if header["kind"] == Refusal.kind else f"{header['kind']} sent"
-    return f"round {header['round']}: {what} ({seconds:.1f} s)"
-
-
-def _without_content(message: Message) -> Message:
-    from flwr.app.message import remove_content_from_message
-
-    return remove_content_from_message(message)
+    report: Report = decode(reply, TrainReport, EvaluateReport, Refusal)
+    what = f"refused: {report.code}" if isinstance(report, Refusal) else f"{report.kind} sent"
+    return f"round {report.round}: {what} ({seconds:.1f} s)"
 
 
 def _explained(status: int) -> Exception:

@@ -4,6 +4,7 @@
 in state running by a process that died is simply carried on: a new Flower run, the next round that is not committed.
 """
 
+import functools
 import os
 import signal
 import sys
@@ -19,9 +20,11 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, Pus
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import http_grid
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fl_server.app import app
@@ -31,6 +34,7 @@ from fl_server.run import list_runs
 from privacy.errors import RunError
 
 LOOK_S = 0.2  # between two looks for queued runs: one stat of a folder
+OBJECT_BACKOFF_S = 0.02  # a report is visible before its objects are; Flower's own first wait is a second
 BUNDLE = """
 [project]
 name = "isocenter-study"
@@ -127,6 +131,10 @@ def main() -> None:
         bytes.fromhex(sys.stdin.buffer.readline().decode().strip()),
     )
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # The grid offers no argument for it, and a second for each late object would be most of a small round.
+    http_grid.pull_objects = functools.partial(  # type: ignore[attr-defined]  # imported there, not exported
+        pull_objects, initial_backoff=OBJECT_BACKOFF_S
+    )
     execute(root, port, secret)
 
 

@@ -18,7 +18,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
 from fl_server import consortium
+from fl_server.doorbell import Application, Channel, Doorbell, Scope
 from fl_server.roster import Home
 from fl_server.run import Run, list_runs
 from models.study import Study
@@ -57,9 +58,6 @@ get-fab (no node of ours ever asks for code)."""
 RESTART_PAUSE_S = 1.0  # before a dead executor is started again, so that a crash at start does not spin
 STOP_S = 5.0
 
-Scope = MutableMapping[str, Any]
-Channel = Callable[..., Awaitable[Any]]
-Application = Callable[[Scope, Channel, Channel], Awaitable[None]]
 log = logging.getLogger("isocenter.link")
 
 
@@ -76,7 +74,7 @@ async def _serve(home: Home, ready: Callable[[str], None]) -> None:
     inner = _listen(LOOPBACK, 0)
     port = inner.getsockname()[1]
     outer = _listen(settings.listen, settings.gateway_port)
-    superlink = superlink_app(home.root / "superlink" / "superlink.sqlite", port, secret)
+    superlink = Doorbell(superlink_app(home.root / "superlink" / "superlink.sqlite", port, secret))
     servers = [
         _Server(uvicorn.Config(superlink, log_config=None, access_log=False)),
         _Server(

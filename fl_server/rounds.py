@@ -14,8 +14,9 @@ from flwr.serverapp import Grid
 from privacy.errors import MessageMalformed, QuorumLost
 from privacy.wire import EvaluateReport, Order, Refusal, Report, TrainReport, decode
 
-PAUSE_FIRST_S, PAUSE_MOST_S = 0.02, 0.25
-"""Between two looks for reports: a phantom round takes a second, a hospital's takes minutes."""
+PAUSE_FIRST_S, PAUSE_MOST_S = 0.02, 0.1
+"""Between two looks for reports; the SuperLink itself holds a look that finds nothing (`fl_server.doorbell`)."""
+ONLINE_LOOK_S = 0.25
 GRACE_S = 30.0
 """How long a round waits for consenting sites that are offline once the quorum is online: a node's restart takes less."""
 
@@ -37,7 +38,7 @@ def choose(grid: Grid, nodes: dict[str, int], quorum: int, timeout_s: float, tel
         if not told and waited > 1:
             tell("waiting", sites=away)
             told = True
-        time.sleep(PAUSE_MOST_S)
+        time.sleep(ONLINE_LOOK_S)
 
 
 class Gathering:

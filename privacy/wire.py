@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from privacy import keys
 from privacy.errors import MessageMalformed, OrderForged, SignatureInvalid, public_codes
@@ -45,6 +45,31 @@ _PATTERNS = {
     "site": re.compile(r"[a-z][a-z0-9_-]{0,31}"),
     "split": re.compile(r"validation|test"),
 }
+RECORD = "isocenter"
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayKind:
+    """What an array field may be: element type, number of dimensions, most elements."""
+
+    dtype: np.dtype[Any]
+    dimensions: int
+    size_max: int
+
+    def decode(self, name: str, data: object, shape: object) -> npt.NDArray[Any]:
+        """The array; raises MessageMalformed unless bytes and shape agree with each other and with this kind."""
+        if not isinstance(data, bytes) or not isinstance(shape, list) or any(type(n) is not int for n in shape):
+            raise MessageMalformed(f"array {name!r} must be bytes and a shape")
+        size = math.prod(shape)
+        if len(shape) != self.dimensions or min(shape) < 1 or size > self.size_max:
+            raise MessageMalformed(f"array {name!r} has a shape that its schema does not allow")
+        if len(data) != size * self.dtype.itemsize:
+            raise MessageMalformed(f"array {name!r} has another size than it claims")
+        return np.frombuffer(data, dtype=self.dtype).reshape(shape)
+
+
+_VECTOR = ArrayKind(np.dtype("<f4"), 1, VECTOR_MAX)
+ARRAYS = {"model": _VECTOR, "update": _VECTOR, "counts": ArrayKind(np.dtype("<i4"), 3, COUNTS_MAX)}
 _SIGNATURE_MAX = 80  # bytes of a DER-encoded P-256 signature, with room
 
 
@@ -70,38 +95,39 @@ class Crossing:
         return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
     def to_records(self) -> RecordDict:
-        header: dict[str, Any] = {"version": VERSION, "kind": self.kind}
-        arrays: dict[str, Array] = {}
-        for name, value in ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self)):
+        """One record that holds everything, arrays as raw little-endian bytes: Flower sends one request per object and hop."""
+        facts: dict[str, Any] = {"version": VERSION, "kind": self.kind}
+        for name in self.fields():
+            value = getattr(self, name)
             if isinstance(value, np.ndarray):
-                # Raw little-endian bytes in one object: Flower sends one HTTP request per object and hop.
-                data = np.ascontiguousarray(value, dtype=value.dtype.newbyteorder("<")).tobytes()
-                arrays[name] = Array(dtype=value.dtype.name, shape=value.shape, stype="isocenter.raw", data=data)
+                facts[name] = np.ascontiguousarray(value, dtype=ARRAYS[name].dtype).tobytes()
+                facts[f"{name}_shape"] = list(value.shape)
             else:
-                header[name] = value
-        return RecordDict({"header": ConfigRecord(header), "arrays": ArrayRecord(arrays)})
+                facts[name] = value
+        return RecordDict({RECORD: ConfigRecord(facts)})
 
     @classmethod
     def from_records(cls, records: RecordDict) -> Self:
         """The message in `records`; raises MessageMalformed unless it follows the schema to the letter."""
-        if set(records) != {"header", "arrays"}:
-            raise MessageMalformed("a message has exactly a header and arrays")
-        header, arrays = records["header"], records["arrays"]
-        if not isinstance(header, ConfigRecord) or not isinstance(arrays, ArrayRecord):
-            raise MessageMalformed("header or arrays are of the wrong record type")
-        given: dict[str, Any] = dict(header)
-        if given.pop("version", None) != VERSION:
+        record = records.get(RECORD)
+        if set(records) != {RECORD} or not isinstance(record, ConfigRecord):
+            raise MessageMalformed("a message is exactly one record")
+        given: dict[str, Any] = dict(record)
+        version, kind = given.pop("version", None), given.pop("kind", None)
+        if type(version) is not int or version != VERSION:
             raise MessageMalformed(f"only wire version {VERSION} is spoken here")
-        if given.pop("kind", None) != cls.kind:
+        if kind != cls.kind:
             raise MessageMalformed(f"expected a {cls.kind!r} message")
         schema = cls.fields()
-        plain = {name: kind for name, kind in schema.items() if kind in (int, float, str, bytes)}
-        if set(given) != set(plain) or set(arrays) != set(schema) - set(plain):
+        arrays = [name for name in schema if name in ARRAYS]
+        if set(given) != set(schema) | {f"{name}_shape" for name in arrays}:
             raise MessageMalformed(f"fields of a {cls.kind!r} message are missing, or there are more than expected")
-        for name, kind in plain.items():
-            if type(given[name]) is not kind:
-                raise MessageMalformed(f"field {name!r} must be {kind.__name__}")
-        return cls(**given | {name: _decode_array(name, array) for name, array in arrays.items()})
+        for name in arrays:
+            given[name] = ARRAYS[name].decode(name, given[name], given.pop(f"{name}_shape"))
+        for name in set(schema) - set(arrays):
+            if type(given[name]) is not schema[name]:
+                raise MessageMalformed(f"field {name!r} must be {schema[name].__name__}")
+        return cls(**given)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -202,25 +228,12 @@ def decode(message: Message, *kinds: type[M]) -> M:
     """The message of one of `kinds` inside a Flower message; raises MessageMalformed for anything else."""
     if not message.has_content():
         raise MessageMalformed("the Flower message carries an error instead of content")
-    header = message.content.get("header")
-    kind = header.get("kind") if isinstance(header, ConfigRecord) else None
+    record = message.content.get(RECORD)
+    kind = record.get("kind") if isinstance(record, ConfigRecord) else None
     for candidate in kinds:
         if candidate.kind == kind:
             return candidate.from_records(message.content)
     raise MessageMalformed("a message of another kind was expected")
-
-
-def _decode_array(name: str, array: Array) -> npt.NDArray[Any]:
-    dtype, limit, dimensions = (
-        (np.dtype("<i4"), COUNTS_MAX, 3) if name == "counts" else (np.dtype("<f4"), VECTOR_MAX, 1)
-    )
-    shape = tuple(array.shape)
-    if array.stype != "isocenter.raw" or array.dtype != dtype.name or len(shape) != dimensions:
-        raise MessageMalformed(f"array {name!r} has another type or number of dimensions than its schema")
-    size = math.prod(shape)
-    if min(shape, default=0) < 1 or size > limit or len(array.data) != size * dtype.itemsize:
-        raise MessageMalformed(f"array {name!r} has another size than it claims, or is too large")
-    return np.frombuffer(array.data, dtype=dtype).reshape(shape)
 
 
 def _check(name: str, value: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from grid import Answer, FaultyGrid
 from test_privacy_wire import KEY, MODEL, NAMES, train_order, train_report
@@ -86,7 +86,7 @@ def test_a_report_that_answers_another_order_is_not_counted(change: dict[str, An
 
 
 def test_garbage_is_not_counted() -> None:
-    junk = RecordDict({"header": ConfigRecord({"kind": "train-report"}), "arrays": ArrayRecord()})
+    junk = RecordDict({"isocenter": ConfigRecord({"kind": "train-report"})})
     reports, missing = gather(
         FaultyGrid({1: lambda message: Message(junk, reply_to=message), 2: honest("south"), 3: honest("east")})
     )

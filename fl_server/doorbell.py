@@ -1,0 +1,102 @@
+"""Turns Flower's polling into waiting: a pull that would find nothing new is held until something was pushed.
+
+Flower's Fleet and Runtime APIs answer a pull at once, so whoever wants to be quick has to ask often, and each question costs
+the SuperLink some 10 ms: four nodes asking 30 times a second keep it from moving the models. Here the second empty-handed pull
+of a caller waits for the bell. The answer itself is always Flower's own; nothing is read from it but whether it is empty.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Channel = Callable[..., Awaitable[Any]]
+Application = Callable[[Scope, Channel, Channel], Awaitable[None]]
+
+ORDERS, REPORTS = "orders", "reports"
+PULLS = {"/v1/fleet/pull-messages": (ORDERS, 20.0), "/v1/runtime/pull-messages": (REPORTS, 1.0)}
+"""Path -> what it waits for, and for how many seconds at most: a node's proxy may cut a silent connection after half a minute,
+and a round looks at its deadline every second. Flower accepts a signed time for 300 s, so a held request is still fresh."""
+PUSHES = {
+    "/v1/runtime/push-messages": (ORDERS, 0.1),
+    "/v1/runtime/push-object": (ORDERS, 0.02),
+    "/v1/fleet/push-messages": (REPORTS, 0.1),
+    "/v1/fleet/push-object": (REPORTS, 0.02),
+}
+"""Path -> what it announces, and after how many quiet seconds: a message is visible before its objects are, and whoever comes
+too early asks for each object again and again."""
+CALLERS_MAX = (
+    10_000  # whoever is remembered passed the gateway's TLS; more than this are forgotten, and only ask once more
+)
+CALLER_HEADERS = (b"flwr-public-key", b"flwr-task-token")
+
+
+class Bell:
+    """Counts what was announced. `count` only grows."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._rung = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def ring_after(self, seconds: float) -> None:
+        """Ring once nothing was announced for `seconds`; a later call moves the moment."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._ring)
+
+    def _ring(self) -> None:
+        self.count += 1
+        self._rung.set()
+        self._rung = asyncio.Event()
+
+    async def wait(self, seconds: float) -> None:
+        """Return at the next ring, or after `seconds`."""
+        try:
+            await asyncio.wait_for(self._rung.wait(), seconds)
+        except TimeoutError:
+            return
+
+
+class Doorbell:
+    """An ASGI application around the SuperLink; both of its servers have to share one, in one event loop."""
+
+    def __init__(self, app: Application) -> None:
+        self.app = app
+        self.bells = {ORDERS: Bell(), REPORTS: Bell()}
+        self.empty_at: dict[tuple[str, bytes], int] = {}
+        """(path, caller) -> count of the bell before that caller's last empty pull."""
+
+    async def __call__(self, scope: Scope, receive: Channel, send: Channel) -> None:
+        path = scope.get("path", "")
+        if path in PULLS:
+            await self._pull(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+        if path in PUSHES:
+            name, quiet_s = PUSHES[path]
+            self.bells[name].ring_after(quiet_s)
+
+    async def _pull(self, scope: Scope, receive: Channel, send: Channel) -> None:
+        name, hold_s = PULLS[scope["path"]]
+        bell, who = self.bells[name], (scope["path"], _caller(scope))
+        if self.empty_at.get(who) == bell.count:
+            await bell.wait(hold_s)
+        before, found = bell.count, False
+
+        async def watched(event: MutableMapping[str, Any]) -> None:
+            nonlocal found
+            found = found or bool(event.get("body"))
+            await send(event)
+
+        await self.app(scope, receive, watched)
+        self.empty_at.pop(who, None)
+        if not found:
+            if len(self.empty_at) >= CALLERS_MAX:
+                self.empty_at.clear()
+            self.empty_at[who] = before
+
+
+def _caller(scope: Scope) -> bytes:
+    """Who asks: the key or token that Flower authenticates afterwards. A wrong one waits and is then refused."""
+    return next((value for key, value in scope["headers"] if key in CALLER_HEADERS), b"")
