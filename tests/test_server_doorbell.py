@@ -1,0 +1,152 @@
+"""Pulls that would find nothing wait for the bell; a slow caller holds nobody up; one request at a time reaches Flower."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from fl_server import doorbell
+from fl_server.doorbell import CALLERS_MAX, Doorbell
+
+FLEET, RUNTIME = "/v1/fleet/pull-messages", "/v1/runtime/pull-messages"
+
+
+class Flower:
+    """A stand-in for the SuperLink: answers each path with what stands in `answers`, and records how it was called."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, bytes] = {}
+        self.bodies: list[bytes] = []
+        self.inside = self.most_inside = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.inside += 1
+        self.most_inside = max(self.most_inside, self.inside)
+        event = await receive()
+        self.bodies.append(event.get("body", b""))
+        await asyncio.sleep(0.005)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": self.answers.get(scope["path"], b"")})
+        self.inside -= 1
+
+
+async def call(
+    app: Doorbell, path: str, who: bytes = b"a", parts: tuple[bytes, ...] = (b"",), gap_s: float = 0.0
+) -> bytes:
+    """One request; its answer's body."""
+    waiting = list(parts)
+    got = b""
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(gap_s)
+        return {"type": "http.request", "body": waiting.pop(0), "more_body": bool(waiting)}
+
+    async def send(event: Any) -> None:
+        nonlocal got
+        got += event.get("body", b"")
+
+    await app({"type": "http", "path": path, "headers": [(b"flwr-public-key", who)]}, receive, send)
+    return got
+
+
+def seconds(of: Callable[[], Awaitable[Any]]) -> float:
+    async def timed() -> float:
+        began = time.monotonic()
+        await of()
+        return time.monotonic() - began
+
+    return asyncio.run(timed())
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(doorbell.PULLS, FLEET, (doorbell.ORDERS, 0.3))
+    monkeypatch.setitem(doorbell.PULLS, RUNTIME, (doorbell.REPORTS, 0.3))
+
+
+@pytest.mark.usefixtures("short")
+def test_the_first_empty_pull_is_answered_at_once_and_the_second_is_held() -> None:
+    async def twice() -> tuple[float, float]:
+        app = Doorbell(Flower())
+        times = []
+        for _ in range(2):
+            began = time.monotonic()
+            assert await call(app, FLEET) == b""
+            times.append(time.monotonic() - began)
+        return times[0], times[1]
+
+    first, second = asyncio.run(twice())
+    assert first < 0.2 and 0.3 <= second < 2
+
+
+def test_a_push_ends_the_waiting_of_everybody() -> None:
+    async def ringing() -> float:
+        flower = Flower()
+        app = Doorbell(flower)
+        for who in (b"a", b"b", b"c"):
+            await call(app, FLEET, who)
+        held = [asyncio.create_task(call(app, FLEET, who)) for who in (b"a", b"b", b"c")]
+        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in held)
+        flower.answers[FLEET] = b"an order"
+        began = time.monotonic()
+        await call(app, "/v1/runtime/push-messages")
+        await call(app, "/v1/runtime/push-object")
+        assert await asyncio.gather(*held) == [b"an order"] * 3
+        return time.monotonic() - began
+
+    assert asyncio.run(ringing()) < 2  # and not the 20 s that an idle pull is held
+
+
+@pytest.mark.usefixtures("short")
+def test_reports_do_not_ring_for_orders() -> None:
+    async def other() -> None:
+        app = Doorbell(Flower())
+        await call(app, FLEET)
+        held = asyncio.create_task(call(app, FLEET))
+        await call(app, "/v1/fleet/push-object")
+        await asyncio.sleep(0.1)
+        assert not held.done()
+        await held
+
+    assert seconds(other) >= 0.25
+
+
+def test_a_caller_who_found_something_is_not_held() -> None:
+    async def busy() -> None:
+        flower = Flower()
+        app = Doorbell(flower)
+        await call(app, FLEET)
+        flower.answers[FLEET] = b"an order"
+        app.bells[doorbell.ORDERS]._ring()
+        for _ in range(3):
+            assert await call(app, FLEET) == b"an order"
+
+    assert seconds(busy) < 2
+
+
+def test_a_slow_upload_holds_nobody_up_and_arrives_whole() -> None:
+    async def slow() -> None:
+        flower = Flower()
+        app = Doorbell(flower)
+        crawling = asyncio.create_task(call(app, "/v1/fleet/push-object", b"slow", (b"1", b"2", b"3", b"4"), gap_s=0.2))
+        await asyncio.sleep(0.05)
+        await asyncio.gather(*(call(app, "/v1/fleet/push-object", b"quick", (b"x",)) for _ in range(5)))
+        assert not crawling.done()
+        await crawling
+        assert flower.bodies == [b"x"] * 5 + [b"1234"]
+        assert flower.most_inside == 1
+
+    asyncio.run(slow())
+
+
+def test_memory_of_callers_is_bounded() -> None:
+    async def many() -> None:
+        app = Doorbell(Flower())
+        app.empty_at = {(FLEET, str(number).encode()): 0 for number in range(CALLERS_MAX)}
+        await call(app, FLEET, b"one more")
+        assert len(app.empty_at) == 1
+
+    asyncio.run(many())
