@@ -105,7 +105,8 @@ class Doorbell:
         async def read() -> MutableMapping[str, Any]:
             if body:
                 return body.pop()
-            return await receive()  # only the news that the caller has gone
+            gone: MutableMapping[str, Any] = await receive()  # the only news left: the caller has gone
+            return gone
 
         async def keep(event: MutableMapping[str, Any]) -> None:
             answer.append(event)
