@@ -82,11 +82,16 @@ def read_dicom(data: bytes, longest_side_px: int) -> Reading:
     return Reading(Header(**{**vars(header), "spacing_mm": image.spacing_mm}), pixels)
 
 
+PICTURE_BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+
+
 def read_picture(data: bytes, longest_side_px: int, patient: str | None, view: str | None) -> Reading:
     """The radiograph in a PNG or JPEG file, grey or grey stored as colour, with what the label table says about it.
 
     `view` is the word of the table's view column; None means that the site has no such column and vouches for frontal views.
     """
+    if not data.startswith(PICTURE_BEGINNINGS):  # before the patient is asked for: a table or text file has none either
+        raise ImageLeftOut(Reason.NOT_A_PICTURE)
     header = Header(patient=patient or "", view="frontal" if view is None else view_in_words(view))
     if not header.patient:
         raise ImageLeftOut(Reason.NO_PATIENT)

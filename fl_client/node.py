@@ -25,8 +25,9 @@ from pathlib import Path
 
 import httpx
 from flwr.app import Context, Message, RecordDict
+from flwr.app.error import Error
 from flwr.app.message import remove_content_from_message
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, ErrorCode
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
@@ -195,7 +196,7 @@ class Worker:
         return pool
 
     def answer(self, message: Message) -> Message:
-        """The reply to an order, a Refusal if it could not be worked on; MessageMalformed if the message is no order."""
+        """The reply to an order, a Refusal if it could not be worked on, Flower's bare error if the message is no order."""
         try:
             pending: Future[Message] = self.pool.submit(_work, str(self.site.home), message)
             return pending.result()
@@ -209,7 +210,12 @@ class Worker:
         except Exception:
             log.exception("the order could not be worked on")
             code = IsocenterError.code
-        report = Refusal.of(decode(message, TrainOrder, EvaluateOrder), self.site.name, code)
+        try:
+            report = Refusal.of(decode(message, TrainOrder, EvaluateOrder), self.site.name, code)
+        except MessageMalformed:
+            # Without an answer the coordinator would wait for its deadline; the text is one of our public codes.
+            self.site.journal.append("no-order", code=MessageMalformed.code)
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, MessageMalformed.code), reply_to=message)
         self.site.note(report)
         return Message(report.to_records(), reply_to=message)
 
@@ -294,11 +300,7 @@ def _answer_orders(connection: Connection, worker: Worker, unsent: deque[Message
                     pause = min(pause * PAUSE_GROWTH, PAUSE_MOST_S)
                 continue
             pause, began = PAUSE_FIRST_S, time.monotonic()
-            try:
-                unsent.append(worker.answer(message))
-            except MessageMalformed as error:
-                log.warning("a message that is no order was dropped (%s)", error)
-                continue
+            unsent.append(worker.answer(message))
             tell(_sentence(unsent[-1], time.monotonic() - began))
     finally:
         done.set()
@@ -311,6 +313,8 @@ def _keep_beating(connection: Connection, done: threading.Event) -> None:
 
 
 def _sentence(reply: Message, seconds: float) -> str:
+    if reply.has_error():
+        return f"a message that is no order was answered with an error ({MessageMalformed.code})"
     report: Report = decode(reply, TrainReport, EvaluateReport, Refusal)
     what = f"refused: {report.code}" if isinstance(report, Refusal) else f"{report.kind} sent"
     return f"round {report.round}: {what} ({seconds:.1f} s)"

@@ -45,7 +45,8 @@ def main(grid: Grid, context: Context) -> None:
         test = desk.evaluate(run.best, max(1, run.best_round), "test")
         run.finish({site: score_sheet(report) for site, report in test.items()}, desk.evaluation_missing)
     except IsocenterError as error:
-        run.fail(error.code, str(error))
+        # The researcher reads this sentence; where the coordinator keeps its files is nobody else's business.
+        run.fail(error.code, str(error).replace(str(home.root), "HOME"))
     except Exception:
         run.fail("internal", "the coordinator's program failed; its log has the details")
         raise
@@ -69,7 +70,7 @@ class Desk:
         """Send one signed order to those of `sites` that are online; who is not is noted as offline."""
         needed = self.run.study.participation.quorum if kind is TrainOrder else 1
         timeout_s = timeout_of(self.run.study)
-        ready = choose(self.grid, sites, needed, timeout_s, self.run.event)
+        ready = choose(self.grid, sites, needed, timeout_s, self.run.event, frozenset(self.offline))
         self.offline = {name: "offline" for name in sites if name not in ready}
         order = kind(
             study=self.run.study.digest,

@@ -5,6 +5,7 @@ in state running by a process that died is simply carried on: a new Flower run, 
 """
 
 import functools
+import logging
 import os
 import signal
 import sys
@@ -31,10 +32,12 @@ from fl_server.app import app
 from fl_server.link import LOOPBACK, control
 from fl_server.roster import Home
 from fl_server.run import list_runs
-from privacy.errors import RunError
+from privacy.errors import IsocenterError, RunError
 
 LOOK_S = 0.2  # between two looks for queued runs: one stat of a folder
+log = logging.getLogger("isocenter.executor")
 OBJECT_BACKOFF_S = 0.02  # a report is visible before its objects are; Flower's own first wait is a second
+LOOK_MOST_S = 30.0  # after something went wrong
 BUNDLE = """
 [project]
 name = "isocenter-study"
@@ -50,13 +53,19 @@ clientapp = "fl_client.app:app"
 
 
 def execute(root: Path, port: int, secret: bytes) -> None:
-    """Carry out queued and interrupted runs, oldest first, for ever."""
+    """Carry out queued and interrupted runs, oldest first, for ever. A run that cannot be started does not stop the others."""
     runs = Home.open(root).runs
+    pause = LOOK_S
     while True:
-        for facts in list_runs(runs):
-            if facts["state"] in ("queued", "running"):
-                carry_out(root, str(facts["run_id"]), port, secret)
-        time.sleep(LOOK_S)
+        try:
+            for facts in list_runs(runs):
+                if facts["state"] in ("queued", "running"):
+                    carry_out(root, str(facts["run_id"]), port, secret)
+            pause = LOOK_S
+        except IsocenterError as error:
+            log.error("%s %s", error, error.remedy)
+            pause = min(pause * 2, LOOK_MOST_S)
+        time.sleep(pause)
 
 
 def carry_out(root: Path, run_id: str, port: int, secret: bytes) -> None:

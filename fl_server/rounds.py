@@ -23,20 +23,26 @@ GRACE_S = 30.0
 Tell = Callable[..., None]
 
 
-def choose(grid: Grid, nodes: dict[str, int], quorum: int, timeout_s: float, tell: Tell) -> dict[str, int]:
-    """The consenting sites that are online: all of them, or after GRACE_S at least `quorum`; QuorumLost after `timeout_s`."""
+def choose(
+    grid: Grid, nodes: dict[str, int], quorum: int, timeout_s: float, tell: Tell, away: frozenset[str] = frozenset()
+) -> dict[str, int]:
+    """The consenting sites that are online, at least `quorum`; QuorumLost if there are fewer after `timeout_s`.
+
+    Sites that are offline are waited for until GRACE_S, but not those in `away`, which were offline the last time already: a
+    dead site costs one wait, not one in each round, and takes part again as soon as it is back.
+    """
     began, told = time.monotonic(), False
     while True:
         online = set(grid.get_node_ids())
         ready = {site: node for site, node in nodes.items() if node in online}
         waited = time.monotonic() - began
-        if len(ready) == len(nodes) or (len(ready) >= quorum and waited > GRACE_S):
+        if len(ready) >= quorum and (set(nodes) <= set(ready) | away or waited > GRACE_S):
             return ready
-        away = sorted(set(nodes) - set(ready))
+        missing = sorted(set(nodes) - set(ready))
         if waited > timeout_s:
-            raise QuorumLost(f"{len(ready)} of {quorum} sites needed are online; offline: {', '.join(away)}")
+            raise QuorumLost(f"{len(ready)} of {quorum} sites needed are online; offline: {', '.join(missing)}")
         if not told and waited > 1:
-            tell("waiting", sites=away)
+            tell("waiting", sites=missing)
             told = True
         time.sleep(ONLINE_LOOK_S)
 

@@ -12,6 +12,7 @@ The attempt counts launches. It is part of every order, so no order of a later l
 
 import datetime
 import json
+import logging
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from privacy.wire import EvaluateReport
 
 State = Literal["queued", "running", "complete", "partial", "failed"]
 Float32 = npt.NDArray[np.float32]
-FINAL: tuple[State, ...] = ("complete", "partial", "failed")
+log = logging.getLogger("isocenter.run")
 
 
 def now() -> str:
@@ -262,8 +263,13 @@ def read_facts(folder: Path) -> dict[str, Any]:
 
 
 def list_runs(runs: Path) -> list[dict[str, Any]]:
-    """run.json of every run, oldest first."""
-    found = [read_facts(path.parent) for path in runs.glob("*/run.json")]
+    """run.json of every run, oldest first; one that is damaged is left out and logged, because it must not hide the others."""
+    found = []
+    for path in runs.glob("*/run.json"):
+        try:
+            found.append(read_facts(path.parent))
+        except MessageMalformed as error:
+            log.error("%s", error)
     return sorted(found, key=lambda facts: (facts["created"], facts["run_id"]))
 
 

@@ -1,5 +1,6 @@
 """A tiny hospital from phantoms: files, labels, keys, a consortium of one coordinator, and a study that its sites approved."""
 
+import atexit
 import functools
 import shutil
 import tempfile
@@ -43,7 +44,9 @@ def study(**change: str) -> Study:
 @functools.cache
 def _ingested(name: str) -> Path:
     """An ingested phantom hospital, made once per session: 16 patients take a second."""
-    home = Path(tempfile.mkdtemp(prefix="isocenter-hospital-")) / name
+    folder = tempfile.mkdtemp(prefix="isocenter-hospital-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    home = Path(folder) / name
     prepare(home, name, None, (16, len(name)), COORDINATOR.public_key())
     text = (home / "site.yaml").read_text().replace("permit_plain: true", "permit_plain: true\n  minimum_patients: 2")
     (home / "site.yaml").write_text(text)

@@ -22,11 +22,11 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from fl_client import sources
-from fl_client.headers import view_in_words, view_of
+from fl_client.headers import read_picture, view_in_words, view_of
 from fl_client.ingest import Index, IngestReport, Reason, ingest
 from fl_client.site import Source
 from models.labels import LabelMap
-from privacy.errors import CacheLost, DataError, LabelTableError
+from privacy.errors import CacheLost, DataError, ImageLeftOut, LabelTableError
 
 CR, DX = "1.2.840.10008.5.1.4.1.1.1", "1.2.840.10008.5.1.4.1.1.1.1"
 SHARED = Path(__file__).parents[2] / "shared"
@@ -624,3 +624,9 @@ def test_ingest_is_quick_when_nothing_changed(hospital: Hospital) -> None:
     start = time.process_time()
     assert hospital.ingest().read == 0
     assert time.process_time() - start < 1
+
+
+def test_a_table_among_the_pictures_is_no_picture_rather_than_a_picture_without_patient() -> None:
+    with pytest.raises(ImageLeftOut) as caught:
+        read_picture(b"image,label\nx.png,1\n", 512, None, None)
+    assert caught.value.reason == Reason.NOT_A_PICTURE

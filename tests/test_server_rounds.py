@@ -129,5 +129,9 @@ def test_choose_waits_for_all_and_falls_back_to_the_quorum(monkeypatch: pytest.M
     grid.online = {1, 2, 77}
     monkeypatch.setattr("fl_server.rounds.GRACE_S", 0.1)
     assert choose(grid, NODES, 2, 5.0, nothing) == {"north": 1, "south": 2}
+    monkeypatch.setattr("fl_server.rounds.GRACE_S", 60.0)
+    began = time.monotonic()
+    assert choose(grid, NODES, 2, 90.0, nothing, frozenset({"east"})) == {"north": 1, "south": 2}
+    assert time.monotonic() - began < 5  # a site that was away the last time is not waited for again
     with pytest.raises(QuorumLost, match="east"):
         choose(grid, NODES, 3, 0.3, nothing)

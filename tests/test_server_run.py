@@ -171,6 +171,9 @@ def test_a_failed_run_starts_its_events_anew_when_it_is_launched_again(tmp_path:
 def test_runs_are_listed_and_unknown_ones_are_named(tmp_path: Path) -> None:
     run = Run.create(tmp_path, study(), "ada", ["north"])
     assert [facts["run_id"] for facts in list_runs(tmp_path)] == [run.run_id]
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "run.json").write_text('{"run_id": "to')
+    assert [facts["run_id"] for facts in list_runs(tmp_path)] == [run.run_id]
     with pytest.raises(RunUnknown):
         read_facts(tmp_path / "nothing")
 

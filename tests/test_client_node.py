@@ -1,0 +1,85 @@
+"""The node's worker: whatever happens in it, the coordinator gets an answer, and it says nothing but a code."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from hospital import Hospital, first_model
+
+from fl_client.node import Worker
+from privacy import wire
+
+REPORTS = (wire.TrainReport, wire.EvaluateReport, wire.Refusal)
+
+
+@pytest.fixture(scope="module")
+def hospital(tmp_path_factory: pytest.TempPathFactory) -> Hospital:
+    return Hospital.open(tmp_path_factory.mktemp("node"))
+
+
+@pytest.fixture(scope="module")
+def worker(hospital: Hospital) -> Iterator[Worker]:
+    made = Worker(hospital.site)
+    yield made
+    made.stop()
+
+
+def message(order: wire.Order | RecordDict, kind: str = "train") -> Message:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    records = order if isinstance(order, RecordDict) else order.to_records()
+    made = Message(records, dst_node_id=5, message_type=kind)
+    made.metadata.__dict__["_message_id"] = "m1"
+    return made
+
+
+def test_an_order_is_worked_on_in_another_process_and_answered(hospital: Hospital, worker: Worker) -> None:
+    report = wire.decode(worker.answer(message(hospital.order(run="one"))), *REPORTS)
+    assert isinstance(report, wire.TrainReport)
+    assert report.update.shape == first_model(hospital.study).shape
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate", "query", "train.shell"])
+def test_junk_is_answered_with_a_bare_error(worker: Worker, kind: str) -> None:
+    reply = worker.answer(message(RecordDict({"isocenter": ConfigRecord({"kind": "shell", "x": "rm -rf /"})}), kind))
+    assert reply.has_error() and reply.error.reason == "message-malformed"
+
+
+def test_an_unknown_kind_of_message_with_an_order_inside_is_refused(hospital: Hospital, worker: Worker) -> None:
+    report = wire.decode(worker.answer(message(hospital.order(run="two"), "query")), *REPORTS)
+    assert isinstance(report, wire.Refusal) and report.code == "internal"
+
+
+def test_a_worker_that_is_killed_refuses_and_the_next_order_is_worked_on(hospital: Hospital, worker: Worker) -> None:
+    (pid,) = worker.pool._processes or {}
+
+    def kill() -> None:
+        time.sleep(0.02)
+        os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    os.kill(pid, signal.SIGSTOP)  # so that the kill meets it at work
+    killer.start()
+    report = wire.decode(worker.answer(message(hospital.order(run="three"))), *REPORTS)
+    killer.join()
+    assert isinstance(report, wire.Refusal) and report.code == "worker-died"
+    again = wire.decode(worker.answer(message(hospital.order(run="three", attempt=2))), *REPORTS)
+    assert isinstance(again, wire.TrainReport)
+
+
+def test_a_site_yaml_broken_while_the_node_runs_is_a_refusal(
+    hospital: Hospital, worker: Worker, tmp_path: Path
+) -> None:
+    path = hospital.home / "site.yaml"
+    good = path.read_text()
+    try:
+        path.write_text("nonsense: [")
+        report = wire.decode(worker.answer(message(hospital.order(run="four"))), *REPORTS)
+        assert isinstance(report, wire.Refusal) and report.code == "bad-document"
+    finally:
+        path.write_text(good)
