@@ -23,7 +23,7 @@ PATIENTS = 150
 
 def main() -> None:
     began = time.monotonic()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     if DEMO.exists():
         shutil.rmtree(DEMO)

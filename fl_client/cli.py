@@ -216,7 +216,8 @@ def start(
 
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager's stop is a person's Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # a service manager's stop is a person's Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     try:
         node.serve(home, _say)
     except KeyboardInterrupt:
