@@ -35,7 +35,7 @@ def test_the_digest_is_the_documented_hash_of_the_canonical_form() -> None:
 
 
 def test_defaults_written_out_and_the_order_of_keys_do_not_change_the_identity() -> None:
-    lines = [line for line in TEXT.strip().splitlines()]
+    lines = TEXT.strip().splitlines()
     assert study("\n".join(reversed(lines))).digest == study().digest
     assert study(TEXT + "version: 1\nstrategy: {name: fedavg}\n").digest == study().digest
 
@@ -111,7 +111,7 @@ MALFORMED: list[tuple[str, str]] = [
     ("name: a\nname: b", "stands twice"),
     ("[" * 5000, "not YAML"),
     ("{" * 3000, "not YAML"),
-    ("name: \x00", ""),
+    ("name: \x00", "study.yaml"),
 ]
 
 
