@@ -9,6 +9,7 @@ What the node process does: connection, keys, polling. What the worker does: `fl
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import signal
@@ -51,7 +52,15 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fl_client.site import Site
 from privacy import keys
-from privacy.errors import IsocenterError, MessageMalformed, NotEnrolled, Unreachable, WorkerDied, WrongAuthority
+from privacy.errors import (
+    IsocenterError,
+    MessageMalformed,
+    NodeRunning,
+    NotEnrolled,
+    Unreachable,
+    WorkerDied,
+    WrongAuthority,
+)
 from privacy.wire import EvaluateOrder, EvaluateReport, Refusal, Report, TrainOrder, TrainReport, decode
 
 HELD_S = 0.5
@@ -143,11 +152,7 @@ def connect(site: Site) -> Iterator[Connection]:
     )
     node: Node | None = None
     try:
-        public = keys.public_pem(key)
-        answer = client.ActivateNode(
-            ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-        )
-        node = Node(node_id=answer.node_id)
+        node = _activate(client, keys.public_pem(key), site.state / "node")
         yield Connection(client, node)
     except httpx.HTTPStatusError as error:
         raise _explained(error.response.status_code) from error
@@ -160,6 +165,35 @@ def connect(site: Site) -> Iterator[Connection]:
             with contextlib.suppress(httpx.HTTPError):
                 client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
         client.close()
+
+
+def _activate(client: FleetHttpClient, public: bytes, memory: Path) -> Node:
+    """Our node, online. `memory` keeps its number: the same key always has the same one.
+
+    Whoever went away without a word (a kill, a power loss at either end) counts as online for another minute, and is refused.
+    That was us, so we say goodbye for it and come in.
+    """
+    request = ActivateNodeRequest(public_key=public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+    try:
+        answer = client.ActivateNode(request)
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code != httpx.codes.PRECONDITION_FAILED or not memory.exists():
+            raise
+        client.DeactivateNode(DeactivateNodeRequest(node_id=int(memory.read_text())))
+        answer = client.ActivateNode(request)
+    keys.write_private(memory, str(answer.node_id).encode())
+    return Node(node_id=answer.node_id)
+
+
+@contextlib.contextmanager
+def only_one(site: Site) -> Iterator[None]:
+    """The only node of this site's home: two would take each other's orders. Raises NodeRunning if there is one."""
+    with (site.state / "node.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise NodeRunning(f"a node of {site.name} is running already") from None
+        yield
 
 
 def tls_context(site: Site) -> ssl.SSLContext:
@@ -263,9 +297,14 @@ def _work(home: str, message: Message) -> Message:
 def serve(home: Path, tell: Tell) -> None:
     """Answer orders until KeyboardInterrupt. A broken link is retried for ever; a finished reply is kept and sent again.
 
-    `tell` gets short sentences for people. Raises what no retry can mend: NotEnrolled, WrongAuthority, DocumentError.
+    `tell` gets short sentences for people. Raises what no retry can mend: NotEnrolled, WrongAuthority, NodeRunning.
     """
     site = Site.open(home)
+    with only_one(site):
+        _serve(site, tell)
+
+
+def _serve(site: Site, tell: Tell) -> None:
     worker, unsent, pause = Worker(site), deque[Message](), RETRY_FIRST_S
     try:
         while True:

@@ -30,6 +30,7 @@
     ├── Unreachable               nothing answered at the address
     ├── JournalDamaged            a line of a journal was changed, removed, reordered or cut off
     ├── MessageMalformed          a message or record that does not follow its schema
+    ├── NodeRunning               a second node for one site's home
     └── WorkerDied                the process that trains ended without an answer
 
 Only `code` crosses a site's boundary (inside `privacy.wire.Refusal`); messages may name files and values and never do.
@@ -203,6 +204,11 @@ class MessageMalformed(IsocenterError):
 class JournalDamaged(IsocenterError):
     code = "journal-damaged"
     remedy = "Keep the file as it is, find out who changed it, and restore the journal from a backup beside it."
+
+
+class NodeRunning(IsocenterError):
+    code = "node-running"
+    remedy = "Stop the other one first, or use it: `fl-client start` serves all studies of the site."
 
 
 class WorkerDied(IsocenterError):

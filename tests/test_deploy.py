@@ -135,7 +135,8 @@ def killed_while_working(node: subprocess.Popen[str], events: Path) -> None:
 
 
 def test_the_coordinator_killed_hard_leaves_no_process_and_goes_on(stage: Stage) -> None:
-    coordinator = stage.running[0]
+    coordinator, node = stage.running[0], stage.node("north")
+    log = stage.folder / "logs" / "node-north.log"
     children = psutil.Process(coordinator.pid).children(recursive=True)
     coordinator.kill()
     coordinator.wait(10)
@@ -143,6 +144,14 @@ def test_the_coordinator_killed_hard_leaves_no_process_and_goes_on(stage: Stage)
     assert gone and not alive
     stage.running.remove(coordinator)
     stage.serve()
+    # Both ends went away without a word in turn; Flower by itself would lock the node out for a minute each time.
+    wait_for(lambda: log.read_text().count("waits for orders") == 2, "the node to come back", 20)
+    assert "running already" in fails("fl-client", "start", "--home", str(stage.site("north")))
+    node.kill()
+    node.wait(10)
+    began = time.monotonic()
+    stage.node("north").terminate()
+    assert time.monotonic() - began < 20
     known = json.loads(stage.study("studies", "--json"))
     assert [study["runs"][0]["state"] for study in known if study["approved"]] != []
 
@@ -222,7 +231,7 @@ def test_plain_http_and_old_tls_are_refused(stage: Stage) -> None:
 
 
 def test_only_the_gateway_and_the_service_listen_and_the_rest_is_on_loopback(stage: Stage) -> None:
-    coordinator = stage.running[-1]
+    coordinator = next(process for process in stage.running if process.poll() is None)  # the only one left running
     family = [psutil.Process(coordinator.pid), *psutil.Process(coordinator.pid).children(recursive=True)]
     listening = [c.laddr for p in family for c in p.net_connections() if c.status == psutil.CONN_LISTEN]
     assert {address.ip.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
