@@ -37,7 +37,6 @@ def main(grid: Grid, context: Context) -> None:
             began = time.monotonic()
             training = desk.ask(TrainOrder, run.model, number, desk.trainers)
             model, state = strategy.step(run.model, desk.updates(training), run.state)
-            desk.require_quorum(training)
             scores = desk.evaluate(model, number, "validation")
             run.commit(desk.summary(number, began, training, scores), model, state)
         if run.best is None:
@@ -86,15 +85,16 @@ class Desk:
         return Gathering(self.grid, order, ready, timeout_s, self.run.event)
 
     def updates(self, training: Gathering) -> Iterator[tuple[Float32, int]]:
-        """(update, cases) as they arrive; an update is not kept after the strategy has added it."""
+        """(update, cases) as they arrive, not kept after the strategy has added them; QuorumLost at the end if too few."""
         self.arrived = {}
         for site, report in training.reports():
             if isinstance(report, TrainReport):
                 yield report.update, report.cases
                 self.run.ingested[site] = report.ingested
                 self.arrived[site] = report
+        self._require_quorum(training)  # here, so that a strategy never makes a model of too few updates, or of none
 
-    def require_quorum(self, training: Gathering) -> None:
+    def _require_quorum(self, training: Gathering) -> None:
         training.missing |= self.offline
         if len(self.arrived) < self.run.study.participation.quorum:
             reasons = ", ".join(f"{site}: {reason}" for site, reason in sorted(training.missing.items()))

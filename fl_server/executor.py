@@ -57,15 +57,23 @@ def execute(root: Path, port: int, secret: bytes) -> None:
     runs = Home.open(root).runs
     pause = LOOK_S
     while True:
-        try:
-            for facts in list_runs(runs):
-                if facts["state"] in ("queued", "running"):
-                    carry_out(root, str(facts["run_id"]), port, secret)
-            pause = LOOK_S
-        except IsocenterError as error:
-            log.error("%s %s", error, error.remedy)
-            pause = min(pause * 2, LOOK_MOST_S)
+        waiting = [str(facts["run_id"]) for facts in list_runs(runs) if facts["state"] in ("queued", "running")]
+        went = [attempt(root, run_id, port, secret) for run_id in waiting]
+        pause = LOOK_S if all(went) else min(pause * 2, LOOK_MOST_S)
         time.sleep(pause)
+
+
+def attempt(root: Path, run_id: str, port: int, secret: bytes) -> bool:
+    """`carry_out`; whether it came to its end. Whatever went wrong is in the log, and the other runs have their turn."""
+    try:
+        carry_out(root, run_id, port, secret)
+    except IsocenterError as error:
+        log.error("run %s: %s %s", run_id, error, error.remedy)
+    except Exception:
+        log.exception("run %s", run_id)
+    else:
+        return True
+    return False
 
 
 def carry_out(root: Path, run_id: str, port: int, secret: bytes) -> None:

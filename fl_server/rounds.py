@@ -114,6 +114,8 @@ class Gathering:
             raise MessageMalformed("the report is of another kind than the order")
         if isinstance(report, EvaluateReport) and report.split != getattr(order, "split", None):
             raise MessageMalformed("the report is of another split than the order")
+        if isinstance(report, TrainReport) and report.cases < 1:
+            raise MessageMalformed("an update of no cases")  # its weight would be nothing, and no strategy takes it
         if isinstance(report, TrainReport) and report.update.shape != order.model.shape:
             raise MessageMalformed("the update has another length than the model")
 

@@ -218,3 +218,12 @@ def test_several_targets_are_learned_at_once_and_missing_labels_are_masked(tmp_p
     # At north the positives of one target are the negatives of the other; at south the second has no label.
     assert counts["north"][0, 1].sum() == counts["north"][1, 0].sum() > 0
     assert counts["south"][0].sum() > 0 and counts["south"][1].sum() == 0
+
+
+def test_a_round_in_which_everybody_refuses_is_a_lost_quorum_with_everybodys_reason(federation: Federation) -> None:
+    for hospital in federation.hospitals.values():
+        path = hospital.home / "site.yaml"
+        path.write_text(path.read_text().replace("permit_plain: true", "permit_plain: false"))
+    folder = federation.run()
+    assert "quorum-lost" in read_facts(folder)["label"]
+    assert "north: policy-forbids, south: policy-forbids" in (folder / "events.jsonl").read_text()

@@ -70,6 +70,7 @@ FORGED: list[dict[str, Any]] = [
     {"round": 2},
     {"attempt": 7},
     {"update": np.zeros(3, np.float32)},
+    {"cases": 0},
 ]
 
 
