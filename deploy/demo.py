@@ -83,7 +83,7 @@ def summary(seconds: float) -> None:
         f"\nFederated model ({metrics['label']}): test AUROC {metrics['pooled']['auroc']:.3f} pooled over 3 hospitals"
         f"\n  at each hospital:       {federated}"
         f"\n  models trained alone:   {sum(own) / len(own):.3f} at home, {sum(away) / len(away):.3f} at the other hospitals"
-        f"\n  what left a hospital:   model updates and score histograms; all {metrics['ingested_images']} images stayed"
+        f"\n  what left a hospital:   its part of masked sums, and its test figures; all {metrics['ingested_images']} images stayed"
         f"\n  done in {seconds:.0f} s:           open demo/report/report.html"
     )
 

@@ -51,8 +51,7 @@ class Stage:
         section = self.command("fl-client", "phantom", str(hospital), *made)
         self.command("fl-client", "join", self.invite(name), "--home", str(home))
         path = home / "site.yaml"
-        text = path.read_text(encoding="utf-8").replace("permit_plain: false", "permit_plain: true")
-        text = text.replace("minimum_patients: 10", f"minimum_patients: {minimum_patients}")
+        text = path.read_text(encoding="utf-8").replace("minimum_patients: 10", f"minimum_patients: {minimum_patients}")
         text = text.replace("cpu_threads: 0", "cpu_threads: 1")
         path.write_text(text + "\n" + section[section.index("data:") :], encoding="utf-8")
         return self.command("fl-client", "ingest", "--home", str(home))

@@ -17,27 +17,48 @@ from torch import nn
 
 from fl_client.cohort import Cohort
 from fl_client.ingest import Index
-from fl_client.site import Site
+from fl_client.protection import Vault
+from fl_client.site import Seen, Site
 from models import learning, networks
+from models.contributions import Contribution, Sheet, figures
 from models.labels import LabelTable
 from models.metrics import ScoreHistogram
 from models.study import Study
 from privacy.errors import CohortTooSmall, IsocenterError, MessageMalformed
-from privacy.wire import EvaluateOrder, EvaluateReport, Order, Refusal, Report, TrainOrder, TrainReport, decode
+from privacy.wire import (
+    ORDERS,
+    EvaluateOrder,
+    EvaluateReport,
+    KeysOrder,
+    KeysReport,
+    Order,
+    Refusal,
+    Report,
+    TrainOrder,
+    TrainReport,
+    UnmaskOrder,
+    UnmaskReport,
+    WorkOrder,
+    decode,
+)
 
 Split = Literal["train", "validation", "test"]
-Work = Callable[["Desk", Site, Message], Report]
+Work = Callable[["Desk", Site, Study, Order], Report]
 log = logging.getLogger("isocenter.site")
 
 
 @dataclass
 class Desk:
-    """What stays in memory between orders: networks and cohorts by study. A changed index or label table makes it forget."""
+    """What stays in memory between orders: networks and cohorts by study, keys of open sums.
+
+    A changed index or label table makes it forget cohorts.
+    """
 
     nets: dict[str, nn.Module] = field(default_factory=dict)
     cohorts: dict[tuple[str, Split, tuple[int, ...]], Cohort] = field(default_factory=dict)
+    vault: Vault = field(default_factory=Vault)
 
-    def net(self, study: Study, order: Order) -> nn.Module:
+    def net(self, study: Study, order: WorkOrder) -> nn.Module:
         """The study's network with the ordered weights."""
         if study.digest not in self.nets:
             self.nets = {study.digest: networks.build(study)}
@@ -63,6 +84,14 @@ class Desk:
             self.cohorts[key] = cohort
         return self.cohorts[key]
 
+    def cohorts_of(self, site: Site, study: Study) -> dict[Split, Cohort]:
+        """The splits that this site has a part in. All must be large enough: a site whose evaluation would be refused must
+        not train either, because its patients would count and its scores would not.
+        """
+        splits: tuple[Split, ...] = ("train", "validation", "test")
+        trains = site.name in study.participation.sites
+        return {split: self.cohort(site, study, split) for split in (splits if trains else ("test",))}
+
 
 def make_app() -> ClientApp:
     """A ClientApp with a desk of its own."""
@@ -76,82 +105,98 @@ def make_app() -> ClientApp:
     def evaluate(message: Message, context: Context) -> Message:
         return answer(message, context, desk, carry_out_evaluation)
 
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        return answer(message, context, desk, carry_out_step)
+
     return app
 
 
 def answer(message: Message, context: Context, desk: Desk, work: Work) -> Message:
     """The reply to `message`: what `work` reports, or a Refusal with the public code of whatever it raised."""
-    site = Site.open(Path(str(context.node_config["site"])))
+    site, seen = Site.open(Path(str(context.node_config["site"]))), Seen()
     if threads := site.settings.resources.cpu_threads:
         torch.set_num_threads(threads)
     try:
-        report = work(desk, site, message)
+        order = decode(message, *ORDERS)
+        study = site.admit(order)
+        survivors = order.survivors if isinstance(order, UnmaskOrder) else ()
+        report, seen = work(desk, site, study, order), Seen(study.protection, survivors)
     except IsocenterError as error:
         log.warning("refused: %s (%s)", error.code, error)
         report = refusal(message, site, error.code)
     except Exception:
         log.exception("refused: internal")
         report = refusal(message, site, IsocenterError.code)
-    site.note(report)
+    site.note(report, seen)
     return Message(report.to_records(), reply_to=message)
 
 
 def refusal(message: Message, site: Site, code: str) -> Refusal:
     """A refusal of the order in `message`; raises MessageMalformed if it holds none, because there is nothing to refuse."""
-    return Refusal.of(decode(message, TrainOrder, EvaluateOrder), site.name, code)
+    return Refusal(**decode(message, *ORDERS).naming(), site=site.name, code=code)
 
 
-def carry_out_training(desk: Desk, site: Site, message: Message) -> TrainReport:
+def carry_out_training(desk: Desk, site: Site, study: Study, order: Order) -> TrainReport:
+    """Evaluate the ordered model on the validation split, train it, and contribute both to the sum."""
     began = time.monotonic()
-    order = decode(message, TrainOrder)
-    study = site.admit(order)
-    # A site whose evaluation would be refused must not train either: its patients would count and its scores would not.
-    splits: tuple[Split, ...] = ("validation", "test")
-    for split in splits:
-        desk.cohort(site, study, split)
-    cohort = desk.cohort(site, study, "train")
+    if not isinstance(order, TrainOrder):
+        raise MessageMalformed("the order is no order to train")
+    validation, cohort = desk.cohorts_of(site, study)["validation"], desk.cohorts_of(site, study)["train"]
     net = desk.net(study, order)
-    update = learning.learn(net, cohort, study, round_number=order.round, stop=lambda: False)
-    return TrainReport(
-        study=order.study,
-        run=order.run,
-        round=order.round,
-        attempt=order.attempt,
-        site=site.name,
-        cases=update.cases,
-        loss=update.loss,
-        seconds=time.monotonic() - began,
-        ingested=cohort.ingested,
-        update=update.delta,
-    )
+    sending = desk.vault.begin(site, study, order, order.model.size)
+    sheet = evaluate_on(net, validation, study)
+    # What the sum of an earlier attempt at this round held must not be sent again under other masks.
+    repeat = site.repeats(order) if study.protection == "masked" else 0
+    update = learning.learn(net, cohort, study, round_number=order.round, repeat=repeat)
+    contribution = Contribution(cohort.ingested, sheet, update.cases, update.loss, update.delta)
+    vector = sending.protect(contribution)
+    keys = desk.vault.make_keys(site, study, order) if order.keys_next else b""
+    return TrainReport(**order.naming(), site=site.name, seconds=time.monotonic() - began, vector=vector, keys=keys)
 
 
-def carry_out_evaluation(desk: Desk, site: Site, message: Message) -> EvaluateReport:
+def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: Order) -> EvaluateReport:
+    """Evaluate the ordered model on the ordered split; of the test split alone, release the figures that the study asks for."""
     began = time.monotonic()
-    order = decode(message, EvaluateOrder)
-    study = site.admit(order)
-    if order.split == "validation":
-        cohort = desk.cohort(site, study, "validation")
-    elif order.split == "test":
-        cohort = desk.cohort(site, study, "test")
-    else:
-        raise MessageMalformed("no such split")
-    scores = learning.predict(desk.net(study, order), cohort)
-    histogram = ScoreHistogram.of(scores, cohort.targets.numpy(), cohort.known.numpy(), bins=study.evaluation.bins)
+    if not isinstance(order, EvaluateOrder):
+        raise MessageMalformed("the order is no order to evaluate")
+    cohort = desk.cohort(site, study, "test" if order.split == "test" else "validation")
+    net = desk.net(study, order)
+    sending = desk.vault.begin(site, study, order, order.model.size)
+    sheet = evaluate_on(net, cohort, study)
+    vector = sending.protect(Contribution(cohort.ingested, sheet))
+    keys = desk.vault.make_keys(site, study, order) if order.keys_next else b""
     return EvaluateReport(
-        study=order.study,
-        run=order.run,
-        round=order.round,
-        attempt=order.attempt,
+        **order.naming(),
         site=site.name,
-        split=order.split,
-        patients=cohort.counts.patients,
-        images=cohort.counts.images,
-        loss=learning.evaluation_loss(scores, cohort),
         seconds=time.monotonic() - began,
-        ingested=cohort.ingested,
-        counts=histogram.to_array(),
+        vector=vector,
+        keys=keys,
+        split=order.split,
+        figures=figures(study, sheet.histogram, order.split),
     )
+
+
+def carry_out_step(desk: Desk, site: Site, study: Study, order: Order) -> KeysReport | UnmaskReport:
+    """A step of secure aggregation that needs no images."""
+    began = time.monotonic()
+    if isinstance(order, UnmaskOrder):
+        revealed, sealed = desk.vault.unmask(site, study, order)
+        seconds = time.monotonic() - began
+        return UnmaskReport(**order.naming(), site=site.name, seconds=seconds, revealed=revealed, sealed=sealed)
+    if not isinstance(order, KeysOrder):
+        raise MessageMalformed("the order is no step of secure aggregation")
+    desk.cohorts_of(site, study)  # a site that would refuse the work itself must not be counted on in the sum
+    made = desk.vault.make_keys(site, study, order)
+    return KeysReport(**order.naming(), site=site.name, seconds=time.monotonic() - began, keys=made)
+
+
+def evaluate_on(net: nn.Module, cohort: Cohort, study: Study) -> Sheet:
+    """What `net` scores on `cohort`, as counts."""
+    scores = learning.predict(net, cohort)
+    histogram = ScoreHistogram.of(scores, cohort.targets.numpy(), cohort.known.numpy(), bins=study.evaluation.bins)
+    counted = cohort.counts
+    return Sheet(counted.patients, counted.images, learning.evaluation_loss(scores, cohort), histogram)
 
 
 app = make_app()

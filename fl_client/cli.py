@@ -17,7 +17,7 @@ from fl_client.site import Site, SiteFile
 from models.study import Study, read
 from privacy.console import run as run_command
 from privacy.console import show_version
-from privacy.errors import DataError, DocumentError
+from privacy.errors import DataError, DocumentError, TrustError
 
 app = typer.Typer(
     help="Run a hospital's node: images stay here, you decide what is learned from them.",
@@ -145,8 +145,10 @@ def approve(
 ) -> None:
     """Show a study in plain words and, if you agree, send your signed approval."""
     site, offer = Site.open(home), enrol.find_offer(home, digest)
-    show_study(offer.study, site, offer.researcher)
+    peers = enrol.peers(home, offer.study)
+    show_study(offer.study, site, offer.researcher, peers)
     site.check_policy(offer.study)
+    _ask_about_changed([peer for peer in peers if peer.changed], yes)
     if not yes:
         typer.confirm("Do you approve this study for your site?", abort=True)
     enrol.decide(home, offer, "approved")
@@ -163,9 +165,37 @@ def decline(digest: Digest, home: Home = Path()) -> None:
     console.print(f"Declined {offer.digest[:12]}.", highlight=False)
 
 
-def show_study(study: Study, site: Site, researcher: str) -> None:
-    """The study in plain words: what is learned, from what, how long, what leaves, who sees it."""
-    others = [name for name in study.all_sites if name != site.name]
+def _ask_about_changed(changed: list[enrol.Peer], yes: bool) -> None:
+    """Have a person type what each site with another key than before says on the telephone; raises TrustError.
+
+    `--yes` is for scripts, and no script can telephone.
+    """
+    for peer in changed:
+        sentence = f"The key of {peer.name} changed since {peer.changed}, when you approved a study with it."
+        console.print(
+            f"{sentence} Somebody may pose as {peer.name}; ask them by telephone.",
+            style="bold red",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if changed and yes:
+        names = ", ".join(peer.name for peer in changed)
+        raise TrustError(
+            f"the key of {names} changed, and --yes cannot answer for that",
+            remedy=f"Ask {names} by telephone for the fingerprint that `fl-client check` shows there, then run the command "
+            "again without --yes.",
+        )
+    for peer in changed:
+        typed = typer.prompt(f"Fingerprint that {peer.name} read to you over the telephone")
+        if "".join(typed.split()).lower() != peer.fingerprint.replace(" ", ""):
+            raise TrustError(
+                f"that is not the fingerprint of the key that the study names for {peer.name}",
+                remedy=f"Do not approve the study if {peer.name} said so: somebody poses as them. Tell the coordinator.",
+            )
+
+
+def show_study(study: Study, site: Site, researcher: str, peers: list[enrol.Peer]) -> None:
+    """The study in plain words: what is learned, from what, how long, with whom, what leaves, who sees it."""
     plan, part = study.training, study.participation
     trains = site.name in part.sites
     lines = [
@@ -179,18 +209,47 @@ def show_study(study: Study, site: Site, researcher: str) -> None:
             "Here",
             f"{plan.rounds} rounds of training on your labelled images" if trains else "evaluation only, no training",
         ),
-        ("Others", f"{', '.join(others) or 'nobody'}; a round needs {part.quorum} sites"),
+        ("Others", _others(study, peers)),
         ("Stays", "images, identifiers, dates, file names, the score of any single image"),
         ("Leaves", "model updates, mean losses, numbers of patients and images, histograms of scores by label"),
     ]
-    if study.protection == "plain":
-        lines.append(("Seen by", "the coordinator sees YOUR site's own update and histograms (protection: plain)"))
+    if study.evaluation.site_figures:
+        lines.append(
+            ("Figures", "your own test AUROC with its interval and class counts, if both classes have 10 images")
+        )
+    else:
+        lines.append(("Figures", "none of your site alone; test results are released over all sites together"))
+    lines.append(("Seen by", f"{_seen_by(study)} (protection: {study.protection})"))
     if study.privacy == "none":
         lines.append(("Privacy", "no differential privacy: an update can reveal something about patients behind it"))
     lines.append(("Yours", _own_data(study, site)))
     for name, text in lines:
         console.print(f"[bold]{name:<8}[/bold] ", end="")
         console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _others(study: Study, peers: list[enrol.Peer]) -> str:
+    """Who else takes part, each with the fingerprint of its key; one line each, as wide as the longest name needs."""
+    if not peers:
+        return "nobody"
+    width = max(len(peer.name) for peer in peers)
+    rows = [f"a round needs {study.participation.quorum} sites. Keys, to compare with theirs over the telephone:"]
+    for peer in peers:
+        note = "  evaluates only" if peer.name in study.participation.evaluate_only else ""
+        rows.append(f"{peer.name:<{width}}  {peer.fingerprint}{note}")
+    return f"\n{' ' * 9}".join(rows)
+
+
+def _seen_by(study: Study) -> str:
+    if study.protection == "masked":
+        return (
+            f"the coordinator sees only the sum of at least {study.participation.quorum} sites; what your site added to it "
+            "stays hidden unless a third of the sites or more work together with the coordinator"
+        )
+    own = "the coordinator sees YOUR site's own update and histograms"
+    if study.protection == "sealed":
+        return f"{own}; nobody can read them on the way to it"
+    return f"{own}, and so does whoever can look into its server"
 
 
 def _own_data(study: Study, site: Site) -> str:

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from models.study import Study, parse, read
 from privacy import calls, keys
 from privacy import consortium_pb2 as pb
 from privacy.calls import Decision, Enrolment, InvitationLine, Statement
-from privacy.errors import DocumentError, IsocenterError, MessageMalformed, RunUnknown, Unreachable
+from privacy.errors import DocumentError, IsocenterError, MessageMalformed, RunUnknown, TrustError, Unreachable
 from privacy.journal import Journal
 
 DIGEST_LEAST = 6  # characters of a digest that a person has to type
+FINGERPRINT_CHARACTERS = 16  # few enough to read out for each of twenty sites, too many to find a second key for
 _log = logging.getLogger(__name__)
 
 
@@ -84,11 +86,77 @@ def find_offer(home: Path, digest: str) -> Offer:
     return found[0]
 
 
+@dataclass(frozen=True)
+class Peer:
+    """Another site of an offered study, and what people at this site should know of its key."""
+
+    name: str
+    fingerprint: str  # of the key that the study names, as `fingerprint` writes it
+    changed: str | None  # day (UTC, 2026-01-31) on which this site approved a study with another key of that site
+
+
+def fingerprint(point: str) -> str:
+    """The beginning of a site's key's SHA-256 in groups of four, as people read it to each other over the telephone."""
+    return keys.grouped(keys.digest(bytes.fromhex(point))[:FINGERPRINT_CHARACTERS])
+
+
+def check_roster(home: Path, study: Study) -> None:
+    """Raise TrustError unless `study` names a key of its own for each site, and for this one the key enrolled here.
+
+    What peers send each other during a run is believed if it is signed with the keys of this roster, so another key under
+    this site's name would let its holder speak for this site.
+    """
+    name, own = Enrolment.open(home / "keys").name, keys.load_key(home / "keys" / "site.key").public_key()
+    if missing := [site for site in study.all_sites if site not in study.roster]:
+        raise TrustError(
+            f"the study names no key for {', '.join(missing)}",
+            remedy="Do not approve it. Ask the researcher to submit it again with `fl-study submit`, which fills them in.",
+        )
+    if study.roster.get(name) != keys.point_hex(own):
+        raise TrustError(
+            f"the study names another key for {name} than the one that this site enrolled",
+            remedy="Do not approve it: somebody else could speak as your site. Tell the coordinator over the telephone.",
+        )
+    if len(set(study.roster.values())) != len(study.roster):
+        raise TrustError(
+            "the study names one key for several sites",
+            remedy="Do not approve it: one party would count as several. Tell the coordinator over the telephone.",
+        )
+
+
+def peers(home: Path, study: Study) -> list[Peer]:
+    """The other sites of a study, with those whose key differs from the one of the latest study approved here with them.
+
+    Raises what `check_roster` raises, and DocumentError if the record of an earlier decision is damaged.
+    """
+    check_roster(home, study)
+    pinned: dict[
+        str, tuple[str, int]
+    ] = {}  # site -> its key and when that was approved, later approvals over earlier ones
+    before = [consent for consent in consents(home) if consent.statement.decision == "approved"]
+    for consent in sorted(before, key=lambda consent: consent.statement.time_ms):
+        pinned |= {site: (key, consent.statement.time_ms) for site, key in consent.offer.study.roster.items()}
+    name, found = Enrolment.open(home / "keys").name, []
+    for site in study.all_sites:
+        key, time_ms = pinned.get(site, (study.roster[site], 0))
+        changed = _day(time_ms) if key != study.roster[site] else None
+        if site != name:
+            found.append(Peer(site, fingerprint(study.roster[site]), changed))
+    return found
+
+
+def _day(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d")
+
+
 def decide(home: Path, offer: Offer, decision: Decision) -> None:
     """Sign the decision, make it hold here, note it in the journal, then send it.
 
-    It holds at this site even when sending fails: then Unreachable is raised, and the command can be repeated.
+    It holds at this site even when sending fails: then Unreachable is raised, and the command can be repeated. Nothing is
+    approved whose roster `check_roster` refuses.
     """
+    if decision == "approved":
+        check_roster(home, offer.study)
     enrolment = Enrolment.open(home / "keys")
     key = keys.load_key(home / "keys" / "site.key")
     before = Consent.open(home, offer.digest)

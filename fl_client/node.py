@@ -61,7 +61,7 @@ from privacy.errors import (
     WorkerDied,
     WrongAuthority,
 )
-from privacy.wire import EvaluateOrder, EvaluateReport, Refusal, Report, TrainOrder, TrainReport, decode
+from privacy.wire import ORDERS, REPORTS, Refusal, Report, decode
 
 HELD_S = 0.5
 PAUSE_FIRST_S, PAUSE_GROWTH, PAUSE_MOST_S = 0.02, 1.5, 2.0
@@ -245,7 +245,7 @@ class Worker:
             log.exception("the order could not be worked on")
             code = IsocenterError.code
         try:
-            report = Refusal.of(decode(message, TrainOrder, EvaluateOrder), self.site.name, code)
+            report = Refusal(**decode(message, *ORDERS).naming(), site=self.site.name, code=code)
         except MessageMalformed:
             # Without an answer the coordinator would wait for its deadline; the text is one of our public codes.
             self.site.journal.append("no-order", code=MessageMalformed.code)
@@ -354,7 +354,7 @@ def _keep_beating(connection: Connection, done: threading.Event) -> None:
 def _sentence(reply: Message, seconds: float) -> str:
     if reply.has_error():
         return f"a message that is no order was answered with an error ({MessageMalformed.code})"
-    report: Report = decode(reply, TrainReport, EvaluateReport, Refusal)
+    report: Report = decode(reply, *REPORTS)
     what = f"refused: {report.code}" if isinstance(report, Refusal) else f"{report.kind} sent"
     return f"round {report.round}: {what} ({seconds:.1f} s)"
 

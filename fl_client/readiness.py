@@ -7,15 +7,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fl_client.enrol import fingerprint
 from fl_client.ingest import Index
 from fl_client.site import Site
 from models.labels import LabelTable
+from models.study import Protection
 from privacy import keys
 from privacy.errors import DataError, IsocenterError
 
 FREE_BYTES_LEAST = 2 * 1024**3  # a network's weights, a worker's scratch and a log; the cache is counted at ingestion
 CERTIFICATE_DAYS_LEAST = 7
 CONNECT_S = 5.0
+_AT_LEAST: dict[Protection, str] = {
+    "masked": "masked",
+    "sealed": "masked or sealed",
+    "plain": "masked, sealed or plain (unprotected)",
+}
 
 
 @dataclass(frozen=True)
@@ -56,8 +63,8 @@ def _settings(home: Path) -> str:
 
 def _membership(home: Path) -> str:
     site = Site.open(home)
-    keys.load_key(home / "keys" / "site.key")
-    return f"joined as {site.name}; the private key is readable by you alone"
+    own = fingerprint(keys.point_hex(keys.load_key(home / "keys" / "site.key").public_key()))
+    return f"joined as {site.name}; the private key is readable by you alone; its fingerprint is {own}"
 
 
 def _certificate(home: Path) -> str:
@@ -113,8 +120,10 @@ def _disk(home: Path) -> str:
 
 def _policy(home: Path) -> str:
     policy = Site.settings_of(home).policy
-    plain = "permits" if policy.permit_plain else "does not permit"
-    return f"{plain} unprotected studies; at least {policy.minimum_patients} patients, at most {policy.maximum_rounds} rounds"
+    return (
+        f"studies must be {_AT_LEAST[policy.least_protection]}; at least {policy.minimum_patients} patients, "
+        f"at most {policy.maximum_rounds} rounds"
+    )
 
 
 def _journal(home: Path) -> str:

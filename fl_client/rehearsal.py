@@ -48,7 +48,7 @@ def prepare(
         "version": 1,
         "site": name,
         "data": source.model_dump(mode="json"),
-        "policy": {"permit_plain": True},  # the only coordinator is in this process
+        "policy": {"least_protection": "plain"},  # the only coordinator is in this process
         "resources": {"cpu_threads": threads},
     }
     keys.write_private(home / "site.yaml", yaml.safe_dump(text, sort_keys=False, allow_unicode=True).encode())

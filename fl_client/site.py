@@ -15,6 +15,8 @@ Trust rules, in the order `Site.admit` applies them:
 """
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +26,20 @@ from pydantic import Field
 
 from fl_client.consent import approved
 from models.labels import LabelMap
-from models.study import Document, Name, Study, read
+from models.study import PROTECTIONS, Document, Name, Protection, Study, read
 from privacy import keys
 from privacy.errors import DataError, NotEnrolled, OrderReplayed, PolicyForbids, StudyNotApproved
 from privacy.journal import Journal
-from privacy.wire import Crossing, EvaluateOrder, EvaluateReport, Order, Refusal, Report, TrainOrder, TrainReport
+from privacy.wire import (
+    EvaluateReport,
+    KeysReport,
+    Order,
+    Refusal,
+    Report,
+    TrainOrder,
+    UnmaskReport,
+    WorkReport,
+)
 
 
 class Coordinator(Document):
@@ -53,7 +64,9 @@ class Source(Document):
 class Policy(Document):
     """What this site permits. A study can only be stricter."""
 
-    permit_plain: bool = Field(default=False, description="true: the coordinator may see this site's own update")
+    least_protection: Protection = Field(
+        default="masked", description="the least protection of this site's updates that a study may have"
+    )
     minimum_patients: int = Field(
         default=10, ge=1, description="least patients in each split; a study may ask for more"
     )
@@ -79,6 +92,16 @@ class SiteFile(Document):
     @staticmethod
     def path(home: Path) -> Path:
         return home / "site.yaml"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the journal says of a report beside the report itself: how it was protected, and which sites the coordinator
+    named as survivors. Journals that disagree about a list prove that the coordinator told two.
+    """
+
+    protection: str = ""
+    survivors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,8 +163,7 @@ class Site:
         study = approved(self.home, order.study, self.coordinator)
         self.check_policy(study)
         part = study.participation
-        may = part.sites if isinstance(order, TrainOrder) else study.all_sites
-        if self.name not in may:
+        if self.name not in (part.sites if isinstance(order, TrainOrder) else study.all_sites):
             raise StudyNotApproved(f"the study does not name {self.name} for {order.kind}")
         if order.round > study.training.rounds:
             raise PolicyForbids(f"round {order.round} of a study of {study.training.rounds} rounds")
@@ -151,10 +173,11 @@ class Site:
     def check_policy(self, study: Study) -> None:
         """Raise PolicyForbids with one sentence for each rule of site.yaml that `study` breaks."""
         policy, broken = self.settings.policy, []
-        if study.protection == "plain" and not policy.permit_plain:
+        if PROTECTIONS.index(study.protection) > PROTECTIONS.index(policy.least_protection):
+            too = ", and so would whoever can look into its server" if study.protection == "plain" else ""
             broken.append(
-                "the study is unprotected (protection: plain): the coordinator would see this site's own model update; "
-                "policy.permit_plain in site.yaml does not permit that"
+                f"protection: {study.protection}: the coordinator would see this site's own model update, not only a sum "
+                f"over sites{too}; policy.least_protection in site.yaml is {policy.least_protection}"
             )
         if study.training.rounds > policy.maximum_rounds:
             broken.append(
@@ -164,34 +187,56 @@ class Site:
             raise PolicyForbids("; ".join(broken))
 
     def _remember(self, order: Order) -> None:
-        """Durably note that this order is being answered; raise OrderReplayed if it was noted before."""
-        split = order.split if isinstance(order, EvaluateOrder) else ""
-        row = (order.run, order.kind, split, order.round, order.attempt)
-        with sqlite3.connect(self.state / "orders.sqlite", timeout=30) as memory:
-            memory.execute("PRAGMA synchronous=FULL")
-            memory.execute(
-                "CREATE TABLE IF NOT EXISTS answered (run TEXT, kind TEXT, split TEXT, round INTEGER, attempt INTEGER,"
-                " PRIMARY KEY (run, kind, split, round, attempt))"
-            )
+        """Durably note that this order is being answered; raise OrderReplayed if it was noted before.
+
+        For an order whose report goes into a sum this is what makes a mask single-use across crashes: the sum is noted before
+        a mask of it exists, and the keys that could make the mask again end with the process.
+        """
+        row = (order.run, order.attempt, order.sum, order.kind, order.round)
+        with self._answered() as memory:
             try:
                 memory.execute("INSERT INTO answered VALUES (?, ?, ?, ?, ?)", row)
             except sqlite3.IntegrityError:
                 raise OrderReplayed(
-                    f"round {order.round}, attempt {order.attempt} of run {order.run} was answered"
+                    f"order {order.kind} {order.sum}, attempt {order.attempt} of run {order.run} was answered"
                 ) from None
-        memory.close()
 
-    def note(self, report: Report) -> None:
-        """Write what is about to leave into the journal: kinds, sizes and counts; durable before it is sent."""
-        facts: dict[str, Any] = _about(report)
+    def repeats(self, order: Order) -> int:
+        """How many earlier orders of the same kind, run and round this site has answered, in whatever attempt."""
+        query = "SELECT count(*) FROM answered WHERE run = ? AND kind = ? AND round = ? AND (attempt, sum) < (?, ?)"
+        with self._answered() as memory:
+            row = memory.execute(query, (order.run, order.kind, order.round, order.attempt, order.sum)).fetchone()
+        return int(row[0])
+
+    @contextmanager
+    def _answered(self) -> Iterator[sqlite3.Connection]:
+        """The memory of answered orders: one transaction, on the disk when it ends."""
+        with closing(sqlite3.connect(self.state / "orders.sqlite", timeout=30)) as memory, memory:
+            memory.execute("PRAGMA synchronous=FULL")
+            memory.execute(
+                "CREATE TABLE IF NOT EXISTS answered (run TEXT, attempt INTEGER, sum INTEGER, kind TEXT, round INTEGER,"
+                " PRIMARY KEY (run, attempt, sum, kind))"
+            )
+            yield memory
+
+    @property
+    def key(self) -> keys.PrivateKey:
+        """The enrolled key; raises NotEnrolled or KeyFileUnsafe."""
+        return keys.load_key(self.home / "keys" / "site.key")
+
+    def note(self, report: Report, seen: Seen = Seen()) -> None:
+        """Write what is about to leave into the journal: kinds, sizes, protection; durable before it is sent."""
+        facts: dict[str, Any] = report.naming()
         if isinstance(report, Refusal):
             facts |= {"code": report.code}
-        elif isinstance(report, TrainReport):
-            facts |= {"cases": report.cases, "values": int(report.update.size)}
-        elif isinstance(report, EvaluateReport):
-            facts |= {"split": report.split, "images": report.images, "values": int(report.counts.size)}
+        elif isinstance(report, UnmaskReport):
+            told = keys.digest(" ".join(seen.survivors).encode())
+            facts |= {"survivors": len(seen.survivors), "list": told, "shares_bytes": len(report.revealed)}
+            facts |= {"keys_bytes": len(report.sealed)}
+        elif isinstance(report, KeysReport):
+            facts |= {"keys_bytes": len(report.keys)}
+        elif isinstance(report, WorkReport):
+            facts |= {"protection": seen.protection, "vector_bytes": len(report.vector), "keys_bytes": len(report.keys)}
+            if isinstance(report, EvaluateReport):
+                facts |= {"split": report.split, "figures": int((report.figures[:, 0] >= 0).sum())}
         self.journal.append(report.kind, **facts)
-
-
-def _about(crossing: Crossing) -> dict[str, Any]:
-    return {"study": crossing.study, "run": crossing.run, "round": crossing.round, "attempt": crossing.attempt}

@@ -4,20 +4,18 @@ The same function runs in production (Grid over the SuperLink), in simulation an
 """
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fl_server import strategies
+from fl_server import strategies, sums
 from fl_server.roster import Home
-from fl_server.rounds import Gathering, choose
-from fl_server.run import Float32, Round, Run, score_sheet
-from models.study import Study
-from privacy.errors import IsocenterError, QuorumLost
-from privacy.wire import EvaluateOrder, EvaluateReport, Order, TrainOrder, TrainReport
+from fl_server.run import Float32, Round, Run, Test, score_sheet
+from fl_server.sums import Nodes, Task, Total
+from models.contributions import read_figures
+from privacy.errors import IsocenterError, MessageMalformed
+from privacy.wire import EvaluateOrder, TrainOrder
 
 app = ServerApp()
 
@@ -35,14 +33,13 @@ def main(grid: Grid, context: Context) -> None:
             run.model = first_model(run)
         for number in run.remaining():
             began = time.monotonic()
-            training = desk.ask(TrainOrder, run.model, number, desk.trainers)
-            model, state = strategy.step(run.model, desk.updates(training), run.state)
-            scores = desk.evaluate(model, number, "validation")
-            run.commit(desk.summary(number, began, training, scores), model, state)
-        if run.best is None:
-            raise QuorumLost("no round was committed")
-        test = desk.evaluate(run.best, max(1, run.best_round), "test")
-        run.finish({site: score_sheet(report) for site, report in test.items()}, desk.evaluation_missing)
+            total = desk.train(run.model, number)
+            desk.score(total)
+            model, state = strategy.step(run.model, total.mean.update, run.state)
+            run.commit(desk.summary(number, began, total), model, state)
+        desk.score(desk.evaluate(run.model, len(run.history), "validation"))
+        run.save()
+        run.finish(desk.test(run.best if run.best is not None else run.model))
     except IsocenterError as error:
         # The researcher reads this sentence; where the coordinator keeps its files is nobody else's business.
         run.fail(error.code, str(error).replace(str(home.root), "HOME"))
@@ -52,83 +49,69 @@ def main(grid: Grid, context: Context) -> None:
 
 
 class Desk:
-    """Where orders of one run leave and reports arrive."""
+    """What one run asks of which sites. A sum over the training sites brings two things at once: how the ordered model does on
+    their validation splits, and what they learned from it. So a round takes one sum, and a model's score comes with the next.
+    """
 
     def __init__(self, home: Home, run: Run, grid: Grid) -> None:
-        self.run, self.grid, self.key = run, grid, home.coordinator_key
-        part = run.study.participation
+        self.run, self.summing = run, sums.build(grid, run, home)
+        part, consenting = run.study.participation, set(run.facts["sites"])
         nodes = {site.name: site.node_id for site in home.roster.sites() if site.node_id is not None}
-        consenting = set(run.facts["sites"])
         self.trainers = {name: nodes[name] for name in part.sites if name in nodes and name in consenting}
         self.evaluators = {name: nodes[name] for name in run.study.all_sites if name in nodes and name in consenting}
-        self.arrived: dict[str, TrainReport] = {}
-        self.offline: dict[str, str] = {}
-        self.evaluation_missing: dict[str, str] = {}
 
-    def ask(self, kind: type[Order], model: Float32, number: int, sites: dict[str, int], **more: Any) -> Gathering:
-        """Send one signed order to those of `sites` that are online; who is not is noted as offline."""
-        needed = self.run.study.participation.quorum if kind is TrainOrder else 1
-        timeout_s = timeout_of(self.run.study)
-        ready = choose(self.grid, sites, needed, timeout_s, self.run.event, frozenset(self.offline))
-        self.offline = {name: "offline" for name in sites if name not in ready}
-        order = kind(
-            study=self.run.study.digest,
-            run=self.run.run_id,
-            round=number,
-            attempt=self.run.attempt,
-            model=model,
-            issued=int(time.time()),
-            signature=b"",
-            **more,
-        ).signed(self.key)
-        self.run.event("asked", stage=order.kind, round=number, sites=list(ready))
-        return Gathering(self.grid, order, ready, timeout_s, self.run.event)
+    def train(self, model: Float32, number: int) -> Total:
+        """One round's sum: the validation of `model` and the mean of what the sites learned from it."""
+        if self.run.scale is None:
+            self.run.scale = sums.first_scale(self.run.study)
+        quorum = self.run.study.participation.quorum
+        task = Task(TrainOrder, model, number, self.run.scale, self.trainers, quorum, self.trainers)
+        return self.summing.carry_out(task)
 
-    def updates(self, training: Gathering) -> Iterator[tuple[Float32, int]]:
-        """(update, cases) as they arrive, not kept after the strategy has added them; QuorumLost at the end if too few."""
-        self.arrived = {}
-        for site, report in training.reports():
-            if isinstance(report, TrainReport):
-                yield report.update, report.cases
-                self.run.ingested[site] = report.ingested
-                self.arrived[site] = report
-        self._require_quorum(training)  # here, so that a strategy never makes a model of too few updates, or of none
+    def evaluate(self, model: Float32, number: int, split: str) -> Total:
+        """The summed scores of `model` on one split: the training sites' validation, or everybody's test."""
+        last = split == "test"
+        sites, afterwards = (self.evaluators, None) if last else (self.trainers, self.evaluators)
+        # Under masks no sum of fewer sites than the quorum is opened; unmasked, one site's scores are better than none.
+        least = self.run.study.participation.quorum if self.run.study.protection == "masked" else 1
+        task = Task(EvaluateOrder, model, number, 0, sites, least, afterwards, {"split": split})
+        return self.summing.carry_out(task)
 
-    def _require_quorum(self, training: Gathering) -> None:
-        training.missing |= self.offline
-        if len(self.arrived) < self.run.study.participation.quorum:
-            reasons = ", ".join(f"{site}: {reason}" for site, reason in sorted(training.missing.items()))
-            raise QuorumLost(
-                f"{len(self.arrived)} of {self.run.study.participation.quorum} needed sites reported ({reasons})"
-            )
+    def score(self, total: Total) -> None:
+        """Note the validation of the model that the sites were sent."""
+        self.run.score(score_sheet(total.contributors, total.mean.sheet), self.absent(total, self.trainers))
 
-    def evaluate(self, model: Float32, number: int, split: str) -> dict[str, EvaluateReport]:
-        asked = self.ask(EvaluateOrder, model, number, self.evaluators, split=split)
-        found = {site: report for site, report in asked.reports() if isinstance(report, EvaluateReport)}
-        self.run.ingested |= {site: report.ingested for site, report in found.items()}
-        silent = {name: "not-consenting" for name in self.run.study.all_sites if name not in self.evaluators}
-        self.evaluation_missing = asked.missing | self.offline | silent
-        return found
+    def test(self, model: Float32) -> Test:
+        """The test evaluation of the selected model: everybody's sum, and what each site releases of its own."""
+        total, released = self.evaluate(model, max(1, self.run.best_round), "test"), {}
+        for site, rows in total.figures.items():
+            try:
+                released[site] = read_figures(self.run.study, rows)
+            except MessageMalformed:
+                released[site] = [None] * len(self.run.study.task.targets)
+        sheet = score_sheet(total.contributors, total.mean.sheet)
+        return Test(sheet, self.absent(total, self.evaluators), released, total.mean.ingested)
 
-    def summary(self, number: int, began: float, training: Gathering, scores: dict[str, EvaluateReport]) -> Round:
-        refused = {name: "not-consenting" for name in self.run.study.participation.sites if name not in self.trainers}
-        arrived = dict(sorted(self.arrived.items()))
+    def absent(self, total: Total, sites: Nodes) -> dict[str, str]:
+        """Who of the study is not in `total`, and why."""
+        named = self.run.study.all_sites if sites is self.evaluators else self.run.study.participation.sites
+        return total.missing | {name: "not-consenting" for name in named if name not in sites}
+
+    def summary(self, number: int, began: float, total: Total) -> Round:
+        before = self.run.scale or 0
+        self.run.scale = sums.next_scale(self.run.study, total, before)
         return Round(
             round=number,
+            attempt=self.run.attempt,
             seconds=time.monotonic() - began,
-            contributors=list(arrived),
-            missing=training.missing | refused,
-            cases={site: report.cases for site, report in arrived.items()},
-            train_loss={site: report.loss for site, report in arrived.items()},
-            site_seconds={site: report.seconds for site, report in arrived.items()},
-            validation={site: score_sheet(report) for site, report in sorted(scores.items())},
-            validation_missing=self.evaluation_missing,
+            contributors=total.contributors,
+            missing=self.absent(total, self.trainers),
+            cases=total.mean.cases,
+            train_loss=total.mean.loss,
+            site_seconds=total.seconds,
+            clipped=total.clipped,
+            scale=before,
         )
-
-
-def timeout_of(study: Study) -> float:
-    """Seconds after which a stage of a round goes on without the sites that have not reported."""
-    return float(study.participation.round_timeout_s)
 
 
 def first_model(run: Run) -> Float32:

@@ -64,6 +64,7 @@ RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 CALLERS: dict[str, PartyRole] = {
     "Offers": "site",
     "Decide": "site",
+    "Roster": "researcher",
     "Submit": "researcher",
     "Studies": "researcher",
     "Launch": "researcher",
@@ -252,11 +253,15 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
             self._home.journal.append("decision", digest=statement.digest, site=site.name, decision=statement.decision)
         return pb.DecideReply()
 
+    def Roster(self, request: pb.RosterRequest, context: Any) -> pb.RosterReply:  # noqa: N802  name in consortium.proto
+        return pb.RosterReply(keys=self._home.roster.site_keys(request.sites), aggregator=self._home.aggregator)
+
     def Submit(self, request: pb.SubmitRequest, context: Any) -> pb.SubmitReply:  # noqa: N802  name in consortium.proto
         researcher = self._caller(context)
         keys.verify(researcher.public_key, keys.STUDY_SUBMIT, request.study, request.signature)
         study = Study.from_canonical(request.study)
         study.check()
+        self._home.check_keys(study)
         countersigned = keys.sign(self._home.coordinator_key, keys.STUDY_OFFER, request.study)
         if self._home.roster.add_study(study, researcher.name, request.signature, countersigned):
             self._home.journal.append(
@@ -272,6 +277,7 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
     def Launch(self, request: pb.LaunchRequest, context: Any) -> pb.LaunchReply:  # noqa: N802  name in consortium.proto
         researcher = self._caller(context)
         offered = self._own(request.digest, researcher)
+        self._home.check_keys(offered.study)  # keys of today: what is encrypted to a lost one could not be read
         _require_approvals(offered.study, self._state(offered, []))
         run_id = self._hooks.launch(offered.digest, researcher.name)
         self._home.journal.append("launched", digest=offered.digest, researcher=researcher.name, run=run_id)
@@ -325,6 +331,7 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
                 for run in runs
                 if run.digest == offered.digest
             ],
+            draft=study.model_copy(update={"roster": {}, "aggregator": ""}).digest,
         )
 
 

@@ -1,8 +1,7 @@
-"""The figures of a report as PNG bytes: loss and AUROC per round, ROC curves, and who contributed in which round.
+"""The figures of a report as PNG bytes: loss and AUROC per round, ROC, AUROC of each site, and who contributed when.
 
-Each site keeps its colour, line style and marker in every figure (they follow the order of sites in the study). The
-palette is that of Okabe and Ito with two of Paul Tol's, chosen so that people with any common colour blindness tell the
-lines apart; style and marker repeat the distinction for grey prints. Pooled values are thick and black.
+All sites together are black: a thick line, or a diamond in a forest plot. Anything beside it is blue, and told apart by
+line style or marker as well, so that a grey print and any common colour blindness leave the difference.
 """
 
 import io
@@ -21,38 +20,43 @@ from matplotlib.ticker import MaxNLocator
 
 POOLED = "all sites"
 DPI = 160  # two device pixels for each CSS pixel of the page, and sharp in print
-NAMED_MAX = 14  # more sites than this are drawn in grey without a legend: nobody reads a legend of fifty names
+NAMED_MAX = 42  # more sites than this are drawn without their names, which would run into each other
 MARKED_MAX = 40  # with more rounds than this, markers run into each other and are left out
 ROUNDS_MAX = 400  # columns of the participation figure; more rounds are drawn in bands, the worst of each band
 STATES = ("contributed", "missing", "not asked")
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#882255", "#999933")
-_STYLES = ("-", "--", "-.", ":")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _STATE_COLOURS = ("#2a6f97", "#E69F00", "#eef1f5")
-_GREY, _INK, _FAINT = "#8a8f98", "#1d2530", "#d5dae1"
+_BLUE, _GREY, _INK, _FAINT = "#0072B2", "#8a8f98", "#1d2530", "#d5dae1"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a figure. `name` is a site or POOLED; NaN in `points` (x, y) is a gap; `note` goes to the legend."""
+    """One line of a figure; NaN in `points` (x, y) is a gap."""
 
     name: str
     points: Sequence[tuple[float, float]]
-    note: str = ""
 
 
-def colour(site: str, sites: Sequence[str]) -> str:
-    """The colour of `site` on the page and in every figure: its place in `sites` decides."""
-    return _COLOURS[sites.index(site) % len(_COLOURS)]
+@dataclass(frozen=True)
+class Estimate:
+    """One row of a forest plot: an AUROC with the ends of its interval; None where there is none."""
+
+    name: str
+    auroc: float | None
+    low: float | None
+    high: float | None
 
 
-def per_round(curves: Sequence[Curve], sites: Sequence[str], label: str, selected: int) -> bytes:
-    """A quantity over the rounds, one line for each curve; a dotted vertical line marks the selected round."""
+def per_round(curves: Sequence[Curve], label: str, selected: int) -> bytes:
+    """A quantity over the rounds; the first curve is the black one. A dotted vertical line marks the selected round."""
     figure, (axes,) = _canvas(1, 7.4, 3.5)
     rounds = [x for curve in curves for x, _ in curve.points] or [selected]
-    for curve in curves:
-        _line(axes, curve, sites, marked=max(rounds) - min(rounds) < MARKED_MAX)
+    marked = max(rounds) - min(rounds) < MARKED_MAX
+    for place, curve in enumerate(curves):
+        xs, ys = [x for x, _ in curve.points], [y for _, y in curve.points]
+        shade, style, width, marker = (_BLUE, "--", 1.6, "s") if place else (_INK, "-", 2.4, "o")
+        (line,) = axes.plot(xs, ys, color=shade, linestyle=style, linewidth=width, label=curve.name)
+        line.set(marker=marker if marked else "", markersize=4)
     axes.axvline(selected, color=_GREY, linestyle=":", linewidth=1.2, zorder=0)
     axes.annotate(
         "selected", (selected, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",
@@ -64,28 +68,59 @@ def per_round(curves: Sequence[Curve], sites: Sequence[str], label: str, selecte
     axes.set(xlabel="round", ylabel=label)
     if label.startswith("AUROC"):
         _chance(axes, [y for curve in curves for _, y in curve.points if not math.isnan(y)])
-    _legend(figure, axes, sites)
+    if len(curves) > 1:  # outside, so that it never covers a line
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8.5, handlelength=2.6)
     return _png(figure)
 
 
-def roc(panels: Mapping[str, Sequence[Curve]], sites: Sequence[str]) -> bytes:
-    """ROC curves, one square panel for each target."""
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    side = 4.4 if len(panels) == 1 else 3.2
-    figure, grid = _canvas(columns, side * columns, side * rows, rows)
-    for axes, (target, curves) in zip(grid, panels.items(), strict=False):
+def roc(panels: Mapping[str, Curve | None]) -> bytes:
+    """ROC curves, one square panel for each target; None is a target without one."""
+    figure, grid = _grid(len(panels), 4.4 if len(panels) == 1 else 3.2)
+    for axes, (target, curve) in zip(grid, panels.items(), strict=False):
         axes.plot([0, 1], [0, 1], color=_GREY, linestyle=":", linewidth=1)
-        for curve in curves:
-            _line(axes, curve, sites, marked=False)
+        if curve is not None:  # its name goes to the lower right, which is empty for any model worth a look
+            xs, ys = [x for x, _ in curve.points], [y for _, y in curve.points]
+            axes.plot(xs, ys, color=_INK, linewidth=2.4, label=curve.name, zorder=5)
+            axes.legend(frameon=False, fontsize=8 if len(panels) == 1 else 7, loc="lower right", handlelength=2.6)
         axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
         if len(panels) > 1:
             axes.set_title(target, fontsize=10, color=_INK)
-        if curves and len(sites) <= NAMED_MAX:  # the lower right is empty for any model worth a look
-            axes.legend(frameon=False, fontsize=8 if len(panels) == 1 else 7, loc="lower right", handlelength=2.6)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
     return _png(figure)
+
+
+def forest(panels: Mapping[str, Sequence[Estimate]]) -> bytes:
+    """AUROC with its interval, one panel for each target and a row for each estimate; the first is of all sites."""
+    rows = max(len(estimates) for estimates in panels.values())
+    height = min(12.0 if len(panels) == 1 else 6.0, 0.9 + 0.3 * rows)
+    figure, grid = _grid(len(panels), 3.2, height) if len(panels) > 1 else _canvas(1, 7.4, height)
+    for axes, (target, estimates) in zip(grid, panels.items(), strict=False):
+        _forest_panel(axes, estimates)
+        if len(panels) > 1:
+            axes.set_title(target, fontsize=10, color=_INK)
+    return _png(figure)
+
+
+def _forest_panel(axes: Axes, estimates: Sequence[Estimate]) -> None:
+    pooled = estimates[0].auroc
+    if pooled is not None:
+        axes.axvline(pooled, color=_GREY, linestyle=":", linewidth=1.2, zorder=0)
+    lowest = 1.0
+    for row, estimate in enumerate(estimates):
+        if estimate.auroc is None:
+            continue
+        low, high = (estimate.auroc if end is None else end for end in (estimate.low, estimate.high))
+        lowest = min(lowest, low)
+        shade, marker, size = (_BLUE, "s", 5) if row else (_INK, "D", 7)
+        axes.plot([low, high], [row, row], color=shade, linewidth=1.5 if row else 2.4, solid_capstyle="butt")
+        axes.plot([estimate.auroc], [row], color=shade, marker=marker, markersize=size)
+    axes.axvline(0.5, color=_GREY, linewidth=1, zorder=0)
+    axes.set_xlim(min(0.48, lowest - 0.03), 1.02)
+    named = len(estimates) <= NAMED_MAX
+    names = [estimate.name if estimate.auroc is not None else f"{estimate.name} (–)" for estimate in estimates]
+    axes.set_yticks(range(len(names)) if named else [], names if named else [])
+    axes.set_ylim(len(estimates) - 0.4, -0.6)
+    axes.set(xlabel="AUROC", ylabel="" if named else f"{len(estimates) - 1} sites")
+    axes.grid(False, axis="y")
 
 
 def participation(states: Mapping[str, Sequence[int]], rounds: Sequence[int]) -> bytes:
@@ -105,7 +140,7 @@ def participation(states: Mapping[str, Sequence[int]], rounds: Sequence[int]) ->
     if len(rounds) <= MARKED_MAX:
         for edge in rounds[1:]:
             axes.axvline(edge - 0.5, color="white", linewidth=1.5)
-    named = len(states) <= 3 * NAMED_MAX
+    named = len(states) <= NAMED_MAX
     if named:
         for edge in range(1, len(cells)):
             axes.axhline(edge - 0.5, color="white", linewidth=1.5)
@@ -121,23 +156,8 @@ def participation(states: Mapping[str, Sequence[int]], rounds: Sequence[int]) ->
     return _png(figure)
 
 
-def _line(axes: Axes, curve: Curve, sites: Sequence[str], *, marked: bool) -> None:
-    xs, ys = [x for x, _ in curve.points], [y for _, y in curve.points]
-    name = f"{curve.name} {curve.note}".strip()
-    if curve.name == POOLED:
-        axes.plot(xs, ys, color=_INK, linewidth=2.4, marker="o" if marked else None, markersize=4, label=name, zorder=5)
-    elif len(sites) > NAMED_MAX:
-        axes.plot(xs, ys, color=_GREY, linewidth=0.7, alpha=0.6)
-    else:
-        place = sites.index(curve.name)
-        style = _STYLES[place % len(_STYLES)]
-        marker = _MARKERS[place % len(_MARKERS)] if marked else None
-        shade = colour(curve.name, sites)
-        axes.plot(xs, ys, color=shade, linestyle=style, linewidth=1.5, marker=marker, markersize=4, label=name)
-
-
 def _chance(axes: Axes, values: Sequence[float]) -> None:
-    """The line at 0.5, named at its right end, and limits that show it whenever it is near."""
+    """The line at 0.5, named at its left end, and limits that show it whenever it is near."""
     axes.axhline(0.5, color=_GREY, linewidth=1, zorder=0)
     axes.annotate(
         "chance", (0, 0.5), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
@@ -146,14 +166,14 @@ def _chance(axes: Axes, values: Sequence[float]) -> None:
     axes.set_ylim(min(0.45, *(value - 0.03 for value in values)) if values else 0.45, 1.01)
 
 
-def _legend(figure: Figure, axes: Axes, sites: Sequence[str]) -> None:
-    """Outside on the right, so that it never covers a line; with many sites only the pooled line is named."""
-    handles, labels = axes.get_legend_handles_labels()
-    if len(sites) > NAMED_MAX:
-        axes.plot([], [], color=_GREY, linewidth=0.7, label=f"each of {len(sites)} sites")
-        handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8.5, handlelength=2.6)
+def _grid(panels: int, width: float, height: float | None = None) -> tuple[Figure, list[Axes]]:
+    """Up to three panels beside each other, each `width` x `height` inches, square without a height; spare ones hidden."""
+    columns = min(3, panels)
+    rows = math.ceil(panels / columns)
+    figure, grid = _canvas(columns, width * columns, (height or width) * rows, rows)
+    for axes in grid[panels:]:
+        axes.set_visible(False)
+    return figure, grid
 
 
 def _canvas(columns: int, width: float, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:

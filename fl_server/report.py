@@ -1,15 +1,16 @@
 """The evaluation report of a finished run: report.html (one self-contained page), metrics.json and the figures as PNG.
 
-Everything is computed from the results document that `fl_server.run` leaves: counts, losses and score histograms per
-round and site. The document is checked completely before the first file is written; whatever does not follow its
-schema, and whatever contradicts itself, is a MessageMalformed that says where. Nothing is rounded in metrics.json; the
-page shows three decimals. Terms follow CLAIM 2024 ("reference standard", "internal testing").
+Everything is computed from the results document that `fl_server.run` leaves: of every sum over sites its counts, losses
+and score histograms, and of a single site only what that site released about its own test split. The document is checked
+completely before the first file is written; whatever does not follow its schema, and whatever contradicts itself, is a
+MessageMalformed that says where. Nothing is rounded in metrics.json; the page shows three decimals. Terms follow CLAIM
+2024 ("reference standard", "internal testing").
 """
 
 import base64
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,48 +21,73 @@ import numpy as np
 from pydantic import Field, StringConstraints, ValidationError
 
 from fl_server import figures
+from models.contributions import RELEASE_MIN
 from models.metrics import ScoreHistogram
-from models.study import Document, Name, Study
+from models.study import MASKED_SITES_MIN, Document, Name, Study
 from privacy.errors import DocumentError, MessageMalformed
 
+VERSION = 2  # of metrics.json, as of the results document
 REMEDY = "Fetch the results of the run again; a results document is never edited by hand."
 ONE_CLASS = "one class"
-NO_REPORT = "no report"
 NO_IMAGES = "no labelled images"
+NO_TEST = "no test result"
+NO_REPORT = "not in the test result"
+TOO_FEW = f"not released: fewer than {RELEASE_MIN} images of a class"
+NOT_IN_STUDY = "not released by this study"
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
+Released = Annotated[int, Field(ge=RELEASE_MIN, le=2**53)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Reason = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9 ._-]{0,79}$")]
+Sites = Annotated[list[Name], Field(min_length=1, max_length=1000)]
 
 
 class Scores(Document):
-    """What one site reports about one model on one split. `counts` is what `ScoreHistogram.to_json` wrote."""
+    """One model on one split of `sites` together. `loss`: mean over images; `counts`: what `ScoreHistogram.to_json` wrote."""
 
+    sites: Sites
     patients: Count
     images: Count
     loss: Finite | None
     counts: Any
 
 
+class Figure(Document):
+    """What one site released about its test split and one target: AUROC, 95 % interval, images of each class."""
+
+    auroc: Share
+    low: Share
+    high: Share
+    negatives: Released
+    positives: Released
+
+
 class Round(Document):
-    """One round as it was committed: who contributed how many cases, who did not and why, and its model's scores."""
+    """One round as it was committed: who contributed, who did not and why, and the sums over those who did.
+
+    `scale`: update values were multiplied by two to this power before rounding. `validation` is of the model after the round.
+    """
 
     round: Annotated[int, Field(ge=1, le=10_000)]
+    attempt: Annotated[int, Field(ge=1, le=1_000_000)]
     seconds: Seconds
-    contributors: Annotated[list[Name], Field(min_length=1, max_length=1000)]
+    contributors: Sites
     missing: dict[Name, Reason]
-    cases: dict[Name, Count]
-    train_loss: dict[Name, Finite]
+    cases: Count
+    train_loss: Finite | None
     site_seconds: dict[Name, Seconds]
-    validation: dict[Name, Scores]
+    clipped: Count
+    scale: Annotated[int, Field(ge=-1000, le=1000)]
+    validation: Scores | None
     validation_missing: dict[Name, Reason]
 
 
 class Results(Document):
-    """The results document of a run, version 1."""
+    """The results document of a run, version 2. `ingested`: images in the archives of the sites of `test`."""
 
-    version: Annotated[int, Field(ge=1, le=1)]  # Literal[1] would take true for 1
+    version: Annotated[int, Field(ge=VERSION, le=VERSION)]  # Literal[2] would take 2.0 for 2
     run_id: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
     digest: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     study: dict[str, Any]
@@ -69,16 +95,19 @@ class Results(Document):
     started: datetime
     finished: datetime
     selected_round: int
+    initial: Scores | None
     rounds: Annotated[list[Round], Field(min_length=1, max_length=10_000)]
-    test: dict[Name, Scores]
+    test: Scores | None
     test_missing: dict[Name, Reason]
-    ingested: dict[Name, Count]
+    figures: dict[Name, list[Figure | None]]
+    ingested: Count
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Scores of one split at one site or, merged, at several: `histogram` adds up, `loss` is a mean over images."""
+    """Scores of one split at `sites` together: `histogram` is their sum, `loss` the mean over their images."""
 
+    sites: Sequence[str]
     patients: int
     images: int
     loss: float | None
@@ -87,12 +116,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A checked results document with its study and its histograms decoded."""
+    """A checked results document with its study and its histograms decoded. `validation[0]` is of the initial model."""
 
     results: Results
     study: Study
-    validation: dict[int, dict[str, Sample]]
-    test: dict[str, Sample]
+    validation: Mapping[int, Sample | None]
+    test: Sample | None
 
 
 def write(results: dict[str, Any], folder: Path) -> Path:
@@ -125,33 +154,32 @@ def check(results: dict[str, Any]) -> Evaluation:
         raise MessageMalformed(f"results: {error}", remedy=REMEDY) from None
     for wrong in _contradictions(document, study):
         raise MessageMalformed(f"results: {wrong}", remedy=REMEDY)
-    validation = {
-        entry.round: {
-            site: _sample(scores, study, f"round {entry.round}, {site}") for site, scores in entry.validation.items()
-        }
-        for entry in document.rounds
-    }
-    test = {site: _sample(scores, study, f"test, {site}") for site, scores in document.test.items()}
-    return Evaluation(document, study, validation, test)
+    initial, test = _sample(document.initial, study, "initial"), _sample(document.test, study, "test")
+    validation = {e.round: _sample(e.validation, study, f"round {e.round}, validation") for e in document.rounds}
+    for wrong in _contradictions_in_figures(document, study, test):
+        raise MessageMalformed(f"results: {wrong}", remedy=REMEDY)
+    return Evaluation(document, study, {0: initial} | validation, test)
 
 
 def _contradictions(document: Results, study: Study) -> Iterable[str]:
     """One sentence for each statement of the document that another statement of it denies."""
-    numbers = [entry.round for entry in document.rounds]
+    numbers, attempts = ([getattr(entry, name) for entry in document.rounds] for name in ("round", "attempt"))
     trainers, everyone = set(study.participation.sites), set(study.all_sites)
     if study.digest != document.digest:
         yield "the digest is not that of the study"
     if numbers != sorted(set(numbers)):
         yield "rounds do not follow each other"
+    if attempts != sorted(attempts):
+        yield "a later round has a smaller attempt"
     if document.selected_round not in numbers:
         yield f"selected_round {document.selected_round} is not among the rounds"
     for entry in document.rounds:
-        yield from (f"round {entry.round}: {wrong}" for wrong in _contradictions_in(entry, trainers, everyone))
-    if not set(document.test) | set(document.test_missing) | set(document.ingested) <= everyone:
-        yield "test, test_missing or ingested name a site that the study does not"
-    if set(document.test) & set(document.test_missing):
-        yield "a site stands both in test and in test_missing"
-    absent = everyone - set(document.test)
+        yield from (f"round {entry.round}: {wrong}" for wrong in _contradictions_in(entry, study))
+    yield from _contradictions_of("initial", document.initial, {}, study)
+    yield from _contradictions_of("test", document.test, document.test_missing, study)
+    if document.test is None and document.ingested:
+        yield "ingested counts the images of a test that gave no result"
+    absent = everyone - set(document.test.sites if document.test else ())
     for entry in document.rounds:
         absent |= trainers - set(entry.contributors)
     if document.label == "complete" and absent:
@@ -160,22 +188,56 @@ def _contradictions(document: Results, study: Study) -> Iterable[str]:
         yield "finished lies before started"
 
 
-def _contradictions_in(entry: Round, trainers: set[str], everyone: set[str]) -> Iterable[str]:
-    given = set(entry.contributors)
+def _contradictions_in(entry: Round, study: Study) -> Iterable[str]:
+    trainers, everyone, given = set(study.participation.sites), set(study.all_sites), set(entry.contributors)
     if len(given) != len(entry.contributors) or not given <= trainers:
         yield "contributors are not distinct training sites of the study"
+    if len(given) < study.participation.quorum:
+        yield f"{len(given)} contributors are fewer than the quorum of {study.participation.quorum}"
     if set(entry.missing) & given or not set(entry.missing) <= everyone:
         yield "a missing site also contributed, or is none of the study's"
-    if set(entry.cases) != given or not set(entry.train_loss) <= given:
-        yield "cases or train_loss are of other sites than the contributors"
-    if not set(entry.validation) | set(entry.validation_missing) | set(entry.site_seconds) <= everyone:
-        yield "validation or site_seconds name a site that the study does not"
-    if set(entry.validation) & set(entry.validation_missing):
-        yield "a site stands both in validation and in validation_missing"
+    if (entry.train_loss is None) != (entry.cases == 0):
+        yield "cases and train_loss do not fit each other"
+    if not set(entry.site_seconds) <= everyone:
+        yield "site_seconds name a site that the study does not"
+    yield from _contradictions_of("validation", entry.validation, entry.validation_missing, study)
 
 
-def _sample(scores: Scores, study: Study, where: str) -> Sample:
+def _contradictions_of(what: str, scores: Scores | None, missing: Mapping[str, str], study: Study) -> Iterable[str]:
+    """Contradictions among the names of one evaluation: whose images are counted, and who is missing."""
+    sites, everyone = list(scores.sites) if scores else [], set(study.all_sites)
+    if not set(sites) | set(missing) <= everyone:
+        yield f"{what} names a site that the study does not"
+    if len(set(sites)) != len(sites) or set(sites) & set(missing):
+        yield f"a site stands twice in {what}, or in {what} and among its missing"
+    if scores is not None and study.protection == "masked" and len(sites) < MASKED_SITES_MIN:
+        yield f"{what} is of {len(sites)} sites, and a masked sum of fewer than {MASKED_SITES_MIN} is never opened"
+
+
+def _contradictions_in_figures(document: Results, study: Study, test: Sample | None) -> Iterable[str]:
+    """Contradictions between what sites released and the study, or the sum that they are part of."""
+    if not set(document.figures) <= set(test.sites if test else ()):
+        yield "figures: a site that is not in the test released figures of it"
+    for site, row in document.figures.items():
+        if len(row) != len(study.task.targets):
+            yield f"figures: {site}: {len(row)} figures for {len(study.task.targets)} targets"
+        for figure in (figure for figure in row if figure is not None):
+            if not study.evaluation.site_figures:
+                yield f"figures: {site}: a figure was released, and the study releases none"
+            if not figure.low <= figure.auroc <= figure.high:
+                yield f"figures: {site}: the AUROC does not lie in its interval"
+    for place, target in enumerate(study.task.targets):
+        parts = [row[place] for row in document.figures.values() if place < len(row)]
+        negatives = sum(part.negatives for part in parts if part is not None)
+        positives = sum(part.positives for part in parts if part is not None)
+        if test and (negatives > test.histogram.negatives(place) or positives > test.histogram.positives(place)):
+            yield f"figures: {target}: the sites count more images of a class than all sites together"
+
+
+def _sample(scores: Scores | None, study: Study, where: str) -> Sample | None:
     """Decode one histogram and hold it to the study's targets and bins, and to the number of images."""
+    if scores is None:
+        return None
     shape = (len(study.task.targets), 2, study.evaluation.bins)
     try:
         histogram = ScoreHistogram.from_json(scores.counts)
@@ -189,32 +251,21 @@ def _sample(scores: Scores, study: Study, where: str) -> Sample:
         )
     if (scores.loss is None and scores.images > 0) or scores.patients > scores.images:
         raise MessageMalformed(f"results: {where}: loss, patients and images do not fit each other", remedy=REMEDY)
-    return Sample(scores.patients, scores.images, scores.loss, histogram)
-
-
-def _merge(samples: Iterable[Sample], study: Study) -> Sample:
-    """All samples as one: histograms and counts add up, the loss is their mean weighted by images."""
-    total = ScoreHistogram.empty(len(study.task.targets), study.evaluation.bins)
-    patients, images, weighted = 0, 0, 0.0
-    for sample in samples:
-        total = total + sample.histogram
-        patients += sample.patients
-        images += sample.images
-        weighted += (sample.loss or 0.0) * sample.images
-    return Sample(patients, images, weighted / images if images else None, total)
+    return Sample(scores.sites, scores.patients, scores.images, scores.loss, histogram)
 
 
 def measure(evaluation: Evaluation) -> dict[str, Any]:
     """Everything metrics.json says, unrounded: who contributed, held-out figures pooled and per site, every round."""
     results, study = evaluation.results, evaluation.study
-    pooled = _figures_of(_merge(evaluation.test.values(), study), study)
-    sites = {site: _site_figures(evaluation.test.get(site), study) for site in study.all_sites}
-    estimated = [entry["auroc"] for entry in sites.values() if entry["auroc"] is not None]
+    pooled = _pooled_figures(evaluation.test, study)
+    sites = {site: _site_figures(site, evaluation) for site in study.all_sites}
+    released = [entry["auroc"] for entry in sites.values() if entry["auroc"] is not None]
     return {
-        "version": 1,
+        "version": VERSION,
         "run_id": results.run_id,
         "digest": results.digest,
         "title": study.title,
+        "protection": study.protection,
         "label": results.label,
         "started": results.started.isoformat(),
         "finished": results.finished.isoformat(),
@@ -223,41 +274,37 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         "selected_round": results.selected_round,
         "contributors": {str(entry.round): entry.contributors for entry in results.rounds},
         "test_missing": results.test_missing,
-        "ingested_images": sum(results.ingested.values()),
-        "ingested": results.ingested,
+        "ingested_images": results.ingested,
         "pooled": pooled,
         "macro": {
-            "auroc_over_sites": float(np.mean(estimated)) if estimated else None,
-            "sites": len(estimated),
+            "auroc_over_sites": _mean(released),
+            "sites": len(released),
             "auroc_over_targets": pooled["macro_auroc"],
         },
         "sites": sites,
-        "history": [_history(entry, evaluation.validation[entry.round], study) for entry in results.rounds],
+        "initial": _brief(evaluation.validation[0]),
+        "history": [_history(entry, evaluation.validation[entry.round]) for entry in results.rounds],
     }
 
 
-def _site_figures(sample: Sample | None, study: Study) -> dict[str, Any]:
-    if sample is None:
-        return _figures_of(_merge([], study), study, NO_REPORT)
-    return _figures_of(sample, study)
-
-
-def _figures_of(sample: Sample, study: Study, absent: str = NO_IMAGES) -> dict[str, Any]:
-    """The figures of one sample: those of the first target flat, those of every target below `targets`."""
+def _pooled_figures(test: Sample | None, study: Study) -> dict[str, Any]:
+    """The figures of all tested sites: those of the first target flat, those of every target below `targets`."""
+    absent = NO_IMAGES if test else NO_TEST
+    sample = test or Sample([], 0, 0, None, ScoreHistogram.empty(len(study.task.targets), study.evaluation.bins))
     targets = {name: _target_figures(sample.histogram, place, absent) for place, name in enumerate(study.task.targets)}
-    known = [entry["auroc"] for entry in targets.values() if entry["auroc"] is not None]
     return {
         **targets[study.task.targets[0]],
+        "sites": sample.sites,
         "patients": sample.patients,
         "images": sample.images,
         "loss": sample.loss,
-        "macro_auroc": float(np.mean(known)) if known else None,
+        "macro_auroc": _mean([entry["auroc"] for entry in targets.values() if entry["auroc"] is not None]),
         "targets": targets,
     }
 
 
 def _target_figures(histogram: ScoreHistogram, place: int, absent: str) -> dict[str, Any]:
-    """AUROC with interval and binning bound; without both classes it is null and `reason` says why."""
+    """AUROC with interval and binning bound; without both classes it is null and `why` says so."""
     interval = histogram.interval(place)
     entry: dict[str, Any] = {
         "positives": histogram.positives(place),
@@ -267,84 +314,101 @@ def _target_figures(histogram: ScoreHistogram, place: int, absent: str) -> dict[
         "auroc_bound": histogram.auroc_bound(place),
     }
     if entry["auroc"] is None:
-        entry["reason"] = ONE_CLASS if entry["positives"] + entry["negatives"] else absent
+        entry["why"] = ONE_CLASS if entry["positives"] + entry["negatives"] else absent
     return entry
 
 
-def _history(entry: Round, validation: dict[str, Sample], study: Study) -> dict[str, Any]:
-    cases = sum(entry.cases[site] for site in entry.train_loss)
-    weighted = sum(entry.train_loss[site] * entry.cases[site] for site in entry.train_loss)
+def _site_figures(site: str, evaluation: Evaluation) -> dict[str, Any]:
+    """What `site` released: the first target flat, every target below `targets`; null with `why` where it did not."""
+    study, test = evaluation.study, evaluation.test
+    absent = TOO_FEW if study.evaluation.site_figures else NOT_IN_STUDY
+    if test is None or site not in test.sites:
+        absent = NO_REPORT
+    row = evaluation.results.figures.get(site, [None] * len(study.task.targets))
+    targets = {name: _released(figure, absent) for name, figure in zip(study.task.targets, row, strict=True)}
+    return {**targets[study.task.targets[0]], "targets": targets}
+
+
+def _released(figure: Figure | None, absent: str) -> dict[str, Any]:
+    if figure is None:
+        return {"positives": None, "negatives": None, "auroc": None, "interval": None, "why": absent}
     return {
-        "round": entry.round,
-        "seconds": entry.seconds,
-        "contributors": entry.contributors,
-        "missing": entry.missing,
-        "cases": entry.cases,
-        "site_seconds": entry.site_seconds,
-        "train_loss": {"pooled": weighted / cases if cases else None, "sites": entry.train_loss},
-        "validation": {
-            "pooled": _brief(_merge(validation.values(), study), study),
-            "sites": {site: _brief(sample, study) for site, sample in validation.items()},
-            "missing": entry.validation_missing,
-        },
+        "positives": figure.positives,
+        "negatives": figure.negatives,
+        "auroc": figure.auroc,
+        "interval": [figure.low, figure.high],
     }
 
 
-def _brief(sample: Sample, study: Study) -> dict[str, Any]:
-    """The figures of one round: those of `_figures_of` without intervals, which nobody reads per round."""
-    aurocs = [sample.histogram.auroc(place) for place in range(len(study.task.targets))]
-    known = [value for value in aurocs if value is not None]
+def _history(entry: Round, validation: Sample | None) -> dict[str, Any]:
+    facts = ("round", "attempt", "seconds", "contributors", "missing", "cases", "train_loss", "site_seconds")
     return {
+        **{name: getattr(entry, name) for name in (*facts, "clipped", "scale")},
+        "validation": _brief(validation),
+        "validation_missing": entry.validation_missing,
+    }
+
+
+def _brief(sample: Sample | None) -> dict[str, Any] | None:
+    """The figures of one round: those of the test without intervals, which nobody reads per round."""
+    if sample is None:
+        return None
+    aurocs = [sample.histogram.auroc(place) for place in range(sample.histogram.targets)]
+    return {
+        "sites": sample.sites,
         "patients": sample.patients,
         "images": sample.images,
         "loss": sample.loss,
         "auroc": aurocs[0],
-        "macro_auroc": float(np.mean(known)) if known else None,
+        "macro_auroc": _mean([value for value in aurocs if value is not None]),
     }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
 
 
 def _draw(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, bytes]:
-    """The four figures, by the stem of their file name."""
-    study, sites, selected = evaluation.study, evaluation.study.all_sites, evaluation.results.selected_round
-    history = metrics["history"]
-    loss = _curves(history, "loss", sites)
-    auroc = _curves(history, "macro_auroc", sites)
+    """The figures, by the stem of their file name."""
+    study, results = evaluation.study, evaluation.results
     word = "AUROC" if len(study.task.targets) == 1 else f"AUROC, mean of {len(study.task.targets)} targets"
-    rounds = [entry.round for entry in evaluation.results.rounds]
-    states = {site: [_state(entry, site) for entry in evaluation.results.rounds] for site in study.participation.sites}
+    training = [(e.round, math.nan if e.train_loss is None else e.train_loss) for e in results.rounds]
+    loss = [_curve(metrics, "loss"), figures.Curve("training", training)]
+    states = {site: [_state(entry, site) for entry in results.rounds] for site in study.participation.sites}
     return {
-        "loss": figures.per_round(loss, sites, "loss on the validation split", selected),
-        "auroc": figures.per_round(auroc, sites, f"{word}, validation split", selected),
-        "roc": figures.roc(_roc_panels(evaluation, metrics), sites),
-        "participation": figures.participation(states, rounds),
+        "loss": figures.per_round(loss, "loss", results.selected_round),
+        "auroc": figures.per_round(
+            [_curve(metrics, "macro_auroc")], f"{word}, validation split", results.selected_round
+        ),
+        "roc": figures.roc(_roc_panels(evaluation, metrics)),
+        "forest": figures.forest({target: list(_estimates(metrics, target)) for target in study.task.targets}),
+        "participation": figures.participation(states, [entry.round for entry in results.rounds]),
     }
 
 
-def _curves(history: Sequence[dict[str, Any]], key: str, sites: Sequence[str]) -> list[figures.Curve]:
-    """A line for each site and one for all of them; a round in which the quantity is not known is a gap in the line."""
-    lines = {site: [entry["validation"]["sites"].get(site, {}).get(key) for entry in history] for site in sites}
-    lines[figures.POOLED] = [entry["validation"]["pooled"][key] for entry in history]
-    found = []
-    for name, values in lines.items():
-        points = [(e["round"], math.nan if y is None else y) for e, y in zip(history, values, strict=True)]
-        if any(y is not None for y in values):
-            found.append(figures.Curve(name, points))
-    return found
+def _curve(metrics: dict[str, Any], key: str) -> figures.Curve:
+    """One quantity of the pooled validation, from the initial model (round 0) on; where it is not known is a gap."""
+    found = {0: metrics["initial"]} | {entry["round"]: entry["validation"] for entry in metrics["history"]}
+    values = {number: brief and brief[key] for number, brief in found.items()}
+    points = [(number, math.nan if value is None else value) for number, value in values.items()]
+    return figures.Curve("validation", points if metrics["initial"] else points[1:])
 
 
-def _roc_panels(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, list[figures.Curve]]:
-    merged = _merge(evaluation.test.values(), evaluation.study)
-    samples = [(site, evaluation.test[site]) for site in evaluation.study.all_sites if site in evaluation.test]
-    panels: dict[str, list[figures.Curve]] = {}
+def _roc_panels(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, figures.Curve | None]:
+    panels: dict[str, figures.Curve | None] = {}
     for place, target in enumerate(evaluation.study.task.targets):
-        panels[target] = []
-        for name, sample in [*samples, (figures.POOLED, merged)]:
-            entry = metrics["pooled"] if name == figures.POOLED else metrics["sites"][name]
-            curve = sample.histogram.roc(place)
-            if curve is not None:
-                points = list(zip(curve[0].tolist(), curve[1].tolist(), strict=True))
-                panels[target].append(figures.Curve(name, points, f"{entry['targets'][target]['auroc']:.3f}"))
+        curve = evaluation.test.histogram.roc(place) if evaluation.test else None
+        name = f"{figures.POOLED} {metrics['pooled']['targets'][target]['auroc']:.3f}" if curve else ""
+        points = list(zip(curve[0].tolist(), curve[1].tolist(), strict=True)) if curve else []
+        panels[target] = figures.Curve(name, points) if curve else None
     return panels
+
+
+def _estimates(metrics: dict[str, Any], target: str) -> Iterable[figures.Estimate]:
+    """The rows of a forest plot: all sites together, then each site."""
+    for name, entry in {figures.POOLED: metrics["pooled"], **metrics["sites"]}.items():
+        part = entry["targets"][target]
+        yield figures.Estimate(name, part["auroc"], *(part["interval"] or (None, None)))
 
 
 def _state(entry: Round, site: str) -> int:
@@ -361,15 +425,16 @@ def _render(evaluation: Evaluation, metrics: dict[str, Any], images: dict[str, b
     shelf.filters["auroc"] = lambda value: "–" if value is None else f"{value:.3f}"
     shelf.filters["number"] = lambda value: f"{value:,}".replace(",", "\u202f")
     study, results = evaluation.study, evaluation.results
-    trained = {site: [entry for entry in results.rounds if site in entry.contributors] for site in study.all_sites}
     return shelf.get_template("report.html").render(
         study=study,
         results=results,
         metrics=metrics,
-        colours={site: figures.colour(site, study.all_sites) for site in study.all_sites},
         images={name: base64.b64encode(png).decode() for name, png in images.items()},
-        trained={site: _work(site, found) for site, found in trained.items()},
+        work={site: _work(site, results.rounds) for site in study.all_sites},
         gaps=_gaps(results),
+        retried=_ranges(_retried(results.rounds)),
+        clipped=_ranges([entry.round for entry in results.rounds if entry.clipped]),
+        release_min=RELEASE_MIN,
         settings=list(_settings(json.loads(study.canonical()))),
         canonical=study.canonical().decode(),
         duration=_duration(metrics["seconds"]),
@@ -377,13 +442,10 @@ def _render(evaluation: Evaluation, metrics: dict[str, Any], images: dict[str, b
 
 
 def _work(site: str, rounds: Sequence[Round]) -> dict[str, Any]:
-    """What `site` did in the rounds it contributed to: how many, cases in the last, median seconds a round."""
-    seconds = [entry.site_seconds[site] for entry in rounds if site in entry.site_seconds]
-    return {
-        "rounds": len(rounds),
-        "cases": rounds[-1].cases[site] if rounds else None,
-        "seconds": float(np.median(seconds)) if seconds else None,
-    }
+    """What `site` did in the rounds it contributed to: how many, and the median of its seconds in one."""
+    given = [entry for entry in rounds if site in entry.contributors]
+    seconds = [entry.site_seconds[site] for entry in given if site in entry.site_seconds]
+    return {"rounds": len(given), "seconds": float(np.median(seconds)) if seconds else None}
 
 
 def _duration(seconds: float) -> str:
@@ -410,8 +472,14 @@ def _gaps(results: Results) -> list[str]:
     return [*found, *(f"{site} did not report on its test split: {why}" for site, why in results.test_missing.items())]
 
 
+def _retried(rounds: Sequence[Round]) -> list[int]:
+    """Rounds that needed a new attempt. Attempts are counted over the whole run, so the number rises there."""
+    before = [1, *(entry.attempt for entry in rounds)]
+    return [entry.round for entry, attempt in zip(rounds, before, strict=False) if entry.attempt > attempt]
+
+
 def _ranges(numbers: Sequence[int]) -> str:
-    """ "rounds 1–3, 7" for [1, 2, 3, 7]."""
+    """ "rounds 1–3, 7" for [1, 2, 3, 7]; nothing for nothing."""
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][1] + 1:
@@ -419,15 +487,20 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             spans.append([number, number])
     words = ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in spans)
-    return f"round {words}" if len(numbers) == 1 else f"rounds {words}"
+    return (f"round {words}" if len(numbers) == 1 else f"rounds {words}") if numbers else ""
 
 
 def _settings(section: dict[str, Any], above: str = "") -> Iterable[tuple[str, str]]:
-    """(dotted key, value as text) for every setting of the study that the page does not already state elsewhere."""
+    """(dotted key, value as text) for every setting of the study that the page does not already state elsewhere.
+
+    The keys of sites and aggregator are no settings: they stand in the canonical form at the end of the page.
+    """
     for key, value in section.items():
+        if f"{above}{key}" in ("title", "purpose", "version", "roster", "aggregator"):
+            continue
         if isinstance(value, dict):
             yield from _settings(value, f"{above}{key}.")
-        elif f"{above}{key}" not in ("title", "purpose", "version"):
+        else:
             yield f"{above}{key}", (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 

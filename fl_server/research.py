@@ -17,7 +17,7 @@ from models.study import Study, read
 from privacy import calls
 from privacy.console import run as run_command
 from privacy.console import show_version
-from privacy.errors import DocumentError, RunError, RunUnknown
+from privacy.errors import DocumentError, RunError, RunUnknown, StudyConflict
 
 app = typer.Typer(
     help="Write, rehearse, submit and evaluate a federated study.",
@@ -26,6 +26,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+
+SEEN = {
+    "masked": "the coordinator sees sums over the sites only",
+    "sealed": "the coordinator, and nobody on the way, sees each site's update",
+    "plain": "the coordinator sees each site's update",
+}
 
 Home = Annotated[Path, typer.Option("--home", "-H", help="Folder with your keys; made by `fl-study join`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
@@ -72,22 +78,24 @@ def new(
 
 @app.command()
 def check(file: StudyFile, as_json: AsJson = False) -> None:
-    """Read a study strictly and explain every conflict; print its digest, its identity everywhere."""
+    """Read a study strictly and explain every conflict."""
     study = read(Study, file)
     study.check()
+    # The digest covers the keys of the sites, so a study that does not name them yet has none.
+    digest = study.digest if study.roster else None
     if as_json:
-        print(json.dumps({"digest": study.digest, "study": study.model_dump(mode="json")}))
+        print(json.dumps({"digest": digest, "study": study.model_dump(mode="json")}))
         return
     plan, part = study.training, study.participation
     console.print(f"[bold]{study.title}[/bold]", highlight=False)
     rows = [
-        ("digest", study.digest),
+        ("digest", digest or "fixed by `fl-study submit`, which fills in the keys of the sites"),
         ("predicts", ", ".join(study.task.targets)),
         ("from", f"{study.images.view} {'/'.join(study.images.modalities)}, {study.images.size_px} px"),
         ("network", f"{study.network.name}, {plan.rounds} rounds of {plan.local_epochs} epoch(s), {plan.optimizer}"),
         ("sites", f"{', '.join(part.sites)}; a round needs {part.quorum}"),
         ("evaluates", ", ".join(study.all_sites)),
-        ("protection", f"{study.protection}: the coordinator sees each site's update"),
+        ("protection", f"{study.protection}: {SEEN[study.protection]}"),
         ("privacy", f"{study.privacy}: no differential privacy"),
     ]
     for name, value in rows:
@@ -107,14 +115,31 @@ def join(
 
 @app.command()
 def submit(file: StudyFile, home: Home = Path()) -> None:
-    """Sign a study and offer it to the sites it names."""
+    """Fill in the keys of a study's sites, sign it, and offer it to them."""
     study = read(Study, file)
     study.check()
     with calls.Caller.open(home / "keys") as caller:
-        digest = caller.submit(study.canonical())
+        study = _with_keys(study, *caller.roster(study.all_sites))
+        caller.submit(study.canonical())
+    digest = study.digest
     console.print(f"Submitted {study.name}, digest {digest}", highlight=False, soft_wrap=True)
+    console.print(f"Offered, with their keys, to {', '.join(study.all_sites)}.", highlight=False, soft_wrap=True)
     console.print(f"Each site now runs: fl-client approve {digest[:12]}", highlight=False)
     console.print(f"When {study.participation.quorum} have approved: fl-study run {digest[:12]}", highlight=False)
+
+
+def _with_keys(study: Study, roster: dict[str, str], aggregator: str) -> Study:
+    """The study with the coordinator's keys; raises StudyConflict if the file names other ones."""
+    differ = [site for site, key in study.roster.items() if key != roster.get(site)]
+    parts = [f"another key for {', '.join(differ)}"] if differ else []
+    parts += ["another aggregator"] if study.aggregator not in ("", aggregator) else []
+    if parts:
+        raise StudyConflict(
+            f"the file names {' and '.join(parts)} than the coordinator does",
+            remedy="Find out by telephone which keys are right. To take the coordinator's, take `roster` and `aggregator` "
+            "out of the file.",
+        )
+    return study.with_keys(roster, aggregator)
 
 
 @app.command()
@@ -203,12 +228,14 @@ def say_report(page: Path, as_json: bool) -> None:
         print(text)
         return
     metrics = json.loads(text)
-    table = Table("", "AUROC", "95 % interval", "patients", "images", "positives", box=None, header_style="bold")
+    table = Table("", "AUROC", "95 % interval", "positives", "negatives", box=None, header_style="bold")
     for name, row in {"pooled": metrics["pooled"], **metrics["sites"]}.items():
-        value = f"{row['auroc']:.3f}" if row["auroc"] is not None else "not estimable"
-        interval = "{:.3f} to {:.3f}".format(*row["interval"]) if row.get("interval") else "-"
-        table.add_row(name, value, interval, *(str(row[key]) for key in ("patients", "images", "positives")))
-    console.print(f"Held-out test images, {metrics['label']}:", highlight=False)
+        value = f"{row['auroc']:.3f}" if row["auroc"] is not None else "-"
+        interval = "{:.3f} to {:.3f}".format(*row["interval"]) if row["interval"] else row.get("why", "-")
+        classes = ("-" if row[key] is None else str(row[key]) for key in ("positives", "negatives"))
+        table.add_row(name, value, interval, *classes)
+    images, patients = metrics["pooled"]["images"], metrics["pooled"]["patients"]
+    console.print(f"Held-out test, {images} images of {patients} patients, {metrics['label']}:", highlight=False)
     console.print(table)
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)
 
@@ -250,10 +277,13 @@ def simulate(
 
 
 def _say_matrix(matrix: dict[str, dict[str, float | None]]) -> None:
-    columns = list(matrix["federated"])
+    """The AUROC of each model at each site that released one, and pooled."""
+    names = list(dict.fromkeys(name for row in matrix.values() for name in row if name != "pooled"))
+    columns = [name for name in names if any(row.get(name) is not None for row in matrix.values())] + ["pooled"]
     table = Table("trained at", *(f"on {name}" for name in columns), box=None, header_style="bold")
     for trained, row in matrix.items():
-        table.add_row(trained, *("-" if row[name] is None else f"{row[name]:.3f}" for name in columns))
+        values = (row.get(name) for name in columns)
+        table.add_row(trained, *("-" if value is None else f"{value:.3f}" for value in values))
     console.print("Test AUROC by where the model was trained and where it is evaluated:")
     console.print(table)
 
@@ -267,12 +297,18 @@ def _pair(text: str) -> tuple[str, Path]:
 
 def _digest(caller: calls.Caller, text: str) -> str:
     """The digest of a submitted study, from its beginning or from the study's file."""
+    states = caller.studies()
     if Path(text).is_file():
-        return read(Study, Path(text)).digest
-    found = [state.digest for state in caller.studies() if state.digest.startswith(text)]
-    if len(found) != 1 or len(text) < 6:
-        what = "no study of yours" if not found else "more than one study"
-        raise RunUnknown(f"{what} begins with {text!r}", remedy="List them with `fl-study studies`.")
+        written = read(Study, Path(text)).digest  # of a file without the keys that were filled in: its draft
+        found = [state.digest for state in states if written in (state.digest, state.draft)]
+    else:
+        found = [state.digest for state in states if state.digest.startswith(text)] if len(text) >= 6 else []
+    if len(found) != 1:
+        what = "more than one study" if found else "no study"
+        raise RunUnknown(
+            f"{what} of yours fits {text!r}",
+            remedy="List them with `fl-study studies`; six characters of a digest are enough, a changed file does not fit.",
+        )
     return found[0]
 
 
@@ -303,13 +339,20 @@ def progress() -> Iterator[Any]:
         yield _Teller(bars)
 
 
+_STAGES = {"keys": "agreeing on keys", "train": "training", "evaluate": "evaluating", "unmask": "opening the sum"}
+
+
 class _Teller:
-    """Turns one run's events into a bar for the rounds and one for each site's part of the round."""
+    """Turns one run's events into a bar for the rounds and one for each site's part of what is done now.
+
+    A terminal shows the bars, and lines only for what a person should not miss; elsewhere everything is a line.
+    """
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
         self.rounds: TaskID | None = None
         self.sites: dict[str, TaskID] = {}
+        self.trained = self.scored = ""
 
     def __call__(self, event: dict[str, Any]) -> None:
         handler = getattr(self, f"_{event['event']}", None)
@@ -317,46 +360,70 @@ class _Teller:
             handler(event)
 
     def _started(self, event: dict[str, Any]) -> None:
-        self.rounds = self.bars.add_task("rounds", total=event["rounds"], completed=event["round"], news="")
+        if self.rounds is None:
+            self.rounds = self.bars.add_task("rounds", total=event["rounds"], news="")
+        self.bars.update(self.rounds, completed=event["round"])
         if event["attempt"] > 1:
-            console.print(f"continuing after round {event['round']}", highlight=False)
+            _line(f"continuing after round {event['round']}")
 
     def _waiting(self, event: dict[str, Any]) -> None:
-        console.print(f"waiting for {', '.join(event['sites'])}", highlight=False)
+        _line(f"waiting for {', '.join(event['sites'])}")
 
     def _asked(self, event: dict[str, Any]) -> None:
         for name in event["sites"]:
             if name not in self.sites:
                 self.sites[name] = self.bars.add_task(f"  {name}", total=1, news="")
-            stage = "training" if event["stage"] == "train" else "evaluating"
-            self.bars.reset(self.sites[name], total=1, news=stage)
+            self.bars.reset(self.sites[name], total=1, news=_STAGES.get(event["stage"], event["stage"]))
 
     def _site(self, event: dict[str, Any]) -> None:
-        self.bars.update(self.sites[event["site"]], completed=1, news=f"{event['seconds']:.1f} s")
+        if event["site"] in self.sites:
+            stage = _STAGES.get(event["stage"].removesuffix("-report"), event["stage"])
+            self.bars.update(self.sites[event["site"]], completed=1, news=f"{stage}: {event['seconds']:.1f} s")
 
     def _site_missing(self, event: dict[str, Any]) -> None:
         if event["site"] in self.sites:
             self.bars.update(self.sites[event["site"]], news=event["reason"])
 
+    def _void(self, event: dict[str, Any]) -> None:
+        when = f"round {event['round']}, attempt {event['attempt']}"
+        _line(f"{when}: the sum was not opened ({event['reason']}); trying again")
+
+    def _scored(self, event: dict[str, Any]) -> None:
+        auroc = f"  AUROC {event['auroc']:.3f}" if event["auroc"] is not None else ""
+        loss = f"{event['loss']:.3f}" if event["loss"] is not None else "unknown"
+        self.scored = f"validation loss {loss}{auroc}"
+        self._news()
+        if not console.is_terminal:
+            _line(f"after round {event['round']}: {self.scored}" if event["round"] else f"initial model: {self.scored}")
+
     def _round_done(self, event: dict[str, Any]) -> None:
-        scores = [f"{name} {value:.3f}" for name, value in event["auroc"].items() if value is not None]
-        loss = f"loss {event['loss']:.3f}  " if event["loss"] is not None else ""
-        missing = "".join(f"  [{name} missing: {why}]" for name, why in event["missing"].items())
-        news = f"{loss}AUROC {'  '.join(scores[-1:])}"
+        loss = event["train_loss"]
+        self.trained = f"training loss {loss:.3f}  " if loss is not None else ""
         if self.rounds is not None:
-            self.bars.update(self.rounds, completed=event["round"], news=news)
-        if not console.is_terminal or missing:
-            line = f"round {event['round']}  {event['seconds']:.1f} s  {loss}AUROC {'  '.join(scores)}{missing}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            self.bars.update(self.rounds, completed=event["round"])
+        self._news()
+        odd = [f"[{name} missing: {why}]" for name, why in event["missing"].items()]
+        odd += [f"[{event['clipped']} values clipped]"] if event["clipped"] > 0 else []
+        if not console.is_terminal or odd:
+            _line(f"round {event['round']}  {event['seconds']:.1f} s  {self.trained}{'  '.join(odd)}".rstrip())
+
+    def _news(self) -> None:
+        if self.rounds is not None:
+            self.bars.update(self.rounds, news=f"{self.trained}{self.scored}".rstrip())
 
     def _finished(self, event: dict[str, Any]) -> None:
         style = "green" if event["label"] == "complete" else "yellow"
-        console.print(f"Run finished: {event['label']}", style=style, highlight=False, markup=False)
+        auroc = f", test AUROC {event['auroc']:.3f}" if event["auroc"] is not None else ""
+        console.print(f"Run finished: {event['label']}{auroc}", style=style, highlight=False, markup=False)
 
     def _failed(self, event: dict[str, Any]) -> None:
         raise RunError(
             f"the run failed: {event['message']}", remedy="Mend the cause, then `fl-study run` continues it."
         )
+
+
+def _line(sentence: str) -> None:
+    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 def follow(lines: Iterator[str]) -> None:

@@ -2,14 +2,16 @@
 
     HOME/
     ├── server.yaml          settings; written last, so it marks a finished founding
-    ├── keys/                ca.key ca.pem, coordinator.key (statements), tls.key tls.pem (server certificate and
-    ca.pem) ├── roster.sqlite        this module's tables (0600)
+    ├── keys/                ca.key ca.pem, coordinator.key (statements), aggregator.key (sealed updates are encrypted to
+    │                        it), tls.key tls.pem (server certificate and ca.pem)
+    ├── roster.sqlite        this module's tables (0600)
     ├── journal.jsonl        what the coordinator did, hash-chained
     ├── runs/<run_id>/       durable state of each run
     └── superlink/           Flower's database
 
 Rules: a token is stored only as its hash; an invitation makes one party and no second one; a name belongs to one key;
-every change is one SQLite transaction that is on the disk before anything is answered.
+a study is offered and launched only if it names exactly the keys that its sites are enrolled with; every change is one
+SQLite transaction that is on the disk before anything is answered.
 """
 
 import datetime as dt
@@ -18,14 +20,16 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pydantic import Field, field_validator
 
 from models.study import Document, Name, Study, read
@@ -39,6 +43,7 @@ from privacy.errors import (
     NotEnrolled,
     RunUnknown,
     SignatureInvalid,
+    StudyConflict,
     TrustError,
 )
 from privacy.journal import Journal
@@ -103,6 +108,7 @@ class Home:
         secret = root / "keys"
         authority = keys.make_ca(keys.make_key(secret / "ca.key"), settings.name)
         keys.make_key(secret / "coordinator.key")
+        keys.make_sealing_key(secret / "aggregator.key")
         tls_key = keys.make_key(secret / "tls.key")
         request = keys.make_csr(tls_key, settings.name)
         server = keys.issue(authority, request, settings.name, "server", keys.CA_DAYS, settings.host)
@@ -132,6 +138,12 @@ class Home:
                 f"{root} has lost keys/ca.pem or roster.sqlite", remedy="Restore the folder from your backup."
             )
         coordinator_key = keys.load_key(root / "keys" / "coordinator.key")
+        aggregator = root / "keys" / "aggregator.key"
+        if not aggregator.exists():
+            # A consortium founded before studies named this key. If it was lost instead, the studies that name the old
+            # one cannot be launched any more (`check_keys`), so nothing is encrypted to a key that nobody has.
+            with suppress(FileExistsError):  # another process opened the same home at the same time
+                keys.make_sealing_key(aggregator)
         roster, journal = Roster(root / "roster.sqlite"), Journal(root / "journal.jsonl")
         return cls(root, settings, ca_path.read_bytes(), coordinator_key, roster, journal)
 
@@ -147,6 +159,34 @@ class Home:
     @property
     def tls_pem(self) -> Path:
         return self.root / "keys" / "tls.pem"
+
+    @cached_property
+    def aggregator_key(self) -> X25519PrivateKey:
+        """The key that opens sealed updates; raises KeyFileUnsafe if others can use its file."""
+        return keys.load_sealing_key(self.root / "keys" / "aggregator.key")
+
+    @property
+    def aggregator(self) -> str:
+        """64 hex characters: the public half of `aggregator_key`, as studies name it."""
+        return self.aggregator_key.public_key().public_bytes_raw().hex()
+
+    def with_keys(self, study: Study) -> Study:
+        """`study` with the enrolled keys of its sites and this coordinator's own. Raises NotEnrolled."""
+        return study.with_keys(self.roster.site_keys(study.all_sites), self.aggregator)
+
+    def check_keys(self, study: Study) -> None:
+        """Raise NotEnrolled or StudyConflict unless `study` names exactly the keys that `with_keys` fills in."""
+        right = self.with_keys(study)
+        wrong = [site for site in study.all_sites if study.roster.get(site) != right.roster[site]]
+        parts = [f"the keys that are enrolled here for {', '.join(wrong)}"] if wrong else []
+        parts += (
+            ["the key that this coordinator opens sealed updates with"] if study.aggregator != right.aggregator else []
+        )
+        if parts:
+            raise StudyConflict(
+                f"the study does not name {' and '.join(parts)}",
+                remedy="Take `roster` and `aggregator` out of the file; `fl-study submit` fills in the present keys.",
+            )
 
     @property
     def runs(self) -> Path:
@@ -350,6 +390,12 @@ class Roster:
             names = db.execute("SELECT name FROM parties WHERE role = ? ORDER BY name", (role,)).fetchall()
             return [_party(db, name) for (name,) in names]
 
+    def site_keys(self, sites: Sequence[str]) -> dict[str, str]:
+        """Each of these sites with its enrolled key as studies name it; raises NotEnrolled naming every one missing."""
+        with self._transaction() as db:
+            _require_sites(db, sites)
+            return {site: keys.point_hex(_party(db, site).public_key) for site in sites}
+
     def invitations(self) -> list[OpenInvitation]:
         """Invitations that can still be used, without their tokens, which nobody here knows."""
         with self._transaction() as db:
@@ -385,12 +431,7 @@ class Roster:
         Raises NotEnrolled naming every site that the study names and the consortium does not have.
         """
         with self._transaction() as db:
-            known = {name for (name,) in db.execute("SELECT name FROM parties WHERE role = 'site'")}
-            if missing := [site for site in study.all_sites if site not in known]:
-                raise NotEnrolled(
-                    f"not enrolled here: {', '.join(missing)}",
-                    remedy="Correct the names in the study's participation, or have the sites invited first.",
-                )
+            _require_sites(db, study.all_sites)
             owner = db.execute("SELECT researcher FROM studies WHERE digest = ?", (study.digest,)).fetchone()
             if owner is not None:
                 if owner[0] != researcher:
@@ -469,6 +510,15 @@ def party_role(text: str) -> PartyRole:
     if text == "researcher":
         return "researcher"
     raise MessageMalformed("a party is a site or a researcher")
+
+
+def _require_sites(db: sqlite3.Connection, sites: Sequence[str]) -> None:
+    known = {name for (name,) in db.execute("SELECT name FROM parties WHERE role = 'site'")}
+    if missing := [site for site in sites if site not in known]:
+        raise NotEnrolled(
+            f"not enrolled here: {', '.join(missing)}",
+            remedy="Correct the names in the study's participation, or have the sites invited first.",
+        )
 
 
 def _party(db: sqlite3.Connection, name: str) -> Party:

@@ -4,7 +4,8 @@ Orders go to the sites in `nodes` (consenting sites) and to nobody else; Flower'
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.app.error import Error
@@ -12,13 +13,15 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from privacy.errors import MessageMalformed, QuorumLost
-from privacy.wire import EvaluateReport, Order, Refusal, Report, TrainReport, decode
+from privacy.wire import REPORTS, EvaluateOrder, EvaluateReport, Order, Refusal, Report, decode
 
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.02, 0.1
 """Between two looks for reports; the SuperLink itself holds a look that finds nothing (`fl_server.doorbell`)."""
 ONLINE_LOOK_S = 0.25
 GRACE_S = 30.0
 """How long a round waits for consenting sites that are offline once the quorum is online: a node's restart takes less."""
+LINGER_S = 10.0
+"""How long a step that needs no images waits for the last sites once there are enough: it takes them milliseconds."""
 
 Tell = Callable[..., None]
 
@@ -47,16 +50,29 @@ def choose(
         time.sleep(ONLINE_LOOK_S)
 
 
-class Gathering:
-    """One order on its way to `nodes`. Iterate `reports()` once; then `missing` says who did not report, and why."""
+@dataclass(frozen=True)
+class Call:
+    """One order to one site's node."""
 
-    def __init__(self, grid: Grid, order: Order, nodes: dict[str, int], timeout_s: float, tell: Tell) -> None:
-        self.grid, self.order, self.nodes, self.timeout_s, self.tell = grid, order, nodes, timeout_s, tell
+    order: Order
+    node: int
+
+
+class Gathering:
+    """Orders on their way, one to each site. Iterate `reports()` once; then `missing` says who did not report, and why.
+
+    With `enough`, the sites that are still missing LINGER_S after it became true are not waited for.
+    """
+
+    def __init__(
+        self, grid: Grid, calls: Mapping[str, Call], timeout_s: float, tell: Tell, enough: Callable[[], bool] | None = None
+    ) -> None:
+        self.grid, self.calls, self.timeout_s, self.tell, self.enough = grid, calls, timeout_s, tell, enough
         self.missing: dict[str, str] = {}
 
-    def reports(self) -> Iterator[tuple[str, TrainReport | EvaluateReport]]:
+    def reports(self) -> Iterator[tuple[str, Report]]:
         """(site, report) in the order of arrival. Each report is dropped here once the caller has taken it."""
-        began, pause = time.monotonic(), PAUSE_FIRST_S
+        ends, pause = time.monotonic() + self.timeout_s, PAUSE_FIRST_S
         waiting = self._send()
         while waiting:
             arrived = list(self.grid.pull_messages(list(waiting)))
@@ -67,57 +83,66 @@ class Gathering:
                 if site is None:
                     continue  # a second reply to the same order: the first one counted
                 if (report := self._accept(site, message)) is not None:
-                    self.tell("site", site=site, stage=report.kind, seconds=round(report.seconds, 3))
                     yield site, report
-            if waiting and time.monotonic() - began > self.timeout_s:
-                self.missing |= dict.fromkeys(waiting.values(), "timeout")
+            if self.enough is not None and self.enough():
+                ends, self.enough = min(ends, time.monotonic() + LINGER_S), None
+            if waiting and time.monotonic() > ends:
+                for site in waiting.values():
+                    self.drop(site, "timeout")
                 break
             if waiting:
                 time.sleep(pause)
-        for site, reason in self.missing.items():
-            self.tell("site_missing", site=site, reason=reason)
+
+    def drop(self, site: str, reason: str) -> None:
+        """Note why `site` has no part in what follows; also for a report that the caller found wanting."""
+        self.missing[site] = reason
+        self.tell("site_missing", site=site, reason=reason)
 
     def _send(self) -> dict[str, str]:
-        """Push the order to every site; message id -> site. One record for all: Flower hashes and stores it once."""
-        records, ttl = self.order.to_records(), self.timeout_s + 60
-        messages = [Message(records, dst_node_id=n, message_type=self.order.kind, ttl=ttl) for n in self.nodes.values()]
+        """Push the orders; message id -> site. One record for equal orders: Flower hashes and stores it once."""
+        records = {id(call.order): call.order.to_records() for call in self.calls.values()}
+        messages = [
+            Message(
+                records[id(call.order)],
+                dst_node_id=call.node,
+                message_type=call.order.message_type,
+                ttl=self.timeout_s + 60,
+            )
+            for call in self.calls.values()
+        ]
         waiting: dict[str, str] = {}
-        for site, message_id in zip(self.nodes, self.grid.push_messages(messages), strict=True):
+        for site, message_id in zip(self.calls, self.grid.push_messages(messages), strict=True):
             if message_id:
                 waiting[message_id] = site
             else:
-                self.missing[site] = "unavailable"
+                self.drop(site, "unavailable")
         return waiting
 
-    def _accept(self, site: str, message: Message) -> TrainReport | EvaluateReport | None:
-        """The report in `message` if it answers exactly this order; else the reason is noted."""
+    def _accept(self, site: str, message: Message) -> Report | None:
+        """The report in `message`, or None after noting the reason that there is none."""
         if message.has_error():
-            self.missing[site] = flower_reason(message.error)
+            self.drop(site, flower_reason(message.error))
             return None
         try:
-            report: Report = decode(message, TrainReport, EvaluateReport, Refusal)
-            if isinstance(report, TrainReport | EvaluateReport):
-                self._check(site, report)
-                return report
-            self.missing[site] = report.code if isinstance(report, Refusal) else MessageMalformed.code
+            report: Report = decode(message, *REPORTS)
+            if isinstance(report, Refusal):
+                self.drop(site, report.code)
+                return None
+            self._check(site, report)
         except MessageMalformed as error:
-            self.missing[site] = error.code
-        return None
+            self.drop(site, error.code)
+            return None
+        return report
 
-    def _check(self, site: str, report: TrainReport | EvaluateReport) -> None:
+    def _check(self, site: str, report: Report) -> None:
         """Raise MessageMalformed unless `report` answers exactly this order to exactly this site."""
-        order = self.order
-        answers = ("study", "run", "round", "attempt")
-        if report.site != site or any(getattr(report, name) != getattr(order, name) for name in answers):
+        order = self.calls[site].order
+        if report.site != site or report.naming() != order.naming():
             raise MessageMalformed("the report answers another order")
         if report.kind != f"{order.kind}-report":
             raise MessageMalformed("the report is of another kind than the order")
-        if isinstance(report, EvaluateReport) and report.split != getattr(order, "split", None):
+        if isinstance(order, EvaluateOrder) and isinstance(report, EvaluateReport) and report.split != order.split:
             raise MessageMalformed("the report is of another split than the order")
-        if isinstance(report, TrainReport) and report.cases < 1:
-            raise MessageMalformed("an update of no cases")  # its weight would be nothing, and no strategy takes it
-        if isinstance(report, TrainReport) and report.update.shape != order.model.shape:
-            raise MessageMalformed("the update has another length than the model")
 
 
 def flower_reason(error: Error) -> str:

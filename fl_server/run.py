@@ -7,7 +7,8 @@
       events.jsonl            what happened, a line each; for progress bars, never read back for state
       results.json, model.safetensors, card.json   written by `finish`
 
-The attempt counts launches. It is part of every order, so no order of a later launch repeats one of an earlier.
+The attempt counts launches and sums that had to be tried again. It is part of every order and of every mask, so nothing of a
+later attempt repeats anything of an earlier one.
 """
 
 import datetime
@@ -24,11 +25,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from models.contributions import Sheet
 from models.metrics import ScoreHistogram
 from models.study import Study
 from privacy import keys
 from privacy.errors import DocumentError, MessageMalformed, RunError, RunUnknown
-from privacy.wire import EvaluateReport
 
 State = Literal["queued", "running", "complete", "partial", "failed"]
 Float32 = npt.NDArray[np.float32]
@@ -41,27 +42,41 @@ def now() -> str:
 
 @dataclass
 class Round:
-    """What one committed round has to say. `missing`: site -> enumerated reason."""
+    """What one committed round has to say. `missing`: site -> enumerated reason. `validation` comes with the next sum."""
 
     round: int
+    attempt: int
     seconds: float
     contributors: list[str]
     missing: dict[str, str]
-    cases: dict[str, int]
-    train_loss: dict[str, float]
+    cases: int
+    train_loss: float
     site_seconds: dict[str, float]
-    validation: dict[str, dict[str, Any]] = field(default_factory=dict)
+    clipped: int
+    scale: int
+    validation: dict[str, Any] | None = None
     validation_missing: dict[str, str] = field(default_factory=dict)
 
 
-def score_sheet(report: EvaluateReport) -> dict[str, Any]:
-    """What one site's evaluation leaves in the record: counts, loss, and the histogram; no scores."""
+def score_sheet(sites: list[str], sheet: Sheet) -> dict[str, Any]:
+    """What an evaluation over `sites` leaves in the record: counts, mean loss, and the summed histogram; no scores."""
     return {
-        "patients": report.patients,
-        "images": report.images,
-        "loss": report.loss,
-        "counts": report.counts.tolist(),
+        "sites": sites,
+        "patients": sheet.patients,
+        "images": sheet.images,
+        "loss": sheet.loss if sheet.images else None,
+        "counts": sheet.histogram.to_json(),
     }
+
+
+@dataclass(frozen=True)
+class Test:
+    """The test evaluation of the selected model. `figures`: site -> what it released for each target, or None."""
+
+    sheet: dict[str, Any]
+    missing: dict[str, str]
+    figures: dict[str, list[dict[str, float | int] | None]]
+    ingested: int
 
 
 class Run:
@@ -74,7 +89,8 @@ class Run:
         self.best_round = 0
         self.state: Mapping[str, Float32] = {}
         self.history: list[Round] = []
-        self.ingested: dict[str, int] = {}
+        self.initial: dict[str, Any] | None = None  # validation of the initial model
+        self.scale: int | None = None  # of the next round's encoding
 
     @classmethod
     def create(cls, runs: Path, study: Study, researcher: str, sites: list[str]) -> "Run":
@@ -122,36 +138,36 @@ class Run:
         return int(self.facts["attempt"])
 
     def start(self) -> None:
-        """Mark this launch; a new attempt number is durable before any order of it can be sent."""
-        self.facts |= {"state": "running", "label": "running", "attempt": self.attempt + 1}
+        """Mark this launch, under a new attempt."""
+        self.facts |= {"state": "running", "label": "running"}
         self.facts.setdefault("started", now())
-        self._save_facts()
+        self.next_attempt()
         self.event("started", attempt=self.attempt, round=len(self.history), rounds=self.study.training.rounds)
+
+    def next_attempt(self) -> None:
+        """A new attempt number, durable before any order of it can be sent."""
+        self.facts["attempt"] = self.attempt + 1
+        self._save_facts()
 
     def remaining(self) -> Iterator[int]:
         """Rounds (from 1) that are not committed."""
         return iter(range(len(self.history) + 1, self.study.training.rounds + 1))
 
+    def score(self, sheet: dict[str, Any], missing: dict[str, str]) -> None:
+        """Note the validation of the present model. It is durable with the next commit, or asked for again."""
+        if self.history:
+            self.history[-1].validation, self.history[-1].validation_missing = sheet, missing
+        else:
+            self.initial = sheet
+        if self.history and self._is_better(sheet["loss"]):
+            self.best, self.best_round = self.model, self.history[-1].round
+        self.event("scored", round=len(self.history), loss=sheet["loss"], auroc=_auroc(sheet))
+
     def commit(self, done: Round, model: Float32, state: Mapping[str, Float32]) -> None:
         """Make one round durable with a single rename: either all of it happened or none."""
         self.model, self.state = model, state
         self.history.append(done)
-        loss = self._validation_loss(done)
-        best = self._validation_loss(self.history[self.best_round - 1]) if self.best_round else None
-        if self.study.evaluation.select == "last" or best is None or (loss is not None and loss < best):
-            self.best, self.best_round = model, done.round
-        arrays = {"model": model, "best": self.best} | {f"state.{name}": value for name, value in state.items()}
-        progress = {
-            "version": 1,
-            "digest": self.study.digest,
-            "best_round": self.best_round,
-            "history": [vars(r) for r in self.history],
-            "ingested": self.ingested,
-        }
-        keys.write_private(
-            self.folder / "checkpoint.safetensors",
-            save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata={"progress": json.dumps(progress)}),
-        )
+        self.save()
         self.facts |= {"round": done.round, "label": f"running, round {done.round} of {self.study.training.rounds}"}
         self._save_facts()
         self.event(
@@ -159,17 +175,45 @@ class Run:
             round=done.round,
             seconds=round(done.seconds, 3),
             contributors=done.contributors,
-            missing=done.missing | done.validation_missing,
-            loss=loss,
-            auroc=self._auroc(done.validation),
+            missing=done.missing,
+            train_loss=done.train_loss,
+            clipped=done.clipped,
         )
 
-    def finish(self, test: dict[str, dict[str, Any]], test_missing: dict[str, str]) -> None:
+    def save(self) -> None:
+        """Replace the checkpoint by what is known now."""
+        if self.model is None:
+            raise RunError("the run has no model: no round was committed")
+        arrays = {"model": self.model} | {f"state.{name}": value for name, value in self.state.items()}
+        if self.best is not None:
+            arrays["best"] = self.best
+        progress = {
+            "version": 2,
+            "digest": self.study.digest,
+            "best_round": self.best_round,
+            "history": [vars(r) for r in self.history],
+            "initial": self.initial,
+            "scale": self.scale,
+        }
+        keys.write_private(
+            self.folder / "checkpoint.safetensors",
+            save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata={"progress": json.dumps(progress)}),
+        )
+
+    def _is_better(self, loss: float | None) -> bool:
+        """Whether the present model, with this validation loss, replaces the best one so far."""
+        if self.study.evaluation.select == "last" or not self.best_round:
+            return True
+        before = self.history[self.best_round - 1].validation
+        return loss is not None and (before is None or before["loss"] is None or loss < before["loss"])
+
+    def finish(self, test: Test) -> None:
         """Write results, the released model and its card; the state becomes complete or partial."""
+        test_missing = test.missing
         label = participation_label(self.study, self.history, test_missing)
         self.facts |= {"state": "complete" if label == "complete" else "partial", "label": label, "finished": now()}
         results = {
-            "version": 1,
+            "version": 2,
             "run_id": self.run_id,
             "digest": self.study.digest,
             "study": self.study.model_dump(mode="json"),
@@ -177,10 +221,12 @@ class Run:
             "started": self.facts["started"],
             "finished": self.facts["finished"],
             "selected_round": self.best_round,
+            "initial": self.initial,
             "rounds": [vars(r) for r in self.history],
-            "test": test,
-            "test_missing": test_missing,
-            "ingested": self.ingested,
+            "test": test.sheet,
+            "test_missing": test.missing,
+            "figures": test.figures,
+            "ingested": test.ingested,
         }
         model = self.best if self.best is not None else self.model
         if model is None:
@@ -190,7 +236,7 @@ class Run:
         keys.write_private(self.folder / "card.json", json.dumps(card, indent=1).encode())
         keys.write_private(self.folder / "results.json", json.dumps(results).encode())
         self._save_facts()
-        self.event("finished", label=label, auroc=self._auroc(test))
+        self.event("finished", label=label, auroc=_auroc(test.sheet))
 
     def fail(self, code: str, sentence: str) -> None:
         self.facts |= {"state": "failed", "label": f"failed after round {len(self.history)}: {code}"}
@@ -210,19 +256,6 @@ class Run:
         with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(line)
 
-    def _auroc(self, sheets: dict[str, dict[str, Any]]) -> dict[str, float | None]:
-        """AUROC of the first target, per site and pooled; None where one class is missing."""
-        histograms = {site: ScoreHistogram(np.array(sheet["counts"], dtype=np.int64)) for site, sheet in sheets.items()}
-        values = {site: histogram.auroc(0) for site, histogram in histograms.items()}
-        total = sum_histograms(list(histograms.values()))
-        return values | {"pooled": total.auroc(0) if total is not None else None}
-
-    @staticmethod
-    def _validation_loss(done: Round) -> float | None:
-        """Mean loss over all validation images of the round, or None if no site reported."""
-        images = sum(sheet["images"] for sheet in done.validation.values())
-        return sum(s["loss"] * s["images"] for s in done.validation.values()) / images if images else None
-
     def _save_facts(self) -> None:
         keys.write_private(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
 
@@ -236,19 +269,19 @@ class Run:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
         except (SafetensorError, KeyError, ValueError) as error:
             raise DocumentError(f"{path}: damaged checkpoint ({error})", remedy="Restore it from a backup.") from None
+        if progress["version"] != 2:
+            raise DocumentError(f"{path}: written by another version of Isocenter", remedy="Launch the study anew.")
         if progress["digest"] != self.study.digest:
             raise DocumentError(f"{path}: belongs to another study")
-        self.model, self.best, self.best_round = arrays["model"], arrays["best"], progress["best_round"]
+        self.model, self.best, self.best_round = arrays["model"], arrays.get("best"), progress["best_round"]
         self.state = {name.removeprefix("state."): a for name, a in arrays.items() if name.startswith("state.")}
         self.history = [Round(**entry) for entry in progress["history"]]
-        self.ingested = progress["ingested"]
+        self.initial, self.scale = progress["initial"], progress["scale"]
 
 
-def sum_histograms(histograms: list[ScoreHistogram]) -> ScoreHistogram | None:
-    total: ScoreHistogram | None = None
-    for histogram in histograms:
-        total = histogram if total is None else total + histogram
-    return total
+def _auroc(sheet: dict[str, Any]) -> float | None:
+    """AUROC of the first target over all sites of `sheet`; None where one class is missing."""
+    return ScoreHistogram.from_json(sheet["counts"]).auroc(0)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
@@ -22,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fl_server import app as coordinator
 from fl_server import report
 from fl_server.roster import Home, ServerFile
-from fl_server.run import Run, read_facts, sum_histograms
+from fl_server.run import Run, read_facts
 from models.metrics import ScoreHistogram
 from models.study import Study
 from privacy import keys
@@ -74,23 +73,25 @@ def alone(study: Study, name: str, outcome: Outcome, tell: Tell) -> dict[str, An
     """The same study trained at site `name` only and evaluated at every site of it: what the site could do by itself."""
     part = study.participation
     others = [site for site in study.all_sites if site != name]
-    single = study.model_copy(
-        update={"participation": part.model_copy(update={"sites": [name], "evaluate_only": others, "quorum": 1})}
-    )
+    part = part.model_copy(update={"sites": [name], "evaluate_only": others, "quorum": 1})
+    # A masked sum of one site does not exist; what this process sees of itself is no secret.
+    single = study.model_copy(update={"participation": part, "protection": "plain"})
     return _carry_out(single, Home.open(outcome.folder / "coordinator"), outcome.folder, tell)
 
 
 def test_auroc(results: dict[str, Any]) -> dict[str, float | None]:
-    """Test AUROC of the first target at each site, and pooled."""
-    sheets = {
-        name: ScoreHistogram(np.array(s["counts"], dtype=np.int64)) for name, s in sorted(results["test"].items())
-    }
-    total = sum_histograms(list(sheets.values()))
-    return {name: sheet.auroc(0) for name, sheet in sheets.items()} | {"pooled": total.auroc(0) if total else None}
+    """Test AUROC of the first target: what each tested site released (None if it did not), and pooled."""
+    test, figures = results["test"], results["figures"]
+    if test is None:
+        return {"pooled": None}
+    rows = {site: figures.get(site) or [None] for site in sorted(test["sites"])}
+    released = {site: row[0] and row[0]["auroc"] for site, row in rows.items()}
+    return released | {"pooled": ScoreHistogram.from_json(test["counts"]).auroc(0)}
 
 
 def _carry_out(study: Study, home: Home, folder: Path, tell: Tell) -> dict[str, Any]:
     """One run from beginning to end; its results document. Raises RunError if the run failed."""
+    study = home.with_keys(study)
     signature = keys.sign(home.coordinator_key, keys.STUDY_OFFER, study.canonical())
     for name in study.all_sites:
         pkgutil.resolve_name(APPROVE)(folder / "sites" / name, study, signature)

@@ -1,7 +1,7 @@
 """The local loop: what one site does in one round, and how it scores images. Knows neither Flower nor hospitals.
 
 A round is reproducible: on one machine, with one number of threads, the same model, cohort, study and round give the
-same update bit for bit. Everything random comes from generators seeded by the study's seed, its digest and the round;
+same update bit for bit. Everything random comes from generators seeded by the study's seed, what it learns and the round;
 the process's own random state is neither used nor changed.
 """
 
@@ -50,10 +50,18 @@ class Update:
 
 
 def learn(
-    net: nn.Module, cohort: TrainingCohort, study: Study, *, round_number: int, stop: Callable[[], bool] = lambda: False
+    net: nn.Module,
+    cohort: TrainingCohort,
+    study: Study,
+    *,
+    round_number: int,
+    repeat: int = 0,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Update:
     """Train `net` in place for one round (from 1) and return what changed.
 
+    `repeat` counts earlier trainings of the same round: each makes other random choices, so that no two of them give the
+    same update, and the difference of two sums of a repeated round is not a single site's update.
     `stop` is asked before every step. Raises TrainingStopped if it says so, TrainingDiverged as soon as a loss or
     weight is not finite, CohortTooSmall if no image has a label; the weights of `net` are then unspecified and must not
     be used.
@@ -62,7 +70,7 @@ def learn(
     labelled = torch.nonzero(cohort.known.sum(dim=1) > 0).flatten()
     if len(labelled) == 0:
         raise CohortTooSmall("no image of the training split has a known label")
-    generator, torch_seed = _randomness(study, round_number)
+    generator, torch_seed = _randomness(study, round_number, repeat)
     weights = tasks.class_weights(cohort.targets[labelled], cohort.known[labelled], balance=plan.balance)
     optimizer = _optimizer(net, plan, learning_rate(plan, round_number))
     total, steps, seen = 0.0, 0, 0
@@ -169,9 +177,9 @@ def _optimizer(net: nn.Module, plan: Training, rate: float) -> torch.optim.Optim
     return torch.optim.AdamW(groups, lr=rate)
 
 
-def _randomness(study: Study, round_number: int) -> tuple[Generator, int]:
-    """A generator for order and augmentation, and a seed for dropout, of this study and round and of no other."""
-    text = f"{study.training.seed} {study.digest} {round_number}".encode()
+def _randomness(study: Study, round_number: int, repeat: int) -> tuple[Generator, int]:
+    """A generator for order and augmentation, and a seed for dropout, of this study, round and repeat and of no other."""
+    text = f"{study.training.seed} {study.learned} {round_number} {repeat}".encode()
     digest = hashlib.sha256(SEED_LABEL + b"\n" + text).digest()
     # 63 bits: torch takes seeds as signed 64-bit numbers.
     first, second = (int.from_bytes(digest[i : i + 8], "big") >> 1 for i in (0, 8))

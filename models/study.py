@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -22,12 +23,20 @@ YAML_BYTES_MAX = 256 * 1024  # a study is a page; anything larger is a mistake o
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
 """Names that may leave a site: lower case, short, without blanks, dots or slashes, so never a path or a person's name."""
+Point = Annotated[str, StringConstraints(pattern=r"^0[23][0-9a-f]{64}$")]
+"""An enrolled P-256 key as `keys.point_hex` writes it."""
 
 
 class Document(BaseModel):
     """A section of a YAML file: immutable, and unknown keys are errors. Types are strict: "3" is no number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Protection = Literal["masked", "sealed", "plain"]
+PROTECTIONS: tuple[Protection, ...] = ("masked", "sealed", "plain")
+"""From the strongest to the weakest."""
+MASKED_SITES_MIN = 3  # in a sum of two, each of the two knows the other's part
 
 
 class Task(Document):
@@ -116,10 +125,20 @@ class Evaluation(Document):
     select: Literal["best_validation", "last"] = Field(
         default="best_validation", description="the round whose model is evaluated on the test split and released"
     )
+    site_figures: bool = Field(
+        default=True,
+        description="true: each site releases its own test AUROC, interval and class counts, if both classes have 10 images",
+    )
 
 
 class Study(Document):
-    """One study protocol. `protection: plain` means the coordinator sees every site's update: each site must permit it."""
+    """One study protocol.
+
+    `protection` says what the coordinator can see of a site's update: nothing but its part in a sum (masked), or the update
+    itself (sealed: the coordinator alone; plain: whoever reads the coordinator's traffic as well); the latter two must be
+    permitted by each site's policy. `roster` and `aggregator` name the keys of who takes part. Researchers leave them out:
+    `fl-study submit` fills them in before the study is signed, so they are part of what sites approve.
+    """
 
     version: Literal[1] = Field(default=1, description="version of this file's layout")
     name: Name = Field(description="short name of the study")
@@ -130,10 +149,24 @@ class Study(Document):
     network: Network = Network()
     training: Training
     strategy: Strategy = Strategy()
-    protection: Literal["plain"] = Field(description="plain: the coordinator sees each site's update")
+    protection: Protection = Field(
+        default="masked",
+        description="masked: the coordinator sees sums only; sealed: it alone sees each site's update; plain: unprotected",
+    )
+    encoding_bits: Literal[16, 24, 32, 64] = Field(
+        default=32, description="bits that one weight of an update takes on its way; fewer are faster and less exact"
+    )
     privacy: Literal["none"] = Field(description="none: no differential privacy")
     participation: Participation
     evaluation: Evaluation = Evaluation()
+    roster: dict[Name, Point] = Field(
+        default={}, max_length=1000, description="enrolled keys of the sites; filled in by `fl-study submit`"
+    )
+    aggregator: str = Field(
+        default="",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="X25519 key that sealed updates are encrypted to; filled in by `fl-study submit`",
+    )
 
     @property
     def digest(self) -> str:
@@ -157,6 +190,31 @@ class Study(Document):
             raise DocumentError("this study is not in its canonical form")
         return study
 
+    def with_keys(self, roster: Mapping[str, str], aggregator: str) -> "Study":
+        """This study with the keys of everyone in it; `roster` may hold more sites than the study names.
+
+        Raises StudyConflict if a site of the study is not in `roster`.
+        """
+        if missing := [site for site in self.all_sites if site not in roster]:
+            raise StudyConflict(
+                f"not enrolled in the consortium: {', '.join(missing)}",
+                remedy="Correct the names in the study's participation, or have the sites invited first.",
+            )
+        facts = self.model_dump(mode="json") | {
+            "roster": {site: roster[site] for site in sorted(self.all_sites)},
+            "aggregator": aggregator,
+        }
+        return Study.model_validate(facts)
+
+    @property
+    def learned(self) -> str:
+        """Digest of what is learned, whoever takes part and however it is protected: seeds follow from it.
+
+        So a study rehearsed on a laptop, and the same one masked or not, make the same random choices.
+        """
+        same = {"roster": {}, "aggregator": "", "protection": "plain", "encoding_bits": 32}
+        return self.model_copy(update=same).digest
+
     @property
     def all_sites(self) -> list[str]:
         return [*self.participation.sites, *self.participation.evaluate_only]
@@ -175,6 +233,13 @@ class Study(Document):
             found.append(
                 "validation and test together take more than 80 % of the patients, which leaves too few to train on"
             )
+        if self.protection == "masked" and min(len(part.sites), part.quorum) < MASKED_SITES_MIN:
+            found.append(
+                f"protection: masked needs {MASKED_SITES_MIN} training sites and a quorum of {MASKED_SITES_MIN}: in a sum "
+                "of two, each knows the other's update"
+            )
+        if self.roster and set(self.roster) != set(self.all_sites):
+            found.append("the roster has keys of other sites than participation names")
         if found:
             raise StudyConflict("; ".join(found))
 

@@ -19,7 +19,7 @@ import select
 import socket
 import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -342,6 +342,19 @@ class Caller:
     def decide(self, body: bytes, signature: bytes) -> None:
         """Site: deliver a signed `Statement`."""
         self._call("Decide", pb.DecideRequest(statement=body, signature=signature))
+
+    def roster(self, sites: Sequence[str]) -> tuple[dict[str, str], str]:
+        """Researcher: (site -> enrolled key, key of the aggregator), in hex, as a study over these sites names them.
+
+        Raises NotEnrolled naming every site that the consortium does not have, MessageMalformed for what is no key.
+        """
+        reply = self._call("Roster", pb.RosterRequest(sites=sites))
+        for point in reply.keys.values():
+            if keys.point_hex(keys.load_point(point)) != point:
+                raise MessageMalformed("the coordinator named a site's key in another form than studies do")
+        if not re.fullmatch("[0-9a-f]{64}", reply.aggregator):
+            raise MessageMalformed("the coordinator named no key for sealed updates")
+        return dict(reply.keys), str(reply.aggregator)
 
     def submit(self, study: bytes) -> str:
         """Researcher: sign a study's canonical form and hand it in; returns the digest the coordinator computed."""

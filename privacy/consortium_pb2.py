@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18privacy/consortium.proto\x12\x0cisocenter.v1\"F\n\x0c\x45nrolRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\t\x12\x0b\n\x03\x63sr\x18\x04 \x01(\x0c\"P\n\nEnrolReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63oordinator_key\x18\x02 \x01(\x0c\x12\x14\n\x0cgateway_port\x18\x03 \x01(\r\"\x0f\n\rOffersRequest\"\xac\x01\n\x05Offer\x12\r\n\x05study\x18\x01 \x01(\x0c\x12\x12\n\nresearcher\x18\x02 \x01(\t\x12\x1e\n\x16researcher_certificate\x18\x03 \x01(\x0c\x12\x1c\n\x14researcher_signature\x18\x04 \x01(\x0c\x12\x1d\n\x15\x63oordinator_signature\x18\x05 \x01(\x0c\x12\x11\n\tsubmitted\x18\x06 \x01(\t\x12\x10\n\x08\x64\x65\x63ision\x18\x07 \x01(\t\"2\n\x0bOffersReply\x12#\n\x06offers\x18\x01 \x03(\x0b\x32\x13.isocenter.v1.Offer\"5\n\rDecideRequest\x12\x11\n\tstatement\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\r\n\x0b\x44\x65\x63ideReply\"1\n\rSubmitRequest\x12\r\n\x05study\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x1d\n\x0bSubmitReply\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x10\n\x0eStudiesRequest\"8\n\x08RunState\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\"\xab\x01\n\nStudyState\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\tsubmitted\x18\x03 \x01(\t\x12\x0e\n\x06quorum\x18\x04 \x01(\r\x12\x10\n\x08\x61pproved\x18\x05 \x03(\t\x12\x10\n\x08\x64\x65\x63lined\x18\x06 \x03(\t\x12\x12\n\nunanswered\x18\x07 \x03(\t\x12$\n\x04runs\x18\x08 \x03(\x0b\x32\x16.isocenter.v1.RunState\"9\n\x0cStudiesReply\x12)\n\x07studies\x18\x01 \x03(\x0b\x32\x18.isocenter.v1.StudyState\"\x1f\n\rLaunchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x1d\n\x0bLaunchReply\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"-\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\"%\n\x05\x45vent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04text\x18\x02 \x01(\t\" \n\x0eResultsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"3\n\x05\x43hunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0e\n\x06sha256\x18\x03 \x01(\t2\x94\x04\n\nConsortium\x12=\n\x05\x45nrol\x12\x1a.isocenter.v1.EnrolRequest\x1a\x18.isocenter.v1.EnrolReply\x12@\n\x06Offers\x12\x1b.isocenter.v1.OffersRequest\x1a\x19.isocenter.v1.OffersReply\x12@\n\x06\x44\x65\x63ide\x12\x1b.isocenter.v1.DecideRequest\x1a\x19.isocenter.v1.DecideReply\x12@\n\x06Submit\x12\x1b.isocenter.v1.SubmitRequest\x1a\x19.isocenter.v1.SubmitReply\x12\x43\n\x07Studies\x12\x1c.isocenter.v1.StudiesRequest\x1a\x1a.isocenter.v1.StudiesReply\x12@\n\x06Launch\x12\x1b.isocenter.v1.LaunchRequest\x1a\x19.isocenter.v1.LaunchReply\x12:\n\x05Watch\x12\x1a.isocenter.v1.WatchRequest\x1a\x13.isocenter.v1.Event0\x01\x12>\n\x07Results\x12\x1c.isocenter.v1.ResultsRequest\x1a\x13.isocenter.v1.Chunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18privacy/consortium.proto\x12\x0cisocenter.v1\"F\n\x0c\x45nrolRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\t\x12\x0b\n\x03\x63sr\x18\x04 \x01(\x0c\"P\n\nEnrolReply\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63oordinator_key\x18\x02 \x01(\x0c\x12\x14\n\x0cgateway_port\x18\x03 \x01(\r\"\x0f\n\rOffersRequest\"\xac\x01\n\x05Offer\x12\r\n\x05study\x18\x01 \x01(\x0c\x12\x12\n\nresearcher\x18\x02 \x01(\t\x12\x1e\n\x16researcher_certificate\x18\x03 \x01(\x0c\x12\x1c\n\x14researcher_signature\x18\x04 \x01(\x0c\x12\x1d\n\x15\x63oordinator_signature\x18\x05 \x01(\x0c\x12\x11\n\tsubmitted\x18\x06 \x01(\t\x12\x10\n\x08\x64\x65\x63ision\x18\x07 \x01(\t\"2\n\x0bOffersReply\x12#\n\x06offers\x18\x01 \x03(\x0b\x32\x13.isocenter.v1.Offer\"5\n\rDecideRequest\x12\x11\n\tstatement\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\r\n\x0b\x44\x65\x63ideReply\"\x1e\n\rRosterRequest\x12\r\n\x05sites\x18\x01 \x03(\t\"\x81\x01\n\x0bRosterReply\x12\x31\n\x04keys\x18\x01 \x03(\x0b\x32#.isocenter.v1.RosterReply.KeysEntry\x12\x12\n\naggregator\x18\x02 \x01(\t\x1a+\n\tKeysEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"1\n\rSubmitRequest\x12\r\n\x05study\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\x1d\n\x0bSubmitReply\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x10\n\x0eStudiesRequest\"8\n\x08RunState\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\r\n\x05label\x18\x03 \x01(\t\"\xba\x01\n\nStudyState\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x11\n\tsubmitted\x18\x03 \x01(\t\x12\x0e\n\x06quorum\x18\x04 \x01(\r\x12\x10\n\x08\x61pproved\x18\x05 \x03(\t\x12\x10\n\x08\x64\x65\x63lined\x18\x06 \x03(\t\x12\x12\n\nunanswered\x18\x07 \x03(\t\x12$\n\x04runs\x18\x08 \x03(\x0b\x32\x16.isocenter.v1.RunState\x12\r\n\x05\x64raft\x18\t \x01(\t\"9\n\x0cStudiesReply\x12)\n\x07studies\x18\x01 \x03(\x0b\x32\x18.isocenter.v1.StudyState\"\x1f\n\rLaunchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x1d\n\x0bLaunchReply\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"-\n\x0cWatchRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\x04\"%\n\x05\x45vent\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04text\x18\x02 \x01(\t\" \n\x0eResultsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"3\n\x05\x43hunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0e\n\x06sha256\x18\x03 \x01(\t2\xd6\x04\n\nConsortium\x12=\n\x05\x45nrol\x12\x1a.isocenter.v1.EnrolRequest\x1a\x18.isocenter.v1.EnrolReply\x12@\n\x06Offers\x12\x1b.isocenter.v1.OffersRequest\x1a\x19.isocenter.v1.OffersReply\x12@\n\x06\x44\x65\x63ide\x12\x1b.isocenter.v1.DecideRequest\x1a\x19.isocenter.v1.DecideReply\x12@\n\x06Roster\x12\x1b.isocenter.v1.RosterRequest\x1a\x19.isocenter.v1.RosterReply\x12@\n\x06Submit\x12\x1b.isocenter.v1.SubmitRequest\x1a\x19.isocenter.v1.SubmitReply\x12\x43\n\x07Studies\x12\x1c.isocenter.v1.StudiesRequest\x1a\x1a.isocenter.v1.StudiesReply\x12@\n\x06Launch\x12\x1b.isocenter.v1.LaunchRequest\x1a\x19.isocenter.v1.LaunchReply\x12:\n\x05Watch\x12\x1a.isocenter.v1.WatchRequest\x1a\x13.isocenter.v1.Event0\x01\x12>\n\x07Results\x12\x1c.isocenter.v1.ResultsRequest\x1a\x13.isocenter.v1.Chunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'privacy.consortium_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ROSTERREPLY_KEYSENTRY']._loaded_options = None
+  _globals['_ROSTERREPLY_KEYSENTRY']._serialized_options = b'8\001'
   _globals['_ENROLREQUEST']._serialized_start=42
   _globals['_ENROLREQUEST']._serialized_end=112
   _globals['_ENROLREPLY']._serialized_start=114
@@ -45,30 +47,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECIDEREQUEST']._serialized_end=493
   _globals['_DECIDEREPLY']._serialized_start=495
   _globals['_DECIDEREPLY']._serialized_end=508
-  _globals['_SUBMITREQUEST']._serialized_start=510
-  _globals['_SUBMITREQUEST']._serialized_end=559
-  _globals['_SUBMITREPLY']._serialized_start=561
-  _globals['_SUBMITREPLY']._serialized_end=590
-  _globals['_STUDIESREQUEST']._serialized_start=592
-  _globals['_STUDIESREQUEST']._serialized_end=608
-  _globals['_RUNSTATE']._serialized_start=610
-  _globals['_RUNSTATE']._serialized_end=666
-  _globals['_STUDYSTATE']._serialized_start=669
-  _globals['_STUDYSTATE']._serialized_end=840
-  _globals['_STUDIESREPLY']._serialized_start=842
-  _globals['_STUDIESREPLY']._serialized_end=899
-  _globals['_LAUNCHREQUEST']._serialized_start=901
-  _globals['_LAUNCHREQUEST']._serialized_end=932
-  _globals['_LAUNCHREPLY']._serialized_start=934
-  _globals['_LAUNCHREPLY']._serialized_end=963
-  _globals['_WATCHREQUEST']._serialized_start=965
-  _globals['_WATCHREQUEST']._serialized_end=1010
-  _globals['_EVENT']._serialized_start=1012
-  _globals['_EVENT']._serialized_end=1049
-  _globals['_RESULTSREQUEST']._serialized_start=1051
-  _globals['_RESULTSREQUEST']._serialized_end=1083
-  _globals['_CHUNK']._serialized_start=1085
-  _globals['_CHUNK']._serialized_end=1136
-  _globals['_CONSORTIUM']._serialized_start=1139
-  _globals['_CONSORTIUM']._serialized_end=1671
+  _globals['_ROSTERREQUEST']._serialized_start=510
+  _globals['_ROSTERREQUEST']._serialized_end=540
+  _globals['_ROSTERREPLY']._serialized_start=543
+  _globals['_ROSTERREPLY']._serialized_end=672
+  _globals['_ROSTERREPLY_KEYSENTRY']._serialized_start=629
+  _globals['_ROSTERREPLY_KEYSENTRY']._serialized_end=672
+  _globals['_SUBMITREQUEST']._serialized_start=674
+  _globals['_SUBMITREQUEST']._serialized_end=723
+  _globals['_SUBMITREPLY']._serialized_start=725
+  _globals['_SUBMITREPLY']._serialized_end=754
+  _globals['_STUDIESREQUEST']._serialized_start=756
+  _globals['_STUDIESREQUEST']._serialized_end=772
+  _globals['_RUNSTATE']._serialized_start=774
+  _globals['_RUNSTATE']._serialized_end=830
+  _globals['_STUDYSTATE']._serialized_start=833
+  _globals['_STUDYSTATE']._serialized_end=1019
+  _globals['_STUDIESREPLY']._serialized_start=1021
+  _globals['_STUDIESREPLY']._serialized_end=1078
+  _globals['_LAUNCHREQUEST']._serialized_start=1080
+  _globals['_LAUNCHREQUEST']._serialized_end=1111
+  _globals['_LAUNCHREPLY']._serialized_start=1113
+  _globals['_LAUNCHREPLY']._serialized_end=1142
+  _globals['_WATCHREQUEST']._serialized_start=1144
+  _globals['_WATCHREQUEST']._serialized_end=1189
+  _globals['_EVENT']._serialized_start=1191
+  _globals['_EVENT']._serialized_end=1228
+  _globals['_RESULTSREQUEST']._serialized_start=1230
+  _globals['_RESULTSREQUEST']._serialized_end=1262
+  _globals['_CHUNK']._serialized_start=1264
+  _globals['_CHUNK']._serialized_end=1315
+  _globals['_CONSORTIUM']._serialized_start=1318
+  _globals['_CONSORTIUM']._serialized_end=1916
 # @@protoc_insertion_point(module_scope)

@@ -68,6 +68,27 @@ class DecideReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class RosterRequest(_message.Message):
+    __slots__ = ("sites",)
+    SITES_FIELD_NUMBER: _ClassVar[int]
+    sites: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, sites: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RosterReply(_message.Message):
+    __slots__ = ("keys", "aggregator")
+    class KeysEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATOR_FIELD_NUMBER: _ClassVar[int]
+    keys: _containers.ScalarMap[str, str]
+    aggregator: str
+    def __init__(self, keys: _Optional[_Mapping[str, str]] = ..., aggregator: _Optional[str] = ...) -> None: ...
+
 class SubmitRequest(_message.Message):
     __slots__ = ("study", "signature")
     STUDY_FIELD_NUMBER: _ClassVar[int]
@@ -97,7 +118,7 @@ class RunState(_message.Message):
     def __init__(self, run_id: _Optional[str] = ..., state: _Optional[str] = ..., label: _Optional[str] = ...) -> None: ...
 
 class StudyState(_message.Message):
-    __slots__ = ("digest", "name", "submitted", "quorum", "approved", "declined", "unanswered", "runs")
+    __slots__ = ("digest", "name", "submitted", "quorum", "approved", "declined", "unanswered", "runs", "draft")
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     SUBMITTED_FIELD_NUMBER: _ClassVar[int]
@@ -106,6 +127,7 @@ class StudyState(_message.Message):
     DECLINED_FIELD_NUMBER: _ClassVar[int]
     UNANSWERED_FIELD_NUMBER: _ClassVar[int]
     RUNS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
     digest: str
     name: str
     submitted: str
@@ -114,7 +136,8 @@ class StudyState(_message.Message):
     declined: _containers.RepeatedScalarFieldContainer[str]
     unanswered: _containers.RepeatedScalarFieldContainer[str]
     runs: _containers.RepeatedCompositeFieldContainer[RunState]
-    def __init__(self, digest: _Optional[str] = ..., name: _Optional[str] = ..., submitted: _Optional[str] = ..., quorum: _Optional[int] = ..., approved: _Optional[_Iterable[str]] = ..., declined: _Optional[_Iterable[str]] = ..., unanswered: _Optional[_Iterable[str]] = ..., runs: _Optional[_Iterable[_Union[RunState, _Mapping]]] = ...) -> None: ...
+    draft: str
+    def __init__(self, digest: _Optional[str] = ..., name: _Optional[str] = ..., submitted: _Optional[str] = ..., quorum: _Optional[int] = ..., approved: _Optional[_Iterable[str]] = ..., declined: _Optional[_Iterable[str]] = ..., unanswered: _Optional[_Iterable[str]] = ..., runs: _Optional[_Iterable[_Union[RunState, _Mapping]]] = ..., draft: _Optional[str] = ...) -> None: ...
 
 class StudiesReply(_message.Message):
     __slots__ = ("studies",)

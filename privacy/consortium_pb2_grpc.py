@@ -49,6 +49,11 @@ class ConsortiumStub:
                 request_serializer=privacy_dot_consortium__pb2.DecideRequest.SerializeToString,
                 response_deserializer=privacy_dot_consortium__pb2.DecideReply.FromString,
                 _registered_method=True)
+        self.Roster = channel.unary_unary(
+                '/isocenter.v1.Consortium/Roster',
+                request_serializer=privacy_dot_consortium__pb2.RosterRequest.SerializeToString,
+                response_deserializer=privacy_dot_consortium__pb2.RosterReply.FromString,
+                _registered_method=True)
         self.Submit = channel.unary_unary(
                 '/isocenter.v1.Consortium/Submit',
                 request_serializer=privacy_dot_consortium__pb2.SubmitRequest.SerializeToString,
@@ -95,6 +100,13 @@ class ConsortiumServicer:
 
     def Decide(self, request, context):
         """Site: a signed statement that approves or declines one study.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Roster(self, request, context):
+        """Researcher: the keys that a study over these sites has to name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -152,6 +164,11 @@ def add_ConsortiumServicer_to_server(servicer, server):
                     servicer.Decide,
                     request_deserializer=privacy_dot_consortium__pb2.DecideRequest.FromString,
                     response_serializer=privacy_dot_consortium__pb2.DecideReply.SerializeToString,
+            ),
+            'Roster': grpc.unary_unary_rpc_method_handler(
+                    servicer.Roster,
+                    request_deserializer=privacy_dot_consortium__pb2.RosterRequest.FromString,
+                    response_serializer=privacy_dot_consortium__pb2.RosterReply.SerializeToString,
             ),
             'Submit': grpc.unary_unary_rpc_method_handler(
                     servicer.Submit,
@@ -260,6 +277,33 @@ class Consortium:
             '/isocenter.v1.Consortium/Decide',
             privacy_dot_consortium__pb2.DecideRequest.SerializeToString,
             privacy_dot_consortium__pb2.DecideReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Roster(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isocenter.v1.Consortium/Roster',
+            privacy_dot_consortium__pb2.RosterRequest.SerializeToString,
+            privacy_dot_consortium__pb2.RosterReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,6 +24,13 @@
     │   ├── TooFewApprovals       fewer sites approved than the study's quorum
     │   ├── QuorumLost            a round ended with fewer reports than the quorum
     │   └── RunUnknown            no such run or study here
+    ├── ProtectionError           how updates are protected on their way into the sum
+    │   ├── StepRefused           a step of secure aggregation out of turn, twice, or against its rules
+    │   ├── PeerUntrusted         keys of another site that its enrolled key did not sign, or other keys than expected
+    │   ├── ShareInvalid          shares of a secret that do not give the secret back
+    │   ├── TooFewSurvivors       fewer sites than the threshold: no sum may be opened
+    │   ├── MaskKeysLost          the process that held the keys of this sum is gone, and the keys with it
+    │   └── SealBroken            a sealed update that does not open, or was sealed for something else
     ├── LearningError
     │   ├── TrainingDiverged      a loss or a weight is no longer a finite number
     │   └── TrainingStopped       the site was told to stop in the middle of a round
@@ -170,6 +177,41 @@ class QuorumLost(RunError):
 class RunUnknown(RunError):
     code = "run-unknown"
     remedy = "List what there is with `fl-server runs` or `fl-study studies`."
+
+
+class ProtectionError(IsocenterError):
+    code = "protection"
+    remedy = "Nothing was revealed. If it happens again, tell the sites of the study before another run is launched."
+
+
+class StepRefused(ProtectionError):
+    code = "step-refused"
+
+
+class PeerUntrusted(ProtectionError):
+    code = "peer-untrusted"
+    remedy = (
+        "Do not continue: somebody put keys into the round that do not belong to the study's sites. Compare the "
+        "fingerprints of the study's roster with the other sites over the telephone."
+    )
+
+
+class ShareInvalid(ProtectionError):
+    code = "share-invalid"
+
+
+class TooFewSurvivors(ProtectionError):
+    code = "too-few-survivors"
+    remedy = "Nothing was learned from this attempt. Find out why sites drop out; the round is tried again without masks reused."
+
+
+class MaskKeysLost(ProtectionError):
+    code = "mask-keys-lost"
+    remedy = "Nothing to do: the site takes part again with fresh keys from the next round on."
+
+
+class SealBroken(ProtectionError):
+    code = "seal-broken"
 
 
 class LearningError(IsocenterError):

@@ -1,13 +1,14 @@
 """Keys, certificates and signed statements: every check here raises, and a private key is never readable by others.
 
 Trust rules, in the order in which they bite:
-1. One kind of key: EC P-256. It serves TLS, the node's authentication at Flower (which asks for a NIST curve) and
-   statements.
+1. One kind of identity: EC P-256. It serves TLS, the node's authentication at Flower (which asks for a NIST curve) and
+   statements. X25519 keys are for sealing and for masks alone.
 2. A private key is made where it is used, in a file of mode 0600, and is never overwritten and never sent.
 3. A certificate is issued only for a signing request whose own signature holds; subject and uses come from the
    authority's arguments, never from the request.
 4. Every signature covers a label `isocenter/v1/<use>` before its body, so a statement of one use is none of another.
-5. An authority is known by the SHA-256 of its certificate, which people compare.
+5. What is sealed to a key says what it is about, and opens for nothing else.
+6. An authority is known by the SHA-256 of its certificate, which people compare.
 """
 
 import datetime as dt
@@ -22,12 +23,13 @@ from pathlib import Path
 from typing import Literal
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, hpke, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from privacy.errors import KeyFileUnsafe, MessageMalformed, NotEnrolled, SignatureInvalid, TrustError
+from privacy.errors import KeyFileUnsafe, MessageMalformed, NotEnrolled, SealBroken, SignatureInvalid, TrustError
 
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
@@ -37,10 +39,13 @@ STUDY_SUBMIT = b"isocenter/v1/study/submit"  # a researcher stands for the canon
 STUDY_OFFER = b"isocenter/v1/study/offer"  # the coordinator offers the canonical study to the sites it names
 STUDY_DECISION = b"isocenter/v1/study/decision"  # a site approves or declines a digest
 CALL = b"isocenter/v1/call"  # one gRPC call
+SUM_KEYS = b"isocenter/v1/sum-keys"  # a site stands for its ephemeral keys of one sum
 
 PEM_BYTES_MAX = 64 * 1024  # a chain of three P-256 certificates is under 4 KiB
 CA_DAYS = 3650  # the authority outlives every certificate it issues; replacing it means joining again
 BACKDATE = dt.timedelta(minutes=5)  # a certificate is valid at once on a machine whose clock is a little behind
+SEALING_KEY_BYTES = 32
+_HPKE = hpke.Suite(hpke.KEM.X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_256_GCM)
 _LABEL = re.compile(rb"isocenter/v1/[a-z0-9/-]{1,64}")
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _HOST = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
@@ -111,6 +116,17 @@ def make_key(path: Path) -> PrivateKey:
 def load_key(path: Path) -> PrivateKey:
     """The P-256 key in `path`. Raises KeyFileUnsafe if others may use the file, NotEnrolled if it is absent."""
     try:
+        key = serialization.load_pem_private_key(_read_private(path), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise TrustError(f"{path} holds no private key", remedy="Restore the file from your backup.") from None
+    if not isinstance(key, PrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise TrustError(f"the key in {path} is not of type EC P-256", remedy="Restore the file from your backup.")
+    return key
+
+
+def _read_private(path: Path) -> bytes:
+    """The content of a file that only this user can use. Raises KeyFileUnsafe or, if it is absent, NotEnrolled."""
+    try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise NotEnrolled(f"there is no key at {path}") from None
@@ -123,14 +139,7 @@ def load_key(path: Path) -> PrivateKey:
             raise KeyFileUnsafe(
                 f"{path} can be read or changed by other users (mode {stat.S_IMODE(status.st_mode):04o})"
             )
-        pem = file.read(PEM_BYTES_MAX)
-    try:
-        key = serialization.load_pem_private_key(pem, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise TrustError(f"{path} holds no private key", remedy="Restore the file from your backup.") from None
-    if not isinstance(key, PrivateKey) or not isinstance(key.curve, ec.SECP256R1):
-        raise TrustError(f"the key in {path} is not of type EC P-256", remedy="Restore the file from your backup.")
-    return key
+        return file.read(PEM_BYTES_MAX)
 
 
 # Public keys and certificates ----------------------------------------------------------------------------------------
@@ -326,6 +335,58 @@ def check_name(name: str) -> str:
             remedy="Choose a short name in lower case, such as north or st-mary.",
         )
     return name
+
+
+def point_hex(public_key: PublicKey) -> str:
+    """The key as 66 hex characters (compressed point), as a study's roster names it."""
+    encoding, form = serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint
+    return public_key.public_bytes(encoding, form).hex()
+
+
+def load_point(text: str) -> PublicKey:
+    """The key behind `point_hex`; raises MessageMalformed."""
+    try:
+        return PublicKey.from_encoded_point(ec.SECP256R1(), bytes.fromhex(text))
+    except (ValueError, TypeError):
+        raise MessageMalformed("this is no P-256 key in compressed form") from None
+
+
+# Sealing -------------------------------------------------------------------------------------------------------------
+
+
+def make_sealing_key(path: Path) -> X25519PrivateKey:
+    """The X25519 key that others seal to, 32 raw bytes in a file of mode 0600; never overwrites anything."""
+    key = X25519PrivateKey.generate()
+    _write(path, key.private_bytes_raw(), 0o600, replace=False)
+    return key
+
+
+def load_sealing_key(path: Path) -> X25519PrivateKey:
+    """The key of `make_sealing_key`. Raises KeyFileUnsafe if others may use the file, NotEnrolled if it is absent."""
+    raw = _read_private(path)
+    if len(raw) != SEALING_KEY_BYTES:
+        raise TrustError(f"{path} holds no X25519 key", remedy="Restore the file from your backup.")
+    return X25519PrivateKey.from_private_bytes(raw)
+
+
+def seal(public_key: bytes, content: bytes, about: bytes) -> bytes:
+    """Encrypt `content` so that only the owner of the X25519 `public_key` can read it, bound to `about`.
+
+    HPKE in base mode (RFC 9180) with X25519, HKDF-SHA256 and AES-256-GCM: a fresh key for each message, `about` as info.
+    Raises MessageMalformed if `public_key` is no X25519 key.
+    """
+    try:
+        return _HPKE.encrypt(content, X25519PublicKey.from_public_bytes(public_key), about)
+    except ValueError:
+        raise MessageMalformed("this is no X25519 key to seal to") from None
+
+
+def unseal(key: X25519PrivateKey, sealed: bytes, about: bytes) -> bytes:
+    """What was sealed to `key` about the same thing; raises SealBroken for anything else."""
+    try:
+        return _HPKE.decrypt(sealed, key, about)
+    except (ValueError, InvalidTag):
+        raise SealBroken("the sealed content does not open with this key for this purpose") from None
 
 
 # Statements ----------------------------------------------------------------------------------------------------------

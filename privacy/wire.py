@@ -1,25 +1,32 @@
 """Everything that may cross a hospital's boundary, and nothing else: orders in; reports or a refusal out.
 
-Each message is a frozen dataclass with a fixed schema: numbers, enumerated words, digests, and arrays of numbers. There is no
-field for free text, so a path, a name or an exception text has nowhere to travel. Decoding is strict: another version, a
-missing or additional field, another type, a value out of range, an array of another dtype or with a NaN is MessageMalformed.
+Each message is a frozen dataclass with a fixed schema: numbers, enumerated words, names of the study's sites, digests, arrays
+of numbers, and bytes that only `privacy.secagg` and `privacy.sharing` read, strictly. There is no field for free text, so a
+path, a patient's name or an exception text has nowhere to travel. Decoding is strict: another version, a missing or additional
+field, another type, a value out of range, an array of another dtype or with a NaN is MessageMalformed.
 
-    order   TrainOrder      the model to start from; names the study and restates none of its settings
-            EvaluateOrder   the model to evaluate, and on which split
-    report  TrainReport     the update (float32, flat) and how many cases it is worth
-            EvaluateReport  label-wise score histograms (int32), loss, and counts
+    order   TrainOrder      evaluate this model on the validation split, then train it; names the study, restates none of it
+            EvaluateOrder   evaluate this model on one split
+            KeysOrder       make keys for a sum that is to come
+            UnmaskOrder     help to open a sum, and take in the keys of the next one
+    report  TrainReport, EvaluateReport   the site's contribution to a sum, protected as the study says; keys of the next sum
+            KeysReport      this site's signed keys
+            UnmaskReport    shares of the sum that is opened; encrypted shares for the next one
             Refusal         one public code of `privacy.errors`
 
-Orders are signed by the coordinator over study, run, round, attempt, time and the hash of the model, so a site can tell an
-order from a forgery, from a replay, and from the same order with another model.
+Orders are signed by the coordinator over every field, the model by its hash, so a site can tell an order from a forgery, from
+a replay, and from the same order with another model. All sites get the same order: what it covers (`Order.body`) goes into
+every mask, so sites that were shown different orders make a sum of noise.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
 import numpy as np
@@ -30,14 +37,17 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from privacy import keys
 from privacy.errors import MessageMalformed, OrderForged, SignatureInvalid, public_codes
 
-VERSION = 1
+VERSION = 2
 ORDER_LABEL = b"isocenter/v1/order"
 VECTOR_MAX = 2**28  # 1 GiB of float32; the largest network offered has 7 million parameters
-COUNTS_MAX = 32 * 2 * 10_000  # targets x classes x bins, the maxima that a study may ask for
+FIGURES_MAX = 32 * 5  # targets x (AUROC, lower and upper end of its interval, negatives, positives)
+BYTES_MAX = 2**31  # 1000 sites, or 8 bytes for each value of the largest vector
+SITES_MAX = 1000
+SCALE_MAX = 200
 FRESH_S = 7 * 86400  # an order older than the longest round of a study is stale
 
 Float32 = npt.NDArray[np.float32]
-Int32 = npt.NDArray[np.int32]
+Names = tuple[str, ...]
 
 _PATTERNS = {
     "study": re.compile(r"[0-9a-f]{64}"),
@@ -69,13 +79,17 @@ class ArrayKind:
 
 
 _VECTOR = ArrayKind(np.dtype("<f4"), 1, VECTOR_MAX)
-ARRAYS = {"model": _VECTOR, "update": _VECTOR, "counts": ArrayKind(np.dtype("<i4"), 3, COUNTS_MAX)}
+ARRAYS = {"model": _VECTOR, "figures": ArrayKind(np.dtype("<f4"), 2, FIGURES_MAX)}
+NAMES = ("participants", "survivors", "members")  # travel as one text with blanks between: Flower knows no empty list
 _SIGNATURE_MAX = 80  # bytes of a DER-encoded P-256 signature, with room
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Crossing:
-    """What every message names: the study's digest, the run, the round (from 1) and the attempt at it (from 1)."""
+    """What every message names: the study's digest, the run, round and attempt (from 1), and the sum within the attempt.
+
+    Sums are counted from 1 in each attempt; 0 is the sum before the first, which has nothing in it.
+    """
 
     kind: ClassVar[str] = ""
 
@@ -83,6 +97,11 @@ class Crossing:
     run: str
     round: int
     attempt: int
+    sum: int
+
+    def naming(self) -> dict[str, Any]:
+        """Study, run, round, attempt and sum, for another message about the same."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Crossing)}
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -102,6 +121,8 @@ class Crossing:
             if isinstance(value, np.ndarray):
                 facts[name] = np.ascontiguousarray(value, dtype=ARRAYS[name].dtype).tobytes()
                 facts[f"{name}_shape"] = list(value.shape)
+            elif name in NAMES:
+                facts[name] = " ".join(value)
             else:
                 facts[name] = value
         return RecordDict({RECORD: ConfigRecord(facts)})
@@ -124,7 +145,9 @@ class Crossing:
             raise MessageMalformed(f"fields of a {cls.kind!r} message are missing, or there are more than expected")
         for name in arrays:
             given[name] = ARRAYS[name].decode(name, given[name], given.pop(f"{name}_shape"))
-        for name in set(schema) - set(arrays):
+        for name in set(schema) & set(NAMES):
+            given[name] = tuple(given[name].split(" ")) if isinstance(given[name], str) and given[name] else ()
+        for name in set(schema) - set(arrays) - set(NAMES):
             if type(given[name]) is not schema[name]:
                 raise MessageMalformed(f"field {name!r} must be {schema[name].__name__}")
         return cls(**given)
@@ -134,7 +157,8 @@ class Crossing:
 class Order(Crossing):
     """What the coordinator asks of a site. `issued` is seconds since 1970; `signature` covers all but itself."""
 
-    model: Float32
+    message_type: ClassVar[str] = "query"  # which of Flower's handlers takes it
+
     issued: int
     signature: bytes
 
@@ -151,25 +175,76 @@ class Order(Crossing):
             raise OrderForged("the order is stale: it was signed more than a week from this clock's time")
 
     def body(self) -> bytes:
-        """What the signature covers: every field by name, the model by its SHA-256."""
+        """What the signature covers: every field by name, arrays and bytes by their SHA-256. Computed once."""
+        return self._body
+
+    @functools.cached_property
+    def _body(self) -> bytes:
         facts: dict[str, Any] = {"version": VERSION, "kind": self.kind}
         for name in self.fields():
-            if name not in ("model", "signature"):
-                facts[name] = getattr(self, name)
-        facts["model"] = hashlib.sha256(self.model.astype("<f4", copy=False).tobytes()).hexdigest()
+            value = getattr(self, name)
+            if isinstance(value, np.ndarray):
+                value = hashlib.sha256(np.ascontiguousarray(value, dtype=ARRAYS[name].dtype).data).hexdigest()
+            elif isinstance(value, bytes):
+                value = hashlib.sha256(value).hexdigest()
+            if name != "signature":
+                facts[name] = value
         return json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TrainOrder(Order):
-    kind: ClassVar[str] = "train"
+class WorkOrder(Order):
+    """An order whose report goes into a sum.
+
+    `scale`: values are multiplied by two to this power before they are rounded. Under `protection: masked`, `participants` are
+    the sites of the sum, sorted, and `shares` what each of them encrypted for its peers; otherwise both are empty. `keys_next`
+    asks for keys of the next sum.
+    """
+
+    model: Float32
+    scale: int
+    participants: Names
+    shares: bytes
+    keys_next: bool
+
+    def about(self, site: str) -> bytes:
+        """What a sealed contribution of `site` is bound to: study, run, round, attempt, sum and site."""
+        return json.dumps(self.naming() | {"site": site}, sort_keys=True, separators=(",", ":")).encode()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class EvaluateOrder(Order):
+class TrainOrder(WorkOrder):
+    kind: ClassVar[str] = "train"
+    message_type: ClassVar[str] = "train"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvaluateOrder(WorkOrder):
     kind: ClassVar[str] = "evaluate"
+    message_type: ClassVar[str] = "evaluate"
 
     split: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeysOrder(Order):
+    """Make keys for the sum `sum`."""
+
+    kind: ClassVar[str] = "keys"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnmaskOrder(Order):
+    """`survivors`: whose vectors are in the sum, sorted; empty if there is nothing to open.
+
+    `members` and `keys`: the sites of the next sum (`sum` + 1), sorted, and their keys; empty after the last sum.
+    """
+
+    kind: ClassVar[str] = "unmask"
+
+    survivors: Names
+    members: Names
+    keys: bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -180,31 +255,46 @@ class Report(Crossing):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class TrainReport(Report):
-    """`update`: float32 (P,), local model minus ordered model. `cases`: labelled images behind it. `loss`: their mean."""
+class WorkReport(Report):
+    """A contribution: `vector` holds its packed words (`privacy.sharing.Encoding`) masked, sealed or plain, as the study says."""
 
-    kind: ClassVar[str] = "train-report"
-
-    cases: int
-    loss: float
     seconds: float
-    ingested: int
-    update: Float32
+    vector: bytes
+    keys: bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class EvaluateReport(Report):
-    """`counts`: int32 (targets, 2, bins), how many negatives and positives scored in each bin. `loss`: mean over images."""
+class TrainReport(WorkReport):
+    kind: ClassVar[str] = "train-report"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvaluateReport(WorkReport):
+    """`figures`: float32 (targets, 5), what the site releases of its own test split (`models.contributions`)."""
 
     kind: ClassVar[str] = "evaluate-report"
 
     split: str
-    patients: int
-    images: int
-    loss: float
+    figures: Float32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class KeysReport(Report):
+    kind: ClassVar[str] = "keys-report"
+
     seconds: float
-    ingested: int
-    counts: Int32
+    keys: bytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnmaskReport(Report):
+    """`revealed`: one share for each site of the sum that this site holds shares of. `sealed`: its shares for the next sum."""
+
+    kind: ClassVar[str] = "unmask-report"
+
+    seconds: float
+    revealed: bytes
+    sealed: bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,12 +305,10 @@ class Refusal(Report):
 
     code: str
 
-    @classmethod
-    def of(cls, order: Order, site: str, code: str) -> "Refusal":
-        return cls(study=order.study, run=order.run, round=order.round, attempt=order.attempt, site=site, code=code)
 
-
-MESSAGES: tuple[type[Crossing], ...] = (TrainOrder, EvaluateOrder, TrainReport, EvaluateReport, Refusal)
+ORDERS: tuple[type[Order], ...] = (TrainOrder, EvaluateOrder, KeysOrder, UnmaskOrder)
+REPORTS: tuple[type[Report], ...] = (TrainReport, EvaluateReport, KeysReport, UnmaskReport, Refusal)
+MESSAGES: tuple[type[Crossing], ...] = (*ORDERS, *REPORTS)
 M = TypeVar("M", bound=Crossing)
 
 
@@ -239,22 +327,40 @@ def decode(message: Message, *kinds: type[M]) -> M:
 def _check(name: str, value: Any) -> None:
     """Raise MessageMalformed unless `value` is in the range of the field `name`; sender and receiver both call this."""
     if isinstance(value, np.ndarray):
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise MessageMalformed(f"array {name!r} holds NaN or infinity")
-        if value.dtype.kind == "i" and value.min(initial=0) < 0:
-            raise MessageMalformed(f"array {name!r} holds a negative count")
-        good = True
-    elif name in _PATTERNS:
-        good = isinstance(value, str) and _PATTERNS[name].fullmatch(value) is not None
-    elif name == "code":
-        good = value in public_codes()
-    elif name == "signature":
-        good = isinstance(value, bytes) and len(value) <= _SIGNATURE_MAX
-    elif name in ("round", "attempt"):
-        good = isinstance(value, int) and 1 <= value <= 1_000_000
+        good = value.dtype.kind != "f" or bool(np.isfinite(value).all())
+    elif name in _RULES:
+        good = _RULES[name](value)
+    elif isinstance(value, bytes):
+        good = len(value) <= BYTES_MAX
     elif isinstance(value, int):
         good = 0 <= value < 2**53
     else:
         good = isinstance(value, float) and math.isfinite(value) and 0 <= value < 1e12
     if not good:
-        raise MessageMalformed(f"field {name!r} is out of range")
+        raise MessageMalformed(f"field {name!r} is out of range, or holds NaN or infinity")
+
+
+def _is_names(value: Any) -> bool:
+    """Distinct names of sites, sorted, at most SITES_MAX."""
+    if not isinstance(value, tuple) or len(value) > SITES_MAX or not all(_matches("site", name) for name in value):
+        return False
+    return sorted(set(value)) == list(value)
+
+
+def _matches(name: str, value: Any) -> bool:
+    return isinstance(value, str) and _PATTERNS[name].fullmatch(value) is not None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and 1 <= value <= 1_000_000
+
+
+_RULES: dict[str, Callable[[Any], bool]] = {
+    **{name: functools.partial(_matches, name) for name in _PATTERNS},
+    **dict.fromkeys(NAMES, _is_names),
+    **dict.fromkeys(("round", "attempt"), _is_number),
+    "code": lambda value: value in public_codes(),
+    "signature": lambda value: isinstance(value, bytes) and len(value) <= _SIGNATURE_MAX,
+    "scale": lambda value: isinstance(value, int) and -SCALE_MAX <= value <= SCALE_MAX,
+    "keys_next": lambda value: isinstance(value, bool),
+}

@@ -15,9 +15,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fl_client.rehearsal import approve, prepare
 from fl_client.site import Site
-from models import networks
+from models import contributions, networks
 from models.study import Study, parse
 from privacy import keys, wire
+from privacy.sharing import Encoding
 
 STUDY = """
 name: opacity
@@ -48,7 +49,9 @@ def _ingested(name: str) -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     home = Path(folder) / name
     prepare(home, name, None, (16, len(name)), COORDINATOR.public_key())
-    text = (home / "site.yaml").read_text().replace("permit_plain: true", "permit_plain: true\n  minimum_patients: 2")
+    text = (home / "site.yaml").read_text().replace(
+        "least_protection: plain", "least_protection: plain\n  minimum_patients: 2"
+    )
     (home / "site.yaml").write_text(text)
     return home
 
@@ -76,8 +79,12 @@ class Hospital:
 
     def order(self, kind: type[wire.Order] = wire.TrainOrder, **change: Any) -> wire.Order:
         """A signed order of round 1 for the initial model."""
-        facts: dict[str, Any] = {"study": self.study.digest, "run": "run-1", "round": 1, "attempt": 1}
-        facts |= {"model": first_model(self.study), "issued": int(time.time()), "signature": b""} | change
+        facts: dict[str, Any] = {"study": self.study.digest, "run": "run-1", "round": 1, "attempt": 1, "sum": 1}
+        facts |= {"issued": int(time.time()), "signature": b""}
+        if issubclass(kind, wire.WorkOrder):
+            facts |= {"model": first_model(self.study), "scale": 10, "keys_next": False}
+            facts |= {"participants": (), "shares": b""}
+        facts |= change
         if kind is wire.EvaluateOrder:
             facts.setdefault("split", "validation")
         return kind(**facts).signed(COORDINATOR)
@@ -87,14 +94,25 @@ class Hospital:
         from fl_client.app import make_app
 
         records = order if isinstance(order, RecordDict) else order.to_records()
-        kind = message_type or (order.kind if isinstance(order, wire.Order) else "train")
+        kind = message_type or (order.message_type if isinstance(order, wire.Order) else "train")
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
         message = Message(records, dst_node_id=5, message_type=kind)
         message.metadata.__dict__["_message_id"] = "m1"
         return make_app()(message, Context(1, 5, {"site": str(self.home)}, RecordDict(), {}))
 
+    def encoding(self, kind: type[wire.Order] = wire.TrainOrder, scale: int = 10) -> Encoding:
+        """How a plain report to `order` is packed."""
+        train = kind is wire.TrainOrder
+        return Encoding(
+            values=first_model(self.study).size if train else 0,
+            counts=contributions.count_of(self.study, "train" if train else "evaluate"),
+            bits=self.study.encoding_bits,
+            scale=scale,
+            sites=len(self.study.participation.sites if train else self.study.all_sites),
+        )
+
     def answer(self, order: wire.Order) -> wire.Report:
-        return wire.decode(self.deliver(order), wire.TrainReport, wire.EvaluateReport, wire.Refusal)
+        return wire.decode(self.deliver(order), *wire.REPORTS)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from hospital import Hospital
 from fl_client.cli import app as fl_client
 from fl_server.cli import app as fl_server
 from fl_server.research import app as fl_study
+from models.study import Study, read
 from privacy import console
 
 Call = Callable[..., tuple[int, str, str]]
@@ -57,11 +58,13 @@ STUDY_MISTAKES = {
         "training.learning_rate: input should be less than or equal to 10",
     ),
     "an unknown word": ("  name: fedavg", "  name: fedsum", "strategy.name"),
-    "a missing key": ("protection: plain", "# nothing", "the key 'protection' is missing"),
-    "a quorum nobody reaches": ("  quorum: 2", "  quorum: 9", "quorum 9 is more than the 3 training sites"),
+    "a missing key": ("privacy: none", "# nothing", "the key 'privacy' is missing"),
+    "an unknown protection": ("protection: masked", "protection: hidden", "protection: input should be 'masked'"),
+    "too few sites for masks": ("  quorum: 3", "  quorum: 2", "masked needs 3 training sites and a quorum of 3"),
+    "a quorum nobody reaches": ("  quorum: 3", "  quorum: 9", "quorum 9 is more than the 3 training sites"),
     "a key twice": ("privacy: none", "privacy: none\nprivacy: none", "key 'privacy' stands twice"),
     "an alias bomb": ("title: ", "title: &a x\nalso: *a\nx: ", "aliases"),
-    "a tab": ("  quorum: 2", "\tquorum: 2", "line"),
+    "a tab": ("  quorum: 3", "\tquorum: 3", "line"),
     "a path as a name": ("[alpine, bayside, central]", "[../alpine, bayside, central]", "participation.sites.0"),
 }
 
@@ -77,7 +80,7 @@ def test_a_mistake_in_a_study_is_named_with_its_line(call: Call, tmp_path: Path,
     code, _, err = call(fl_study, "check", file)
     assert code == 1
     assert said in flat(err)
-    if mistake != "a quorum nobody reaches":  # a conflict of two keys has no one line
+    if mistake not in ("a quorum nobody reaches", "too few sites for masks"):  # a conflict of two keys has no one line
         line = next(
             n for n, t in enumerate(file.read_text().splitlines(), 1) if after.splitlines()[-1].split(":")[0] in t
         )
@@ -92,7 +95,20 @@ def test_templates_work_as_they_stand(call: Call, tmp_path: Path) -> None:
     for name in names:
         assert call(fl_study, "new", tmp_path / f"{name}.yaml", "--template", name)[0] == 0
         code, out, _ = call(fl_study, "check", tmp_path / f"{name}.yaml", "--json")
-        assert code == 0 and len(json.loads(out)["digest"]) == 64
+        found = json.loads(out)
+        assert code == 0 and found["digest"] is None  # the sites' keys, which the digest covers, are not in it yet
+        assert found["study"]["protection"] == "masked"
+        assert "fixed by `fl-study submit`" in flat(call(fl_study, "check", tmp_path / f"{name}.yaml")[1])
+
+
+def test_a_study_that_names_its_keys_has_a_digest(call: Call, tmp_path: Path) -> None:
+    point, file = "02" + "ab" * 32, tmp_path / "study.yaml"
+    assert call(fl_study, "new", file, "--template", "phantoms")[0] == 0
+    roster = "".join(f"  {name}: '{point}'\n" for name in ("alpine", "bayside", "central"))
+    file.write_text(f"{file.read_text()}\nroster:\n{roster}")
+    digest = json.loads(call(fl_study, "check", file, "--json")[1])["digest"]
+    assert digest == read(Study, file).digest
+    assert digest in call(fl_study, "check", file)[1]
 
 
 def test_nothing_is_overwritten(call: Call, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import datetime as dt
 import hashlib
+import hmac
 import os
 import ssl
 import stat
@@ -16,16 +17,20 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
 from privacy import keys
-from privacy.errors import KeyFileUnsafe, MessageMalformed, NotEnrolled, SignatureInvalid, TrustError
+from privacy.errors import KeyFileUnsafe, MessageMalformed, NotEnrolled, SealBroken, SignatureInvalid, TrustError
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = ec.generate_private_key(ec.SECP256R1())
 OTHER = ec.generate_private_key(ec.SECP256R1())
+P256_P = 2**256 - 2**224 + 2**192 + 2**96 - 1  # SEC 2, 2.4.2
+P256_B = 0x5AC635D8AA3A93E7B3EBBD55769886BC651D06B0CC53B0F63BCE3C3E27D2604B
 
 
 @pytest.fixture
@@ -309,8 +314,151 @@ def test_label_and_body_cannot_shift_into_each_other(body: bytes, tail: bytes) -
         keys.sign(KEY, label + b"\n" + tail, body)
 
 
+# Keys in a study's roster
+
+
+def test_a_point_is_written_as_sec_1_says_and_comes_back() -> None:
+    """Oracle: SEC 1, 2.3.3: 02 or 03 for an even or odd y, then x in 32 bytes."""
+    for _ in range(20):  # both signs of y, and now and then an x with leading zeros
+        public = ec.generate_private_key(ec.SECP256R1()).public_key()
+        numbers = public.public_numbers()
+        assert keys.point_hex(public) == f"{2 + numbers.y % 2:02x}{numbers.x:064x}"
+        assert keys.load_point(keys.point_hex(public)) == public
+    assert keys.point_hex(KEY.public_key()) != keys.point_hex(OTHER.public_key())
+    small = ec.derive_private_key(1, ec.SECP256R1()).public_key()  # the generator of NIST P-256 (SEC 2, 2.4.2)
+    assert keys.point_hex(small) == "036b17d1f2e12c4247f8bce6e563a440f277037d812deb33a0f4a13945d898c296"
+
+
+def test_what_is_no_point_is_refused() -> None:
+    good = keys.point_hex(KEY.public_key())
+    p384 = ec.generate_private_key(ec.SECP384R1()).public_key()
+    longer = p384.public_bytes(serialization.Encoding.X962, serialization.PublicFormat.CompressedPoint).hex()
+    off_curve = next(
+        text
+        for text in (f"02{x:064x}" for x in range(1, 50))
+        if pow(int(text[2:], 16) ** 3 - 3 * int(text[2:], 16) + P256_B, (P256_P - 1) // 2, P256_P) == P256_P - 1
+    )
+    for text in ["", "00", "zz" * 33, good[:-1], good[:-2], good + "00", "05" + good[2:], longer, off_curve]:
+        with pytest.raises(MessageMalformed):
+            keys.load_point(text)
+    with pytest.raises(MessageMalformed):
+        keys.load_point(f"02{P256_P:064x}")  # x is not below the prime
+    with pytest.raises(MessageMalformed):
+        keys.load_point(None)  # type: ignore[arg-type]
+
+
+# Sealing
+
+
+def test_a_sealing_key_file_is_private_raw_and_never_overwritten(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        key = keys.make_sealing_key(tmp_path / "deep" / "aggregator.key")
+    finally:
+        os.umask(old)
+    path = tmp_path / "deep" / "aggregator.key"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.read_bytes() == key.private_bytes_raw() and path.stat().st_size == 32
+    assert keys.load_sealing_key(path).public_key() == key.public_key()
+    with pytest.raises(FileExistsError):
+        keys.make_sealing_key(path)
+    assert path.read_bytes() == key.private_bytes_raw()
+    assert [entry.name for entry in path.parent.iterdir()] == ["aggregator.key"]
+
+
+def test_a_sealing_key_is_not_loaded_from_what_is_none(tmp_path: Path) -> None:
+    with pytest.raises(NotEnrolled):
+        keys.load_sealing_key(tmp_path / "absent.key")
+    path = tmp_path / "aggregator.key"
+    for content in (b"", b"x" * 31, b"x" * 33, b"x" * (keys.PEM_BYTES_MAX + 10)):
+        keys.write_private(path, content)
+        with pytest.raises(TrustError, match="no X25519 key"):
+            keys.load_sealing_key(path)
+    keys.make_key(tmp_path / "site.key")  # another kind of key
+    with pytest.raises(TrustError, match="no X25519 key"):
+        keys.load_sealing_key(tmp_path / "site.key")
+    keys.write_private(path, b"x" * 32)
+    for mode in (0o640, 0o604, 0o660, 0o777):
+        path.chmod(mode)
+        with pytest.raises(KeyFileUnsafe, match=f"{mode:04o}"):
+            keys.load_sealing_key(path)
+    path.chmod(0o600)
+    (tmp_path / "link.key").symlink_to(path)
+    with pytest.raises(KeyFileUnsafe):
+        keys.load_sealing_key(tmp_path / "link.key")
+
+
+def public_of(key: X25519PrivateKey) -> bytes:
+    return key.public_key().public_bytes_raw()
+
+
+@given(st.binary(max_size=300), st.binary(max_size=100))
+def test_what_is_sealed_opens_for_its_key_and_purpose_only(content: bytes, about: bytes) -> None:
+    key, other = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+    sealed = keys.seal(public_of(key), content, about)
+    assert keys.unseal(key, sealed, about) == content
+    assert len(sealed) == 32 + len(content) + 16  # ephemeral key, content, tag
+    for wrong_key, wrong_about in [
+        (other, about),
+        (key, about + b"\0"),
+        (key, b"x" + about),
+        (key, about[:-1] + b"?!"),
+    ]:
+        with pytest.raises(SealBroken):
+            keys.unseal(wrong_key, sealed, wrong_about)
+
+
+def test_a_sealed_message_that_was_cut_or_altered_anywhere_does_not_open() -> None:
+    key = X25519PrivateKey.generate()
+    sealed = keys.seal(public_of(key), b"an update", b"study run round site")
+    for place in range(len(sealed)):
+        for changed in (sealed[:place], sealed[:place] + bytes([sealed[place] ^ 1]) + sealed[place + 1 :]):
+            with pytest.raises(SealBroken):
+                keys.unseal(key, changed, b"study run round site")
+    for changed in (sealed + b"\0", b"\0" * len(sealed), b"\0" * 32 + sealed[32:]):
+        with pytest.raises(SealBroken):
+            keys.unseal(key, changed, b"study run round site")
+    with pytest.raises(SealBroken):
+        keys.unseal(key, sealed, b"")
+
+
+def test_sealing_the_same_twice_looks_different() -> None:
+    key = X25519PrivateKey.generate()
+    one, two = (keys.seal(public_of(key), b"\0" * 64, b"a") for _ in range(2))
+    assert one[:32] != two[:32] and one[32:] != two[32:]
+
+
+def test_only_a_usable_x25519_key_is_sealed_to() -> None:
+    # Small-order points (RFC 7748, section 6.1): the shared secret would be zero whatever the sender's key is.
+    for public in (b"", b"x" * 31, b"x" * 33, b"\0" * 32, b"\1" + b"\0" * 31):
+        with pytest.raises(MessageMalformed):
+            keys.seal(public, b"an update", b"about")
+
+
+def test_sealing_is_rfc_9180_base_mode() -> None:
+    """Oracle: HPKE's key schedule written out here (RFC 9180, sections 4 and 5) with one AES-256-GCM message."""
+    key, about, content = X25519PrivateKey.generate(), b"study run round site", b"an update"
+    sealed = keys.seal(public_of(key), content, about)
+    enc, ciphertext = sealed[:32], sealed[32:]
+    kem_suite, suite = b"KEM" + (32).to_bytes(2, "big"), b"HPKE" + bytes([0, 32, 0, 1, 0, 2])
+
+    def extract(salt: bytes, label: bytes, ikm: bytes, suite_id: bytes) -> bytes:
+        return hmac.digest(salt or bytes(32), b"HPKE-v1" + suite_id + label + ikm, "sha256")
+
+    def expand(prk: bytes, label: bytes, info: bytes, length: int, suite_id: bytes) -> bytes:
+        labelled = length.to_bytes(2, "big") + b"HPKE-v1" + suite_id + label + info
+        return hmac.digest(prk, labelled + b"\x01", "sha256")[:length]  # one block: length is at most 32
+
+    shared = key.exchange(X25519PublicKey.from_public_bytes(enc))
+    secret = expand(extract(b"", b"eae_prk", shared, kem_suite), b"shared_secret", enc + public_of(key), 32, kem_suite)
+    context = b"\0" + extract(b"", b"psk_id_hash", b"", suite) + extract(b"", b"info_hash", about, suite)
+    schedule = extract(secret, b"secret", b"", suite)
+    aead, nonce = expand(schedule, b"key", context, 32, suite), expand(schedule, b"base_nonce", context, 12, suite)
+    assert AESGCM(aead).decrypt(nonce, ciphertext, b"") == content
+
+
 def test_labels_all_differ() -> None:
-    labels = [keys.STUDY_SUBMIT, keys.STUDY_OFFER, keys.STUDY_DECISION, keys.CALL]
+    labels = [keys.STUDY_SUBMIT, keys.STUDY_OFFER, keys.STUDY_DECISION, keys.CALL, keys.SUM_KEYS]
     assert len(set(labels)) == len(labels)
 
 

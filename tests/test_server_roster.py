@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from coordinator import settings, study
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding
 from typer.testing import CliRunner
 
@@ -30,6 +31,7 @@ from privacy.errors import (
     NotEnrolled,
     RunUnknown,
     SignatureInvalid,
+    StudyConflict,
     TrustError,
 )
 from privacy.journal import verify
@@ -58,7 +60,15 @@ def contents(home: Home) -> list[Any]:
 
 def test_founding_makes_a_closed_home_that_opens_again(home: Home) -> None:
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in home.root.rglob("*")}
-    for name in ("ca.key", "coordinator.key", "tls.key", "roster.sqlite", "server.yaml", "journal.jsonl"):
+    for name in (
+        "ca.key",
+        "coordinator.key",
+        "aggregator.key",
+        "tls.key",
+        "roster.sqlite",
+        "server.yaml",
+        "journal.jsonl",
+    ):
         assert modes[name] == 0o600, name
     for name in ("keys", "runs", "superlink"):
         assert modes[name] == 0o700, name
@@ -93,6 +103,27 @@ def test_a_home_that_lost_a_part_says_so(home: Home, lost: str) -> None:
     with pytest.raises(IsocenterError) as caught:
         Home.open(home.root)
     assert Path(lost).name in str(caught.value)
+
+
+def test_a_home_founded_before_studies_named_the_aggregator_gets_its_key_once(home: Home) -> None:
+    path = home.root / "keys" / "aggregator.key"
+    path.unlink()
+    threads = [threading.Thread(target=Home.open, args=(home.root,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    raw = path.read_bytes()
+    public = X25519PrivateKey.from_private_bytes(raw).public_key().public_bytes_raw().hex()
+    assert [Home.open(home.root).aggregator for _ in range(2)] == [public, public]
+    assert path.read_bytes() == raw
+    assert [entry.name for entry in path.parent.iterdir() if "part" in entry.name] == []
+
+
+def test_an_aggregator_key_that_others_can_read_is_refused(home: Home) -> None:
+    (home.root / "keys" / "aggregator.key").chmod(0o640)
+    with pytest.raises(KeyFileUnsafe, match=r"aggregator\.key"):
+        _ = Home.open(home.root).aggregator
 
 
 def test_an_open_coordinator_key_is_refused(home: Home) -> None:
@@ -369,6 +400,23 @@ def test_the_same_study_again_changes_nothing_and_nobody_else_may_take_it(home: 
 def test_every_site_that_is_not_enrolled_is_named(home: Home, offered: str) -> None:
     with pytest.raises(NotEnrolled, match=r"not enrolled here: east, rosa$"):  # a researcher is no site
         home.roster.add_study(study("north", "east", "rosa"), "rosa", b"r", b"c")
+
+
+def test_a_study_is_completed_with_enrolled_keys_and_no_others_fit(home: Home, offered: str) -> None:
+    asked = study("south", "north", evaluate_only=["west"])
+    whole = home.with_keys(asked)
+    party = {name: home.roster.party(name).public_key.public_numbers() for name in asked.all_sites}
+    assert whole.roster == {name: f"{2 + p.y % 2:02x}{p.x:064x}" for name, p in party.items()}  # SEC 1, 2.3.3
+    assert whole.aggregator == home.aggregator
+    assert whole.model_copy(update={"roster": {}, "aggregator": ""}) == asked
+    home.check_keys(whole)
+    with pytest.raises(StudyConflict, match="south, north, west and the key"):
+        home.check_keys(asked)
+    swapped = {**whole.roster, "north": whole.roster["south"]}
+    with pytest.raises(StudyConflict, match=r"for north$"):
+        home.check_keys(whole.model_copy(update={"roster": swapped}))
+    with pytest.raises(NotEnrolled, match=r"here: east, rosa$"):
+        home.with_keys(study("east", "north", "rosa"))
 
 
 def decide(home: Home, digest: str, site: str, decision: Any, time_ms: int) -> bool:

@@ -56,8 +56,8 @@ launch coordinator "is ready" fl-server start --home "$out/coordinator"
 join_site() {
     local name=$1 labels=$2
     fl-client join "$(fl-server invite "$name" --home "$out/coordinator" 2>/dev/null)" --home "$out/sites/$name"
-    # What a person would write into the commented site.yaml: the data section, and two decisions about policy.
-    sed -i 's/permit_plain: false/permit_plain: true/; s/minimum_patients: 10/minimum_patients: 5/; s/cpu_threads: 0/cpu_threads: 1/' \
+    # What a person would write into the commented site.yaml: the data section, and decisions about policy and the machine.
+    sed -i 's/minimum_patients: 10/minimum_patients: 5/; s/cpu_threads: 0/cpu_threads: 1/' \
         "$out/sites/$name/site.yaml"
     cat >> "$out/sites/$name/site.yaml" << YAML
 
@@ -95,8 +95,8 @@ echo "== the researcher"
 fl-study join "$(fl-server invite researcher --researcher --home "$out/coordinator" 2>/dev/null)" --home "$out/researcher"
 fl-study new "$out/study.yaml" --template opacity
 fl-study check "$out/study.yaml"
-fl-study submit "$out/study.yaml" --home "$out/researcher"
-digest=$(fl-study check "$out/study.yaml" --json | "$bin/python" -c 'import json, sys; print(json.load(sys.stdin)["digest"])')
+fl-study submit "$out/study.yaml" --home "$out/researcher" | tee "$out/logs/submit.log"
+digest=$(grep -oE -m 1 '[0-9a-f]{64}' "$out/logs/submit.log")
 
 echo "== each site reads the study and approves it; the nodes start"
 for name in north south east west; do

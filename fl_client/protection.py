@@ -1,0 +1,121 @@
+"""How this site's contribution leaves the building: masked, sealed or plain, as the approved study says.
+
+For masked studies this is where the keys of running sums live: in the memory of this process, and nowhere else. Sums of a run
+follow each other; while one is open, the keys of the next are made. A new attempt forgets everything of the one before.
+"""
+
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fl_client.site import Site
+from models.contributions import Contribution, Kind, count_of
+from models.study import Study
+from privacy import keys
+from privacy.errors import MaskKeysLost, StepRefused
+from privacy.secagg import Member, Place
+from privacy.sharing import Encoding
+from privacy.wire import KeysOrder, Order, TrainOrder, UnmaskOrder, WorkOrder
+
+RUNS_MAX = 16  # runs whose keys are held at once; the oldest is forgotten, and takes part again with fresh keys
+
+
+@dataclass
+class Sums:
+    """The open sum of one run and the one after it, by number. `attempt`: nothing of an earlier one is left."""
+
+    attempt: int = 0
+    members: dict[int, Member] = field(default_factory=dict)
+
+
+@dataclass
+class Vault:
+    """The keys of all running sums of the sites in this process (one site; several in a simulation)."""
+
+    runs: dict[tuple[Path, str], Sums] = field(default_factory=dict)
+
+    def make_keys(self, site: Site, study: Study, order: KeysOrder | WorkOrder) -> bytes:
+        """Fresh signed keys: of the ordered sum, or of the one after it if the order is about work."""
+        number = order.sum if isinstance(order, KeysOrder) else order.sum + 1
+        members = self._of(site, order).members
+        if number in members:
+            raise StepRefused(f"keys of sum {number} were made before")
+        members[number] = Member(Place(study.digest, order.run, order.attempt, number), site.name, site.key)
+        return members[number].public
+
+    def begin(self, site: Site, study: Study, order: WorkOrder, parameters: int) -> "Sending":
+        """Get ready to send one contribution. Masks are added up in the background while the site works on it."""
+        kind: Kind = "train" if isinstance(order, TrainOrder) else "evaluate"
+        named = study.participation.sites if kind == "train" else study.all_sites
+        encoding = Encoding(
+            values=parameters if kind == "train" else 0,
+            counts=count_of(study, kind),
+            bits=study.encoding_bits,
+            scale=order.scale,
+            sites=len(order.participants or named),
+        )
+        member = self._open(site, study, order) if study.protection == "masked" else None
+        return Sending(site, study, order, kind, encoding, member)
+
+    def unmask(self, site: Site, study: Study, order: UnmaskOrder) -> tuple[bytes, bytes]:
+        """(shares that help to open the sum, encrypted shares of the next one); each empty if not asked for."""
+        members, revealed, sealed = self._of(site, order).members, b"", b""
+        if site.name in order.survivors:
+            revealed = self._member(members, order.sum).reveal(order.survivors, study.participation.quorum)
+        for number in [n for n in members if n <= order.sum]:
+            members.pop(number).close()
+        if site.name in order.members:
+            roster = {name: keys.load_point(point) for name, point in study.roster.items()}
+            sealed = self._member(members, order.sum + 1).share(order.keys, roster, order.survivors)
+        return revealed, sealed
+
+    def _open(self, site: Site, study: Study, order: WorkOrder) -> Member:
+        member = self._member(self._of(site, order).members, order.sum)
+        member.open(order.participants, order.shares, order.body(), study.participation.quorum)
+        return member
+
+    def _of(self, site: Site, order: Order) -> Sums:
+        sums = self.runs.pop((site.home, order.run), Sums())
+        if order.attempt < sums.attempt:
+            self.runs[site.home, order.run] = sums
+            raise StepRefused(f"attempt {order.attempt} is over; this site works on attempt {sums.attempt}")
+        if order.attempt > sums.attempt:
+            for member in sums.members.values():
+                member.close()
+            sums = Sums(order.attempt)
+        self.runs[site.home, order.run] = sums  # the last one used stands last
+        for oldest in list(self.runs)[:-RUNS_MAX]:
+            del self.runs[oldest]
+        return sums
+
+    @staticmethod
+    def _member(members: dict[int, Member], number: int) -> Member:
+        if number not in members:
+            raise MaskKeysLost(f"this process has no keys of sum {number}: it was started after they were made")
+        return members[number]
+
+
+class Sending:
+    """One contribution on its way out."""
+
+    def __init__(
+        self, site: Site, study: Study, order: WorkOrder, kind: Kind, encoding: Encoding, member: Member | None
+    ) -> None:
+        self.site, self.study, self.order = site, study, order
+        self.kind, self.encoding, self.member = kind, encoding, member
+        self.covering: threading.Thread | None = None
+        if member is not None:
+            self.covering = threading.Thread(target=member.cover, args=(encoding,), daemon=True)
+            self.covering.start()
+
+    def protect(self, contribution: Contribution) -> bytes:
+        """The packed words of `contribution`, masked, sealed to the aggregator, or as they are."""
+        counts = contribution.counts(self.kind)
+        vector = self.encoding.encode(contribution.update, contribution.cases, counts)
+        if self.covering is not None and self.member is not None:
+            self.covering.join()
+            self.member.mask(vector, self.encoding)
+        packed = bytes(self.encoding.bytes_of(vector))
+        if self.study.protection == "sealed":
+            return keys.seal(bytes.fromhex(self.study.aggregator), packed, self.order.about(self.site.name))
+        return packed

@@ -1,0 +1,374 @@
+"""One sum over the sites, from the first key to the opened total; masked, sealed and plain by the same door.
+
+Under masks a sum takes two exchanges: orders to work, which bring back masked vectors and the keys of the next sum, and orders
+to unmask, which bring back shares of this one and encrypted shares of the next. Only the first sum of an attempt, or one for
+which too few sites have keys, takes two more before it. A site that comes back gets its keys while the others work, and is
+in the sum after. A sum that cannot be opened is void: nothing was learned from it, and the next attempt starts from new
+training and new keys.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from flwr.serverapp import Grid
+
+from fl_server.roster import Home
+from fl_server.rounds import Call, Gathering, Tell, choose
+from fl_server.run import Run
+from models import contributions
+from models.contributions import Contribution, Float32, Kind
+from models.study import Study
+from privacy import keys
+from privacy.errors import IsocenterError, MessageMalformed, ProtectionError, QuorumLost, TooFewSurvivors
+from privacy.secagg import Aggregator, Place
+from privacy.sharing import Encoding, Vector
+from privacy.wire import (
+    SCALE_MAX,
+    EvaluateReport,
+    KeysOrder,
+    KeysReport,
+    Names,
+    Order,
+    TrainOrder,
+    UnmaskOrder,
+    UnmaskReport,
+    WorkOrder,
+    WorkReport,
+)
+
+Kinds = TypeVar("Kinds", bound=Order)
+ATTEMPTS_MAX = 3  # at one sum, before the run ends by name; each is a whole training
+Nodes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a sum is for. `sites` may take part now; `afterwards` are those of the next sum, None after the last."""
+
+    kind: type[WorkOrder]
+    model: Float32
+    round: int
+    scale: int
+    sites: Nodes
+    least: int
+    afterwards: Nodes | None
+    more: Mapping[str, Any] = field(default_factory=dict)  # fields of the order beside those of every work order
+
+    @property
+    def name(self) -> Kind:
+        return "train" if self.kind is TrainOrder else "evaluate"
+
+
+@dataclass
+class Total:
+    """An opened sum: the mean of the contributions, who is in it, who is not and why. `peak`: largest summed value."""
+
+    mean: Contribution
+    contributors: list[str]
+    missing: dict[str, str]
+    seconds: dict[str, float]
+    clipped: int
+    peak: float
+    figures: dict[str, Float32]
+
+
+@dataclass
+class Arrivals:
+    """What the reports of one sum say beside their vectors."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, Float32] = field(default_factory=dict)
+
+    def add(self, site: str, report: WorkReport, tell: Tell) -> None:
+        self.seconds[site] = report.seconds
+        if isinstance(report, EvaluateReport):
+            self.figures[site] = report.figures
+        tell("site", site=site, stage=report.kind, seconds=round(report.seconds, 3))
+
+
+class Summing:
+    """The sums of one run, one after the other. Subclasses say what one attempt at a sum is."""
+
+    def __init__(self, grid: Grid, run: Run, home: Home) -> None:
+        self.grid, self.run, self.study, self.tell = grid, run, run.study, run.event
+        self.signing, self.aggregator = home.coordinator_key, home.aggregator_key
+        self.number = 0  # of the last sum; counted anew in each attempt
+        self.offline: dict[str, str] = {}
+        self.timeout_s = timeout_of(run.study)
+
+    def carry_out(self, task: Task) -> Total:
+        """The total of `task`. A void sum is tried again under a new attempt; raises QuorumLost if none can be opened."""
+        why = ""
+        for _ in range(ATTEMPTS_MAX):
+            try:
+                return self._attempt(task)
+            except (ProtectionError, MessageMalformed) as error:
+                why = str(error)
+                self.tell("void", round=task.round, attempt=self.run.attempt, reason=error.code)
+                self.run.next_attempt()
+                self._begin_anew()
+        raise QuorumLost(f"no sum of round {task.round} could be opened in {ATTEMPTS_MAX} attempts: {why}")
+
+    def _attempt(self, task: Task) -> Total:
+        raise NotImplementedError
+
+    def _begin_anew(self) -> None:
+        """A new attempt: what is left of an earlier one is never touched again."""
+        self.number = 0
+
+    def _choose(self, task: Task, without: Iterable[str] = ()) -> Nodes:
+        usable = {site: node for site, node in task.sites.items() if site not in without}
+        ready = choose(self.grid, usable, task.least, self.timeout_s, self.tell, frozenset(self.offline))
+        self.offline = {name: "offline" for name in usable if name not in ready}
+        return ready
+
+    def _gather(self, calls: dict[str, Call], stage: str, enough: Callable[[], bool] | None = None) -> Gathering:
+        self.tell("asked", stage=stage, round=next(iter(calls.values())).order.round, sites=list(calls))
+        return Gathering(self.grid, calls, self.timeout_s, self.tell, enough)
+
+    def _order(self, kind: type[Kinds], task: Task, number: int, **more: Any) -> Kinds:
+        order = kind(
+            study=self.study.digest,
+            run=self.run.run_id,
+            round=task.round,
+            attempt=self.run.attempt,
+            sum=number,
+            issued=int(time.time()),
+            signature=b"",
+            **more,
+        )
+        return order.signed(self.signing)
+
+    def _work_order(self, task: Task, participants: Names, shares: bytes) -> WorkOrder:
+        following = task.afterwards is not None and bool(participants)
+        more = {"participants": participants, "shares": shares, "keys_next": following, **task.more}
+        return self._order(task.kind, task, self.number, model=task.model, scale=task.scale, **more)
+
+    def _encoding(self, task: Task, sites: int) -> Encoding:
+        values = task.model.size if task.name == "train" else 0
+        counts = contributions.count_of(self.study, task.name)
+        return Encoding(values=values, counts=counts, bits=self.study.encoding_bits, scale=task.scale, sites=sites)
+
+    def _require(self, here: Collection[str], least: int, missing: Mapping[str, str]) -> None:
+        if len(here) < least:
+            reasons = ", ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
+            raise QuorumLost(f"{len(here)} of {least} needed sites reported ({reasons})")
+
+    def _total(
+        self, task: Task, encoding: Encoding, opened: Vector, arrivals: Arrivals, missing: dict[str, str]
+    ) -> Total:
+        decoded, names = encoding.decode(opened), sorted(arrivals.seconds)
+        mean = contributions.read(self.study, task.name, decoded.values, decoded.counts)
+        peak = float(np.abs(decoded.values).max(initial=0.0))
+        absent = {site: why for site, why in missing.items() if site in task.sites and site not in names}
+        seconds = {site: arrivals.seconds[site] for site in names}
+        return Total(mean, names, absent, seconds, decoded.clipped, peak, arrivals.figures)
+
+
+class OpenSumming(Summing):
+    """Sums of contributions that the coordinator sees one by one: sealed for it alone on the way, or plain."""
+
+    def _attempt(self, task: Task) -> Total:
+        ready, arrivals = self._choose(task), Arrivals()
+        self.number += 1
+        order = self._work_order(task, (), b"")
+        named = self.study.participation.sites if task.name == "train" else self.study.all_sites
+        encoding = self._encoding(task, len(named))
+        total = encoding.zeros()
+        gathering = self._gather({site: Call(order, node) for site, node in ready.items()}, order.kind)
+        for site, report in gathering.reports():
+            if isinstance(report, WorkReport):
+                with _dropping(gathering, site):
+                    total.add(self._checked(task, encoding, order, report))
+                    arrivals.add(site, report, self.tell)
+        missing = self.offline | gathering.missing
+        self._require(arrivals.seconds, task.least, missing)
+        return self._total(task, encoding, total, arrivals, missing)
+
+    def _checked(self, task: Task, encoding: Encoding, order: WorkOrder, report: WorkReport) -> Vector:
+        """One site's words. Its counts are held against each other here; under masks only those of the sum can be."""
+        sealed = self.study.protection == "sealed"
+        packed = keys.unseal(self.aggregator, report.vector, order.about(report.site)) if sealed else report.vector
+        vector = encoding.vector_of(packed)
+        alone = encoding.zeros()
+        alone.add(vector)
+        contributions.read(self.study, task.name, np.zeros(0), encoding.decode(alone).counts)
+        return vector
+
+
+class MaskedSumming(Summing):
+    """Sums under masks: `privacy.secagg` decides what is right, this class carries the messages."""
+
+    def __init__(self, grid: Grid, run: Run, home: Home) -> None:
+        super().__init__(grid, run, home)
+        self.roster = {site: keys.load_point(point) for site, point in self.study.roster.items()}
+        self.upcoming: Aggregator | None = None
+        self.expelled: dict[str, str] = {}  # sites whose shares were of no use, with the code of the reason
+        self.refused: dict[str, str] = {}  # who did not take part in agreeing on keys, and why
+
+    def _begin_anew(self) -> None:
+        super()._begin_anew()
+        self.upcoming = None
+
+    def _attempt(self, task: Task) -> Total:
+        ready = self._choose(task, self.expelled)
+        current = self._prepared(ready) or self._agree_on_keys(task, ready)
+        participants, shares = current.close_shares()
+        order, encoding = self._work_order(task, participants, shares), self._encoding(task, len(participants))
+        current.start(order.body(), encoding)
+        calls = {site: Call(order, ready[site]) for site in participants if site in ready}
+        following = None if task.afterwards is None else self._aggregator(self.number + 1)
+        calls |= self._invitations(task, calls)
+        gathering, arrivals = self._collect(calls, current, following, encoding)
+        current.close_vectors()
+        opened = self._unmask(task, current, following, {site: call.node for site, call in calls.items()})
+        absent = {site: "joining" for site in ready if site not in participants}
+        missing = self.offline | absent | self.refused | gathering.missing | self.expelled
+        return self._total(task, encoding, opened, arrivals, missing)
+
+    def _prepared(self, ready: Nodes) -> Aggregator | None:
+        """The sum that the sites prepared while they closed the one before, if enough of them are here."""
+        upcoming, self.upcoming = self.upcoming, None
+        if upcoming is None or not upcoming.shared_by(ready):
+            return None
+        self.number, self.refused = upcoming.place.sum, {}
+        return upcoming
+
+    def _agree_on_keys(self, task: Task, ready: Nodes) -> Aggregator:
+        """The two exchanges before the first sum of an attempt: keys, then encrypted shares."""
+        self.number += 2  # a number that no site has made keys for, whatever was prepared and given up before
+        current, order = self._aggregator(self.number), self._order(KeysOrder, task, self.number)
+        gathering = self._gather({site: Call(order, node) for site, node in ready.items()}, order.kind)
+        for site, report in gathering.reports():
+            if isinstance(report, KeysReport):
+                with _dropping(gathering, site):
+                    current.add_keys(site, report.keys)
+                    self.tell("site", site=site, stage=report.kind, seconds=round(report.seconds, 3))
+        self.refused = gathering.missing
+        self._require(current.keyed, max(task.least, current.least), self.offline | self.expelled | self.refused)
+        self._exchange_shares(task, self.number - 1, (), current, ready)
+        if not current.shared_by(ready):
+            raise TooFewSurvivors(f"only {len(current.ready)} sites sent the shares that a sum needs")
+        return current
+
+    def _invitations(self, task: Task, calls: dict[str, Call]) -> dict[str, Call]:
+        """Orders to make keys of the next sum, for sites that will be wanted there and are not in this one."""
+        online, wanted = set(self.grid.get_node_ids()), task.afterwards or {}
+        order = self._order(KeysOrder, task, self.number + 1)
+        return {
+            site: Call(order, node)
+            for site, node in wanted.items()
+            if site not in calls and site not in self.expelled and node in online
+        }
+
+    def _collect(
+        self, calls: dict[str, Call], current: Aggregator, following: Aggregator | None, encoding: Encoding
+    ) -> tuple[Gathering, Arrivals]:
+        """The first exchange: masked vectors, and keys of the next sum."""
+        arrivals, stage = Arrivals(), next(iter(calls.values())).order.kind
+        working = {site for site, call in calls.items() if isinstance(call.order, WorkOrder)}
+        gathering = self._gather(calls, stage, lambda: working <= {*gathering.missing, *arrivals.seconds})
+        for site, report in gathering.reports():
+            with _dropping(gathering, site):
+                if isinstance(report, WorkReport):
+                    current.add_vector(site, encoding.vector_of(report.vector))
+                    arrivals.add(site, report, self.tell)
+            if following is not None and isinstance(report, WorkReport | KeysReport):
+                with contextlib.suppress(ProtectionError, MessageMalformed):  # then it is not in the next sum
+                    following.add_keys(site, report.keys)
+        return gathering, arrivals
+
+    def _unmask(self, task: Task, current: Aggregator, following: Aggregator | None, nodes: Nodes) -> Vector:
+        """The second exchange: shares that open this sum, and encrypted shares of the next one."""
+        self._exchange_shares(task, self.number, current.survivors, following, nodes, current)
+        if not current.enough:
+            raise TooFewSurvivors("too few sites helped to open the sum")
+        try:
+            return current.finish()
+        finally:
+            for site, code in current.wrong.items():
+                self.expelled[site] = code
+                self.tell("site_missing", site=site, reason=code)
+            self.upcoming = following
+
+    def _exchange_shares(
+        self,
+        task: Task,
+        number: int,
+        survivors: Names,
+        following: Aggregator | None,
+        nodes: Nodes,
+        current: Aggregator | None = None,
+    ) -> None:
+        """Orders to unmask `current`, if there is one, with the keys of `following`, and what comes back."""
+        more: dict[str, Any] = {"members": (), "keys": b""}
+        if following is not None and len(following.keyed) >= following.least:
+            more = {"members": following.keyed, "keys": following.close_keys(survivors)}
+        order = self._order(UnmaskOrder, task, number, survivors=survivors, **more)
+        calls = {site: Call(order, nodes[site]) for site in sorted({*survivors, *order.members})}
+
+        def enough() -> bool:
+            prepared = following is None or not order.members or following.shared_by(nodes)
+            return prepared and (current is None or current.enough)
+
+        gathering = self._gather(calls, order.kind, enough)
+        for site, report in gathering.reports():
+            if isinstance(report, UnmaskReport):
+                with _dropping(gathering, site):
+                    if current is not None and site in survivors:
+                        current.add_revealed(site, report.revealed)
+                    if following is not None and site in order.members:
+                        following.add_shares(site, report.sealed)
+                    self.tell("site", site=site, stage=report.kind, seconds=round(report.seconds, 3))
+
+    def _aggregator(self, number: int) -> Aggregator:
+        place = Place(self.study.digest, self.run.run_id, self.run.attempt, number)
+        return Aggregator(place, self.roster, self.study.participation.quorum)
+
+
+def build(grid: Grid, run: Run, home: Home) -> Summing:
+    """The sums of a run, protected as its study says."""
+    return (MaskedSumming if run.study.protection == "masked" else OpenSumming)(grid, run, home)
+
+
+def first_scale(study: Study) -> int:
+    """The power of two of a run's first encoding, before anything is known of the values.
+
+    Leaves room for cases times change of one weight up to 2**(bits/2 - 2): 64 with 16 bits, 16,384 with 32.
+    """
+    return _fitting(study, 2.0 ** (study.encoding_bits // 2 - 2))
+
+
+def next_scale(study: Study, total: Total, scale: int) -> int:
+    """The power of two of the next round's encoding, from the largest value of this round's sum.
+
+    It fits if one site alone made twice that value; then nothing is clipped unless sites pull against each other more than
+    that, which the count of clipped values shows. Raised or lowered by one site's lies, it costs precision, never secrecy.
+    """
+    if total.clipped:
+        return max(-SCALE_MAX, scale - 4)
+    return _fitting(study, 2 * total.peak) if total.peak else min(SCALE_MAX, scale + 4)
+
+
+def _fitting(study: Study, largest: float) -> int:
+    limit = (2 ** (study.encoding_bits - 1) - 1) // len(study.participation.sites)
+    return max(-SCALE_MAX, min(SCALE_MAX, math.floor(math.log2(limit / largest))))
+
+
+def timeout_of(study: Study) -> float:
+    """Seconds after which a stage of a round goes on without the sites that have not reported."""
+    return float(study.participation.round_timeout_s)
+
+
+@contextlib.contextmanager
+def _dropping(gathering: Gathering, site: str) -> Iterator[None]:
+    """Whatever is wrong with the report of one site costs that site its place in the sum, and no other."""
+    try:
+        yield
+    except IsocenterError as error:
+        gathering.drop(site, error.code)

@@ -1,0 +1,119 @@
+"""What a site adds to a sum, as numbers: the change of the model, and counts. One form for every kind of protection.
+
+    values  float32 (P,)   what training changed; summed with the site's cases as weight. Empty for an evaluation
+    counts  int64          whole numbers that are summed as they are: cases, images, patients, losses, score histograms
+
+Everything a coordinator learns of a round stands in the sum of these. Beside it, and only if the study says so, a site
+releases figures of its own test split, and only for targets of which both classes have RELEASE_MIN images.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from models.metrics import ScoreHistogram
+from models.study import Study
+from privacy.errors import MessageMalformed
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+Kind = Literal["train", "evaluate"]
+
+LOSS_UNIT = 2.0**-20
+"""Losses are summed over images in steps of this: a millionth, far below what a loss means."""
+LOSS_MAX = 1e6  # of one image; more than any finite cross entropy of float32 scores
+RELEASE_MIN = 10  # images of each class, as in the house rules for released counts
+NOT_RELEASED = -1.0
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """An evaluation of one model on one split: how many patients and images, the mean loss over the images, the scores."""
+
+    patients: int
+    images: int
+    loss: float
+    histogram: ScoreHistogram
+
+
+@dataclass(frozen=True, eq=False)
+class Contribution:
+    """One site's part of a sum, or the sum itself: then `update` is the mean over all cases, and `loss` likewise."""
+
+    ingested: int
+    sheet: Sheet
+    cases: int = 0
+    loss: float = 0.0
+    update: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def counts(self, kind: Kind) -> Int64:
+        """The whole numbers of this contribution, in the order that `read` expects."""
+        sheet = self.sheet
+        facts = [self.ingested, sheet.patients, sheet.images, _units(sheet.loss, sheet.images)]
+        if kind == "train":
+            facts += [self.cases, _units(self.loss, self.cases)]
+        return np.concatenate([np.array(facts, np.int64), sheet.histogram.to_array().astype(np.int64).ravel()])
+
+
+def count_of(study: Study, kind: Kind) -> int:
+    """How many counts a contribution of this kind has."""
+    return (6 if kind == "train" else 4) + len(study.task.targets) * 2 * study.evaluation.bins
+
+
+def read(study: Study, kind: Kind, values: npt.NDArray[np.float64], counts: Int64) -> Contribution:
+    """The sum of contributions behind summed `values` float64 (P,), weighted by cases, and summed `counts`.
+
+    Raises MessageMalformed if the counts contradict each other: some site then sent something else than it should.
+    """
+    if counts.shape != (count_of(study, kind),):
+        raise MessageMalformed("the sum has another number of counts than the study")
+    head = [int(n) for n in counts[: 6 if kind == "train" else 4]]
+    ingested, patients, images, loss = head[:4]
+    histogram = ScoreHistogram(counts[len(head) :].reshape(len(study.task.targets), 2, study.evaluation.bins))
+    if patients > images or int(histogram.counts.sum(axis=(1, 2)).max()) > images:
+        raise MessageMalformed("the summed counts of patients, images and scores contradict each other")
+    sheet = Sheet(patients, images, _mean(loss, images), histogram)
+    if kind == "evaluate":
+        return Contribution(ingested, sheet)
+    cases, train_loss = head[4:]
+    if cases < 1:
+        raise MessageMalformed("the sum of the updates rests on no cases")
+    return Contribution(ingested, sheet, cases, _mean(train_loss, cases), (values / cases).astype(np.float32))
+
+
+def figures(study: Study, histogram: ScoreHistogram, split: str) -> Float32:
+    """float32 (targets, 5): AUROC, its 95 % interval, negatives, positives; NOT_RELEASED in rows that may not leave.
+
+    Only figures of the test split are released, once in a run, and only if the study asks for them.
+    """
+    rows = np.full((len(study.task.targets), 5), NOT_RELEASED, np.float32)
+    for target in range(len(rows) if split == "test" and study.evaluation.site_figures else 0):
+        negatives, positives = histogram.negatives(target), histogram.positives(target)
+        auroc, interval = histogram.auroc(target), histogram.interval(target)
+        if min(negatives, positives) >= RELEASE_MIN and auroc is not None and interval is not None:
+            rows[target] = (auroc, *interval, negatives, positives)
+    return rows
+
+
+def read_figures(study: Study, rows: Float32) -> list[dict[str, float | int] | None]:
+    """What `figures` wrote, a dictionary or None for each target; raises MessageMalformed for anything else."""
+    if rows.shape != (len(study.task.targets), 5):
+        raise MessageMalformed("figures of another number of targets than the study's")
+    return [None if (row == NOT_RELEASED).all() else _figure(row) for row in rows]
+
+
+def _figure(row: Float32) -> dict[str, float | int]:
+    auroc, low, high, negatives, positives = (float(value) for value in row)
+    if not 0 <= low <= auroc <= high <= 1 or min(negatives, positives) < RELEASE_MIN:
+        raise MessageMalformed("a released figure contradicts itself, or should not have been released")
+    return {"auroc": auroc, "low": low, "high": high, "negatives": int(negatives), "positives": int(positives)}
+
+
+def _units(mean: float, over: int) -> int:
+    return round(min(max(mean, 0.0), LOSS_MAX) * over / LOSS_UNIT)
+
+
+def _mean(total: int, over: int) -> float:
+    return total * LOSS_UNIT / over if over else 0.0
