@@ -1,7 +1,10 @@
-"""`make bench`: what the federation costs beside the same training in one plain process. Writes bench.json.
+"""`make bench`: what the federation costs beside the same work without it. Writes bench.json.
 
-Both are measured on this machine in one run, pinned to one core, in turn; the ratio of their medians is what counts, because
-machines differ and are noisy. docs/benchmarks.md has the figures and how they were got.
+round_small: a round beside the same training in one plain process. mask_keystream: masks over a large update beside their
+cipher alone; `python deploy/bench.py masks` prints only that, in seconds.
+
+Both sides of a ratio are measured on this machine in one run, pinned to one core, in turn; the ratio of their medians is what
+counts, because machines differ and are noisy. docs/benchmarks.md has the figures and how they were got.
 """
 
 import json
@@ -22,18 +25,26 @@ from stage import BIN, Stage
 SITES = {"alpine": "aurora", "bayside": "boreal", "central": "cirrus", "delta": "dorado"}
 PATIENTS, ROUNDS, SKIPPED = 190, 12, 2
 """About 256 images a site; the first rounds warm caches on both sides and are not counted."""
+MASKS, PARAMETERS, MASK_RUNS = 8, 7_000_000, 15
+KEYSTREAM_BLOCK = 256 * 1024  # bytes a call: AES is no faster with more or less
 
 
 def main() -> None:
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})  # children inherit it
+    pin()
+    keystream = masks()
     with tempfile.TemporaryDirectory(prefix="isocenter-bench-") as folder:
         stage = Stage(Path(folder) / "stage")
         try:
-            report = measure(stage)
+            report = measure(stage) | {"mask_keystream": keystream}
         finally:
             stage.stop()
     Path("bench.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
+
+
+def pin() -> None:
+    """Stay on one core; children inherit it."""
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[0]})
 
 
 def measure(stage: Stage) -> dict[str, Any]:
@@ -119,6 +130,39 @@ def plain(folder: Path, digest: str) -> list[float]:
     return seconds
 
 
+def masks() -> dict[str, Any]:
+    """Masks of eight peers over one update, as a site adds them, beside AES-256-CTR of as many bytes into a small buffer.
+
+    In processor time of this process, which is elapsed time on a core that nobody else uses.
+    """
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    from privacy.sharing import Encoding, add_masks
+
+    vector = Encoding(PARAMETERS, 0, 32, 0, MASKS + 1).zeros()
+    chosen = [(os.urandom(32), 1 if place % 2 else -1) for place in range(MASKS)]
+    source, sink = bytes(KEYSTREAM_BLOCK), bytearray(KEYSTREAM_BLOCK)
+    ours, limit = [], []
+    for _ in range(MASK_RUNS):
+        began = time.process_time()
+        add_masks(vector, chosen)
+        ours.append(time.process_time() - began)
+        began = time.process_time()
+        for key, _ in chosen:
+            stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+            whole, rest = divmod(vector.values.nbytes + vector.counts.nbytes, KEYSTREAM_BLOCK)
+            for _ in range(whole):
+                stream.update_into(source, sink)
+            stream.update_into(source[:rest], sink)
+        limit.append(time.process_time() - began)
+    return {
+        "ratio": round(statistics.median(ours) / statistics.median(limit), 2),
+        "limit_s": round(statistics.median(limit), 4),
+        "ours_s": round(statistics.median(ours), 4),
+        "note": f"{MASKS} masks over {PARAMETERS:,} float32 parameters, one core; median of {MASK_RUNS}",
+    }
+
+
 def family_mib(process: subprocess.Popen[str]) -> int:
     """Proportional set size of a process and its children: memory shared between them counts once."""
     parent = psutil.Process(process.pid)
@@ -137,5 +181,8 @@ def median_seconds(words: list[str]) -> float:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["plain"]:
         print(json.dumps(plain(Path(sys.argv[2]), sys.argv[3])))
+    elif sys.argv[1:2] == ["masks"]:
+        pin()
+        print(json.dumps({"mask_keystream": masks()}, indent=1))
     else:
         main()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -76,16 +77,26 @@ def live(stage: Stage, *words: str) -> None:
 def summary(seconds: float) -> None:
     metrics = json.loads((DEMO / "report" / "metrics.json").read_text())
     matrix = json.loads((DEMO / "comparison" / "comparison.json").read_text())
-    own = [matrix[name][name] for name in HOSPITALS]
-    away = [matrix[name][other] for name in HOSPITALS for other in HOSPITALS if other != name]
-    federated = ", ".join(f"{name} {metrics['sites'][name]['auroc']:.3f}" for name in HOSPITALS)
+    own = _mean(matrix[name][name] for name in HOSPITALS)
+    away = _mean(matrix[name][other] for name in HOSPITALS for other in HOSPITALS if other != name)
+    federated = ", ".join(f"{name} {_figure(metrics['sites'][name]['auroc'])}" for name in HOSPITALS)
     print(
         f"\nFederated model ({metrics['label']}): test AUROC {metrics['pooled']['auroc']:.3f} pooled over 3 hospitals"
         f"\n  at each hospital:       {federated}"
-        f"\n  models trained alone:   {sum(own) / len(own):.3f} at home, {sum(away) / len(away):.3f} at the other hospitals"
-        f"\n  what left a hospital:   its part of masked sums, and its test figures; all {metrics['ingested_images']} images stayed"
+        f"\n  models trained alone:   {_figure(own)} at home, {_figure(away)} elsewhere"
+        f"\n  what left a hospital:   its part of masked sums, its test figures; all {metrics['ingested_images']} images stayed"
         f"\n  done in {seconds:.0f} s:           open demo/report/report.html"
     )
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Over the hospitals that released theirs."""
+    released = [value for value in values if value is not None]
+    return sum(released) / len(released) if released else None
+
+
+def _figure(value: float | None) -> str:
+    return "not released" if value is None else f"{value:.3f}"
 
 
 def say(sentence: str) -> None:

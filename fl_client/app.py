@@ -150,9 +150,11 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: Order) -> Tr
     repeat = site.repeats(order) if study.protection == "masked" else 0
     update = learning.learn(net, cohort, study, round_number=order.round, repeat=repeat)
     contribution = Contribution(cohort.ingested, sheet, update.cases, update.loss, update.delta)
-    vector = sending.protect(contribution)
+    vector, vouch = sending.protect(contribution)
     keys = desk.vault.make_keys(site, study, order) if order.keys_next else b""
-    return TrainReport(**order.naming(), site=site.name, seconds=time.monotonic() - began, vector=vector, keys=keys)
+    return TrainReport(
+        **order.naming(), site=site.name, seconds=time.monotonic() - began, vector=vector, vouch=vouch, keys=keys
+    )
 
 
 def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: Order) -> EvaluateReport:
@@ -164,13 +166,14 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: Order) -> 
     net = desk.net(study, order)
     sending = desk.vault.begin(site, study, order, order.model.size)
     sheet = evaluate_on(net, cohort, study)
-    vector = sending.protect(Contribution(cohort.ingested, sheet))
+    vector, vouch = sending.protect(Contribution(cohort.ingested, sheet))
     keys = desk.vault.make_keys(site, study, order) if order.keys_next else b""
     return EvaluateReport(
         **order.naming(),
         site=site.name,
         seconds=time.monotonic() - began,
         vector=vector,
+        vouch=vouch,
         keys=keys,
         split=order.split,
         figures=figures(study, sheet.histogram, order.split),

@@ -182,15 +182,15 @@ def _ask_about_changed(changed: list[enrol.Peer], yes: bool) -> None:
         names = ", ".join(peer.name for peer in changed)
         raise TrustError(
             f"the key of {names} changed, and --yes cannot answer for that",
-            remedy=f"Ask {names} by telephone for the fingerprint that `fl-client check` shows there, then run the command "
-            "again without --yes.",
+            remedy=f"Ask {names} by telephone for the fingerprint that `fl-client check` shows there, then run the "
+            "command again without --yes.",
         )
     for peer in changed:
         typed = typer.prompt(f"Fingerprint that {peer.name} read to you over the telephone")
         if "".join(typed.split()).lower() != peer.fingerprint.replace(" ", ""):
             raise TrustError(
                 f"that is not the fingerprint of the key that the study names for {peer.name}",
-                remedy=f"Do not approve the study if {peer.name} said so: somebody poses as them. Tell the coordinator.",
+                remedy=f"If {peer.name} said so, do not approve: somebody poses as them. Tell the coordinator.",
             )
 
 
@@ -198,6 +198,7 @@ def show_study(study: Study, site: Site, researcher: str, peers: list[enrol.Peer
     """The study in plain words: what is learned, from what, how long, with whom, what leaves, who sees it."""
     plan, part = study.training, study.participation
     trains = site.name in part.sites
+    masked = "masked, as parts of sums: " if study.protection == "masked" else ""
     lines = [
         ("Study", f"{study.title} ({study.digest[:12]}), by researcher {researcher}"),
         ("Purpose", study.purpose.strip()),
@@ -211,11 +212,14 @@ def show_study(study: Study, site: Site, researcher: str, peers: list[enrol.Peer
         ),
         ("Others", _others(study, peers)),
         ("Stays", "images, identifiers, dates, file names, the score of any single image"),
-        ("Leaves", "model updates, mean losses, numbers of patients and images, histograms of scores by label"),
+        ("Leaves", f"{masked}model updates, losses, numbers of patients and images, histograms of scores by label"),
     ]
     if study.evaluation.site_figures:
         lines.append(
-            ("Figures", "your own test AUROC with its interval and class counts, if both classes have 10 images")
+            (
+                "Figures",
+                "your own test AUROC with its interval and class counts in tens, if both classes have 10 images",
+            )
         )
     else:
         lines.append(("Figures", "none of your site alone; test results are released over all sites together"))
@@ -243,8 +247,8 @@ def _others(study: Study, peers: list[enrol.Peer]) -> str:
 def _seen_by(study: Study) -> str:
     if study.protection == "masked":
         return (
-            f"the coordinator sees only the sum of at least {study.participation.quorum} sites; what your site added to it "
-            "stays hidden unless a third of the sites or more work together with the coordinator"
+            "the coordinator sees only sums over the sites; what yours added stays hidden in them unless a third of the "
+            "sites in a sum, or more, work together with it"
         )
     own = "the coordinator sees YOUR site's own update and histograms"
     if study.protection == "sealed":

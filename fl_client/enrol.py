@@ -103,29 +103,30 @@ def fingerprint(point: str) -> str:
 def check_roster(home: Path, study: Study) -> None:
     """Raise TrustError unless `study` names a key of its own for each site, and for this one the key enrolled here.
 
-    What peers send each other during a run is believed if it is signed with the keys of this roster, so another key under
-    this site's name would let its holder speak for this site.
+    What peers send each other during a run is believed if it is signed with the keys of this roster, so another key
+    under this site's name would let its holder speak for this site. As each site looks at its own key and all approve
+    the same digest, a false key stays unseen only if its site was never shown the study.
     """
     name, own = Enrolment.open(home / "keys").name, keys.load_key(home / "keys" / "site.key").public_key()
     if missing := [site for site in study.all_sites if site not in study.roster]:
         raise TrustError(
             f"the study names no key for {', '.join(missing)}",
-            remedy="Do not approve it. Ask the researcher to submit it again with `fl-study submit`, which fills them in.",
+            remedy="Do not approve it. Ask the researcher to submit it again: `fl-study submit` fills them in.",
         )
     if study.roster.get(name) != keys.point_hex(own):
         raise TrustError(
             f"the study names another key for {name} than the one that this site enrolled",
-            remedy="Do not approve it: somebody else could speak as your site. Tell the coordinator over the telephone.",
+            remedy="Do not approve it: somebody else could speak as your site. Telephone the coordinator.",
         )
     if len(set(study.roster.values())) != len(study.roster):
         raise TrustError(
             "the study names one key for several sites",
-            remedy="Do not approve it: one party would count as several. Tell the coordinator over the telephone.",
+            remedy="Do not approve it: one party would count as several. Telephone the coordinator.",
         )
 
 
 def peers(home: Path, study: Study) -> list[Peer]:
-    """The other sites of a study, with those whose key differs from the one of the latest study approved here with them.
+    """The other sites of a study, each with whether its key differs from the latest study approved here with it.
 
     Raises what `check_roster` raises, and DocumentError if the record of an earlier decision is damaged.
     """
@@ -152,8 +153,8 @@ def _day(time_ms: int) -> str:
 def decide(home: Path, offer: Offer, decision: Decision) -> None:
     """Sign the decision, make it hold here, note it in the journal, then send it.
 
-    It holds at this site even when sending fails: then Unreachable is raised, and the command can be repeated. Nothing is
-    approved whose roster `check_roster` refuses.
+    It holds at this site even when sending fails: then Unreachable is raised, and the command can be repeated.
+    Nothing is approved whose roster `check_roster` refuses.
     """
     if decision == "approved":
         check_roster(home, offer.study)

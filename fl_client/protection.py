@@ -17,7 +17,8 @@ from privacy.secagg import Member, Place
 from privacy.sharing import Encoding
 from privacy.wire import KeysOrder, Order, TrainOrder, UnmaskOrder, WorkOrder
 
-RUNS_MAX = 16  # runs whose keys are held at once; the oldest is forgotten, and takes part again with fresh keys
+RUNS_MAX = 16  # runs of a site whose keys are held; the oldest is forgotten, and takes part again with fresh keys
+OPEN_MAX = 2  # sums of a run whose keys are held: the one that is open, and the next
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Sums:
     """The open sum of one run and the one after it, by number. `attempt`: nothing of an earlier one is left."""
 
     attempt: int = 0
+    last: int = 0  # the highest number that keys were made for: a number is used once in an attempt
     members: dict[int, Member] = field(default_factory=dict)
 
 
@@ -32,14 +34,17 @@ class Sums:
 class Vault:
     """The keys of all running sums of the sites in this process (one site; several in a simulation)."""
 
-    runs: dict[tuple[Path, str], Sums] = field(default_factory=dict)
+    runs: dict[tuple[Path, str, str], Sums] = field(default_factory=dict)
 
     def make_keys(self, site: Site, study: Study, order: KeysOrder | WorkOrder) -> bytes:
         """Fresh signed keys: of the ordered sum, or of the one after it if the order is about work."""
         number = order.sum if isinstance(order, KeysOrder) else order.sum + 1
-        members = self._of(site, order).members
-        if number in members:
-            raise StepRefused(f"keys of sum {number} were made before")
+        sums = self._of(site, order)
+        if number <= sums.last:
+            raise StepRefused(f"keys of sum {sums.last} were made before; those of sum {number} are too late")
+        sums.last, members = number, sums.members
+        while len(members) >= OPEN_MAX:
+            members.pop(min(members)).close()
         members[number] = Member(Place(study.digest, order.run, order.attempt, number), site.name, site.key)
         return members[number].public
 
@@ -54,6 +59,9 @@ class Vault:
             scale=order.scale,
             sites=len(order.participants or named),
         )
+        if not set(order.participants) <= set(named):
+            # A site that only evaluates would count towards the quorum of the training sites, and not train.
+            raise StepRefused("the order names sites for its sum that the study does not name for this work")
         member = self._open(site, study, order) if study.protection == "masked" else None
         return Sending(site, study, order, kind, encoding, member)
 
@@ -61,7 +69,9 @@ class Vault:
         """(shares that help to open the sum, encrypted shares of the next one); each empty if not asked for."""
         members, revealed, sealed = self._of(site, order).members, b"", b""
         if site.name in order.survivors:
-            revealed = self._member(members, order.sum).reveal(order.survivors, study.participation.quorum)
+            revealed = self._member(members, order.sum).reveal(
+                order.survivors, order.vouches, study.participation.quorum
+            )
         for number in [n for n in members if n <= order.sum]:
             members.pop(number).close()
         if site.name in order.members:
@@ -75,16 +85,18 @@ class Vault:
         return member
 
     def _of(self, site: Site, order: Order) -> Sums:
-        sums = self.runs.pop((site.home, order.run), Sums())
+        # By study as well: the keys of one study's sum, with its roster, must never cover work for another study.
+        owner = (site.home, order.study, order.run)
+        sums = self.runs.pop(owner, Sums())
         if order.attempt < sums.attempt:
-            self.runs[site.home, order.run] = sums
+            self.runs[owner] = sums
             raise StepRefused(f"attempt {order.attempt} is over; this site works on attempt {sums.attempt}")
         if order.attempt > sums.attempt:
             for member in sums.members.values():
                 member.close()
             sums = Sums(order.attempt)
-        self.runs[site.home, order.run] = sums  # the last one used stands last
-        for oldest in list(self.runs)[:-RUNS_MAX]:
+        self.runs[owner] = sums  # the last one used stands last
+        for oldest in [key for key in self.runs if key[0] == site.home][:-RUNS_MAX]:
             del self.runs[oldest]
         return sums
 
@@ -108,14 +120,14 @@ class Sending:
             self.covering = threading.Thread(target=member.cover, args=(encoding,), daemon=True)
             self.covering.start()
 
-    def protect(self, contribution: Contribution) -> bytes:
-        """The packed words of `contribution`, masked, sealed to the aggregator, or as they are."""
-        counts = contribution.counts(self.kind)
+    def protect(self, contribution: Contribution) -> tuple[bytes, bytes]:
+        """(the packed words of `contribution`, masked, sealed to the aggregator, or as they are; what vouches for the masks)."""
+        counts, vouch = contribution.counts(self.kind), b""
         vector = self.encoding.encode(contribution.update, contribution.cases, counts)
         if self.covering is not None and self.member is not None:
             self.covering.join()
-            self.member.mask(vector, self.encoding)
+            vouch = self.member.mask(vector, self.encoding)
         packed = bytes(self.encoding.bytes_of(vector))
         if self.study.protection == "sealed":
-            return keys.seal(bytes.fromhex(self.study.aggregator), packed, self.order.about(self.site.name))
-        return packed
+            packed = keys.seal(bytes.fromhex(self.study.aggregator), packed, self.order.about(self.site.name))
+        return packed, vouch

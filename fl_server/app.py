@@ -83,14 +83,24 @@ class Desk:
 
     def test(self, model: Float32) -> Test:
         """The test evaluation of the selected model: everybody's sum, and what each site releases of its own."""
-        total, released = self.evaluate(model, max(1, self.run.best_round), "test"), {}
-        for site, rows in total.figures.items():
-            try:
-                released[site] = read_figures(self.run.study, rows)
-            except MessageMalformed:
-                released[site] = [None] * len(self.run.study.task.targets)
+        total = self.evaluate(model, max(1, self.run.best_round), "test")
+        released = {site: self._released(total, rows) for site, rows in sorted(total.figures.items())}
         sheet = score_sheet(total.contributors, total.mean.sheet)
         return Test(sheet, self.absent(total, self.evaluators), released, total.mean.ingested)
+
+    def _released(self, total: Total, rows: Float32) -> list[dict[str, float | int] | None]:
+        """What one site says of itself, target by target; nothing where it contradicts itself or the sum it is in."""
+        study, pooled = self.run.study, total.mean.sheet.histogram
+        try:
+            found = read_figures(study, rows)
+        except MessageMalformed:
+            return [None] * len(study.task.targets)
+        return [
+            figure
+            if figure and figure["negatives"] <= pooled.negatives(n) and figure["positives"] <= pooled.positives(n)
+            else None
+            for n, figure in enumerate(found)
+        ]
 
     def absent(self, total: Total, sites: Nodes) -> dict[str, str]:
         """Who of the study is not in `total`, and why."""

@@ -1,7 +1,7 @@
 """The figures of a report as PNG bytes: loss and AUROC per round, ROC, AUROC of each site, and who contributed when.
 
-All sites together are black: a thick line, or a diamond in a forest plot. Anything beside it is blue, and told apart by
-line style or marker as well, so that a grey print and any common colour blindness leave the difference.
+What several sites have together is black: a thick line, or a diamond in a forest plot. Anything beside it is blue, and
+told apart by line style or marker as well, so that a grey print and any common colour blindness leave the difference.
 """
 
 import io
@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-POOLED = "all sites"
 DPI = 160  # two device pixels for each CSS pixel of the page, and sharp in print
 NAMED_MAX = 42  # more sites than this are drawn without their names, which would run into each other
 MARKED_MAX = 40  # with more rounds than this, markers run into each other and are left out
@@ -89,7 +88,7 @@ def roc(panels: Mapping[str, Curve | None]) -> bytes:
 
 
 def forest(panels: Mapping[str, Sequence[Estimate]]) -> bytes:
-    """AUROC with its interval, one panel for each target and a row for each estimate; the first is of all sites."""
+    """AUROC with its interval, one panel for each target and a row for each estimate; the first is the pooled one."""
     rows = max(len(estimates) for estimates in panels.values())
     height = min(12.0 if len(panels) == 1 else 6.0, 0.9 + 0.3 * rows)
     figure, grid = _grid(len(panels), 3.2, height) if len(panels) > 1 else _canvas(1, 7.4, height)
@@ -157,17 +156,17 @@ def participation(states: Mapping[str, Sequence[int]], rounds: Sequence[int]) ->
 
 
 def _chance(axes: Axes, values: Sequence[float]) -> None:
-    """The line at 0.5, named at its left end, and limits that show it whenever it is near."""
+    """The line at 0.5, named below its left end, where no curve begins, and limits that show it whenever it is near."""
     axes.axhline(0.5, color=_GREY, linewidth=1, zorder=0)
     axes.annotate(
-        "chance", (0, 0.5), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points",
+        "chance", (0, 0.5), xycoords=("axes fraction", "data"), xytext=(4, -10), textcoords="offset points",
         fontsize=8, color=_GREY,
     )  # fmt: skip
     axes.set_ylim(min(0.45, *(value - 0.03 for value in values)) if values else 0.45, 1.01)
 
 
 def _grid(panels: int, width: float, height: float | None = None) -> tuple[Figure, list[Axes]]:
-    """Up to three panels beside each other, each `width` x `height` inches, square without a height; spare ones hidden."""
+    """Up to three panels in a row, each `width` x `height` inches, square without a height; spare ones hidden."""
     columns = min(3, panels)
     rows = math.ceil(panels / columns)
     figure, grid = _canvas(columns, width * columns, (height or width) * rows, rows)

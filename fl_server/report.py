@@ -1,8 +1,8 @@
 """The evaluation report of a finished run: report.html (one self-contained page), metrics.json and the figures as PNG.
 
 Everything is computed from the results document that `fl_server.run` leaves: of every sum over sites its counts, losses
-and score histograms, and of a single site only what that site released about its own test split. The document is checked
-completely before the first file is written; whatever does not follow its schema, and whatever contradicts itself, is a
+and score histograms, and of a single site only what it released about its own test split. The document is checked as a
+whole before the first file is written; whatever does not follow its schema, and whatever contradicts itself, is a
 MessageMalformed that says where. Nothing is rounded in metrics.json; the page shows three decimals. Terms follow CLAIM
 2024 ("reference standard", "internal testing").
 """
@@ -45,7 +45,7 @@ Sites = Annotated[list[Name], Field(min_length=1, max_length=1000)]
 
 
 class Scores(Document):
-    """One model on one split of `sites` together. `loss`: mean over images; `counts`: what `ScoreHistogram.to_json` wrote."""
+    """One model on one split of `sites` together. `loss` is a mean over images, `counts` a `ScoreHistogram.to_json`."""
 
     sites: Sites
     patients: Count
@@ -67,7 +67,7 @@ class Figure(Document):
 class Round(Document):
     """One round as it was committed: who contributed, who did not and why, and the sums over those who did.
 
-    `scale`: update values were multiplied by two to this power before rounding. `validation` is of the model after the round.
+    `scale`: update values were multiplied by two to this power before rounding. `validation` is of the model after it.
     """
 
     round: Annotated[int, Field(ge=1, le=10_000)]
@@ -381,7 +381,7 @@ def _draw(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, bytes]:
             [_curve(metrics, "macro_auroc")], f"{word}, validation split", results.selected_round
         ),
         "roc": figures.roc(_roc_panels(evaluation, metrics)),
-        "forest": figures.forest({target: list(_estimates(metrics, target)) for target in study.task.targets}),
+        "forest": figures.forest({name: list(_estimates(evaluation, metrics, name)) for name in study.task.targets}),
         "participation": figures.participation(states, [entry.round for entry in results.rounds]),
     }
 
@@ -398,15 +398,23 @@ def _roc_panels(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, fi
     panels: dict[str, figures.Curve | None] = {}
     for place, target in enumerate(evaluation.study.task.targets):
         curve = evaluation.test.histogram.roc(place) if evaluation.test else None
-        name = f"{figures.POOLED} {metrics['pooled']['targets'][target]['auroc']:.3f}" if curve else ""
-        points = list(zip(curve[0].tolist(), curve[1].tolist(), strict=True)) if curve else []
-        panels[target] = figures.Curve(name, points) if curve else None
+        if curve is None:
+            panels[target] = None
+            continue
+        name = f"{_together(evaluation)} {metrics['pooled']['targets'][target]['auroc']:.3f}"
+        panels[target] = figures.Curve(name, list(zip(curve[0].tolist(), curve[1].tolist(), strict=True)))
     return panels
 
 
-def _estimates(metrics: dict[str, Any], target: str) -> Iterable[figures.Estimate]:
-    """The rows of a forest plot: all sites together, then each site."""
-    for name, entry in {figures.POOLED: metrics["pooled"], **metrics["sites"]}.items():
+def _together(evaluation: Evaluation) -> str:
+    """What the tested sites together are called: a part of the sites never passes for all of them."""
+    tested, everyone = len(evaluation.test.sites) if evaluation.test else 0, len(evaluation.study.all_sites)
+    return "all sites" if tested == everyone else f"{tested} of {everyone} sites"
+
+
+def _estimates(evaluation: Evaluation, metrics: dict[str, Any], target: str) -> Iterable[figures.Estimate]:
+    """The rows of a forest plot: the tested sites together, then each site."""
+    for name, entry in [(_together(evaluation), metrics["pooled"]), *metrics["sites"].items()]:
         part = entry["targets"][target]
         yield figures.Estimate(name, part["auroc"], *(part["interval"] or (None, None)))
 
@@ -432,6 +440,7 @@ def _render(evaluation: Evaluation, metrics: dict[str, Any], images: dict[str, b
         images={name: base64.b64encode(png).decode() for name, png in images.items()},
         work={site: _work(site, results.rounds) for site in study.all_sites},
         gaps=_gaps(results),
+        together=_together(evaluation),
         retried=_ranges(_retried(results.rounds)),
         clipped=_ranges([entry.round for entry in results.rounds if entry.clipped]),
         release_min=RELEASE_MIN,
@@ -501,7 +510,8 @@ def _settings(section: dict[str, Any], above: str = "") -> Iterable[tuple[str, s
         if isinstance(value, dict):
             yield from _settings(value, f"{above}{key}.")
         else:
-            yield f"{above}{key}", (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+            text = (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
+            yield f"{above}{key}", text.lower() if isinstance(value, bool) else text
 
 
 def canonical(study: dict[str, Any]) -> bytes:

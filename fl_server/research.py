@@ -136,8 +136,8 @@ def _with_keys(study: Study, roster: dict[str, str], aggregator: str) -> Study:
     if parts:
         raise StudyConflict(
             f"the file names {' and '.join(parts)} than the coordinator does",
-            remedy="Find out by telephone which keys are right. To take the coordinator's, take `roster` and `aggregator` "
-            "out of the file.",
+            remedy="Find out by telephone which keys are right. To use the coordinator's, take `roster` and "
+            "`aggregator` out of the file.",
         )
     return study.with_keys(roster, aggregator)
 
@@ -232,7 +232,8 @@ def say_report(page: Path, as_json: bool) -> None:
     for name, row in {"pooled": metrics["pooled"], **metrics["sites"]}.items():
         value = f"{row['auroc']:.3f}" if row["auroc"] is not None else "-"
         interval = "{:.3f} to {:.3f}".format(*row["interval"]) if row["interval"] else row.get("why", "-")
-        classes = ("-" if row[key] is None else str(row[key]) for key in ("positives", "negatives"))
+        least = "" if name == "pooled" else ">= "  # sites release tens, rounded down
+        classes = ("-" if row[key] is None else f"{least}{row[key]}" for key in ("positives", "negatives"))
         table.add_row(name, value, interval, *classes)
     images, patients = metrics["pooled"]["images"], metrics["pooled"]["patients"]
     console.print(f"Held-out test, {images} images of {patients} patients, {metrics['label']}:", highlight=False)
@@ -307,7 +308,7 @@ def _digest(caller: calls.Caller, text: str) -> str:
         what = "more than one study" if found else "no study"
         raise RunUnknown(
             f"{what} of yours fits {text!r}",
-            remedy="List them with `fl-study studies`; six characters of a digest are enough, a changed file does not fit.",
+            remedy="List them with `fl-study studies`. Six characters of a digest are enough; a changed file fits none.",
         )
     return found[0]
 

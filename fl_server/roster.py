@@ -2,8 +2,8 @@
 
     HOME/
     ├── server.yaml          settings; written last, so it marks a finished founding
-    ├── keys/                ca.key ca.pem, coordinator.key (statements), aggregator.key (sealed updates are encrypted to
-    │                        it), tls.key tls.pem (server certificate and ca.pem)
+    ├── keys/                ca.key ca.pem, coordinator.key (statements), aggregator.key (opens sealed updates),
+    │                        tls.key tls.pem (server certificate and ca.pem)
     ├── roster.sqlite        this module's tables (0600)
     ├── journal.jsonl        what the coordinator did, hash-chained
     ├── runs/<run_id>/       durable state of each run

@@ -65,7 +65,12 @@ class Gathering:
     """
 
     def __init__(
-        self, grid: Grid, calls: Mapping[str, Call], timeout_s: float, tell: Tell, enough: Callable[[], bool] | None = None
+        self,
+        grid: Grid,
+        calls: Mapping[str, Call],
+        timeout_s: float,
+        tell: Tell,
+        enough: Callable[[], bool] | None = None,
     ) -> None:
         self.grid, self.calls, self.timeout_s, self.tell, self.enough = grid, calls, timeout_s, tell, enough
         self.missing: dict[str, str] = {}
@@ -100,7 +105,8 @@ class Gathering:
 
     def _send(self) -> dict[str, str]:
         """Push the orders; message id -> site. One record for equal orders: Flower hashes and stores it once."""
-        records = {id(call.order): call.order.to_records() for call in self.calls.values()}
+        orders = {id(call.order): call.order for call in self.calls.values()}
+        records = {name: order.to_records() for name, order in orders.items()}
         messages = [
             Message(
                 records[id(call.order)],

@@ -24,7 +24,14 @@ from models import contributions
 from models.contributions import Contribution, Float32, Kind
 from models.study import Study
 from privacy import keys
-from privacy.errors import IsocenterError, MessageMalformed, ProtectionError, QuorumLost, TooFewSurvivors
+from privacy.errors import (
+    IsocenterError,
+    MessageMalformed,
+    ProtectionError,
+    QuorumLost,
+    ShareInvalid,
+    TooFewSurvivors,
+)
 from privacy.secagg import Aggregator, Place
 from privacy.sharing import Encoding, Vector
 from privacy.wire import (
@@ -209,7 +216,7 @@ class MaskedSumming(Summing):
         self.roster = {site: keys.load_point(point) for site, point in self.study.roster.items()}
         self.upcoming: Aggregator | None = None
         self.expelled: dict[str, str] = {}  # sites whose shares were of no use, with the code of the reason
-        self.refused: dict[str, str] = {}  # who did not take part in agreeing on keys, and why
+        self.refused: dict[str, str] = {}  # who had no part in preparing the sum that comes, and why
 
     def _begin_anew(self) -> None:
         super()._begin_anew()
@@ -224,11 +231,11 @@ class MaskedSumming(Summing):
         calls = {site: Call(order, ready[site]) for site in participants if site in ready}
         following = None if task.afterwards is None else self._aggregator(self.number + 1)
         calls |= self._invitations(task, calls)
+        absent = {site: self.refused.get(site, "joining") for site in ready if site not in participants}
         gathering, arrivals = self._collect(calls, current, following, encoding)
         current.close_vectors()
         opened = self._unmask(task, current, following, {site: call.node for site, call in calls.items()})
-        absent = {site: "joining" for site in ready if site not in participants}
-        missing = self.offline | absent | self.refused | gathering.missing | self.expelled
+        missing = self.offline | absent | gathering.missing | self.expelled
         return self._total(task, encoding, opened, arrivals, missing)
 
     def _prepared(self, ready: Nodes) -> Aggregator | None:
@@ -236,7 +243,7 @@ class MaskedSumming(Summing):
         upcoming, self.upcoming = self.upcoming, None
         if upcoming is None or not upcoming.shared_by(ready):
             return None
-        self.number, self.refused = upcoming.place.sum, {}
+        self.number = upcoming.place.sum
         return upcoming
 
     def _agree_on_keys(self, task: Task, ready: Nodes) -> Aggregator:
@@ -251,7 +258,7 @@ class MaskedSumming(Summing):
                     self.tell("site", site=site, stage=report.kind, seconds=round(report.seconds, 3))
         self.refused = gathering.missing
         self._require(current.keyed, max(task.least, current.least), self.offline | self.expelled | self.refused)
-        self._exchange_shares(task, self.number - 1, (), current, ready)
+        self.refused |= self._exchange_shares(task, self.number - 1, (), current, ready)
         if not current.shared_by(ready):
             raise TooFewSurvivors(f"only {len(current.ready)} sites sent the shares that a sum needs")
         return current
@@ -270,31 +277,35 @@ class MaskedSumming(Summing):
         self, calls: dict[str, Call], current: Aggregator, following: Aggregator | None, encoding: Encoding
     ) -> tuple[Gathering, Arrivals]:
         """The first exchange: masked vectors, and keys of the next sum."""
-        arrivals, stage = Arrivals(), next(iter(calls.values())).order.kind
+        arrivals, stage, self.refused = Arrivals(), next(iter(calls.values())).order.kind, {}
         working = {site for site, call in calls.items() if isinstance(call.order, WorkOrder)}
         gathering = self._gather(calls, stage, lambda: working <= {*gathering.missing, *arrivals.seconds})
         for site, report in gathering.reports():
             with _dropping(gathering, site):
                 if isinstance(report, WorkReport):
-                    current.add_vector(site, encoding.vector_of(report.vector))
+                    current.add_vector(site, encoding.vector_of(report.vector), report.vouch)
                     arrivals.add(site, report, self.tell)
             if following is not None and isinstance(report, WorkReport | KeysReport):
-                with contextlib.suppress(ProtectionError, MessageMalformed):  # then it is not in the next sum
+                try:
                     following.add_keys(site, report.keys)
+                except (ProtectionError, MessageMalformed) as error:
+                    self.refused[site] = error.code  # its vector counts, and it is not in the next sum
         return gathering, arrivals
 
     def _unmask(self, task: Task, current: Aggregator, following: Aggregator | None, nodes: Nodes) -> Vector:
         """The second exchange: shares that open this sum, and encrypted shares of the next one."""
-        self._exchange_shares(task, self.number, current.survivors, following, nodes, current)
-        if not current.enough:
-            raise TooFewSurvivors("too few sites helped to open the sum")
+        self.refused |= self._exchange_shares(task, self.number, current.survivors, following, nodes, current)
         try:
-            return current.finish()
+            opened = current.finish()
+        except ShareInvalid:
+            # Where others outvote a wrong share it does no harm; where it spoilt the sum, the next attempt is without its site.
+            self.expelled |= current.wrong
+            raise
         finally:
             for site, code in current.wrong.items():
-                self.expelled[site] = code
-                self.tell("site_missing", site=site, reason=code)
-            self.upcoming = following
+                self.tell("wrong_share", site=site, reason=code)
+        self.upcoming = following
+        return opened
 
     def _exchange_shares(
         self,
@@ -304,12 +315,13 @@ class MaskedSumming(Summing):
         following: Aggregator | None,
         nodes: Nodes,
         current: Aggregator | None = None,
-    ) -> None:
-        """Orders to unmask `current`, if there is one, with the keys of `following`, and what comes back."""
+    ) -> dict[str, str]:
+        """Orders to unmask `current`, if there is one, with the keys of `following`; who did not answer well, and why."""
         more: dict[str, Any] = {"members": (), "keys": b""}
         if following is not None and len(following.keyed) >= following.least:
             more = {"members": following.keyed, "keys": following.close_keys(survivors)}
-        order = self._order(UnmaskOrder, task, number, survivors=survivors, **more)
+        more |= {"survivors": survivors, "vouches": current.vouches if current is not None else b""}
+        order = self._order(UnmaskOrder, task, number, **more)
         calls = {site: Call(order, nodes[site]) for site in sorted({*survivors, *order.members})}
 
         def enough() -> bool:
@@ -325,6 +337,7 @@ class MaskedSumming(Summing):
                     if following is not None and site in order.members:
                         following.add_shares(site, report.sealed)
                     self.tell("site", site=site, stage=report.kind, seconds=round(report.seconds, 3))
+        return gathering.missing
 
     def _aggregator(self, number: int) -> Aggregator:
         place = Place(self.study.digest, self.run.run_id, self.run.attempt, number)
@@ -356,8 +369,12 @@ def next_scale(study: Study, total: Total, scale: int) -> int:
 
 
 def _fitting(study: Study, largest: float) -> int:
-    limit = (2 ** (study.encoding_bits - 1) - 1) // len(study.participation.sites)
-    return max(-SCALE_MAX, min(SCALE_MAX, math.floor(math.log2(limit / largest))))
+    """The largest power of two that `largest`, times two to it, fits with: found without a rounding."""
+    limit = Encoding(values=0, counts=0, bits=study.encoding_bits, scale=0, sites=len(study.participation.sites)).limit
+    scale = limit.bit_length() - math.frexp(largest)[1]
+    if math.ldexp(largest, scale) > limit:
+        scale -= 1
+    return max(-SCALE_MAX, min(SCALE_MAX, scale))
 
 
 def timeout_of(study: Study) -> float:

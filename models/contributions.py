@@ -23,8 +23,11 @@ Kind = Literal["train", "evaluate"]
 
 LOSS_UNIT = 2.0**-20
 """Losses are summed over images in steps of this: a millionth, far below what a loss means."""
-LOSS_MAX = 1e6  # of one image; more than any finite cross entropy of float32 scores
+LOSS_MAX = 1e3  # of one image; one of float32 scores is below 17, and 8 million such images still make a sound count
 RELEASE_MIN = 10  # images of each class, as in the house rules for released counts
+RELEASE_DECIMALS = 3
+"""Counts are released rounded down to tens, the rest to three decimals: with exact ones, the pooled counts less those of the
+sites that released theirs would be the small counts of the one that did not."""
 NOT_RELEASED = -1.0
 
 
@@ -84,7 +87,7 @@ def read(study: Study, kind: Kind, values: npt.NDArray[np.float64], counts: Int6
 
 
 def figures(study: Study, histogram: ScoreHistogram, split: str) -> Float32:
-    """float32 (targets, 5): AUROC, its 95 % interval, negatives, positives; NOT_RELEASED in rows that may not leave.
+    """float32 (targets, 5): AUROC, its 95 % interval, negatives, positives, all rounded; NOT_RELEASED in rows that stay.
 
     Only figures of the test split are released, once in a run, and only if the study asks for them.
     """
@@ -93,7 +96,8 @@ def figures(study: Study, histogram: ScoreHistogram, split: str) -> Float32:
         negatives, positives = histogram.negatives(target), histogram.positives(target)
         auroc, interval = histogram.auroc(target), histogram.interval(target)
         if min(negatives, positives) >= RELEASE_MIN and auroc is not None and interval is not None:
-            rows[target] = (auroc, *interval, negatives, positives)
+            rounded = [round(value, RELEASE_DECIMALS) for value in (auroc, *interval)]
+            rows[target] = (*rounded, _tens(negatives), _tens(positives))
     return rows
 
 
@@ -105,10 +109,15 @@ def read_figures(study: Study, rows: Float32) -> list[dict[str, float | int] | N
 
 
 def _figure(row: Float32) -> dict[str, float | int]:
-    auroc, low, high, negatives, positives = (float(value) for value in row)
-    if not 0 <= low <= auroc <= high <= 1 or min(negatives, positives) < RELEASE_MIN:
+    auroc, low, high, negatives, positives = (round(float(value), RELEASE_DECIMALS) for value in row)
+    enough = all(count.is_integer() and count >= RELEASE_MIN for count in (negatives, positives))
+    if not 0 <= low <= auroc <= high <= 1 or not enough:
         raise MessageMalformed("a released figure contradicts itself, or should not have been released")
     return {"auroc": auroc, "low": low, "high": high, "negatives": int(negatives), "positives": int(positives)}
+
+
+def _tens(count: int) -> int:
+    return count // RELEASE_MIN * RELEASE_MIN
 
 
 def _units(mean: float, over: int) -> int:

@@ -127,7 +127,7 @@ class Evaluation(Document):
     )
     site_figures: bool = Field(
         default=True,
-        description="true: each site releases its own test AUROC, interval and class counts, if both classes have 10 images",
+        description="true: each site releases its own test AUROC, interval and class counts in tens, from 10 images of each on",
     )
 
 
@@ -208,7 +208,7 @@ class Study(Document):
 
     @property
     def learned(self) -> str:
-        """Digest of what is learned, whoever takes part and however it is protected: seeds follow from it.
+        """Digest of the study without the sites' keys and its protection: seeds follow from it.
 
         So a study rehearsed on a laptop, and the same one masked or not, make the same random choices.
         """

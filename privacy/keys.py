@@ -40,6 +40,7 @@ STUDY_OFFER = b"isocenter/v1/study/offer"  # the coordinator offers the canonica
 STUDY_DECISION = b"isocenter/v1/study/decision"  # a site approves or declines a digest
 CALL = b"isocenter/v1/call"  # one gRPC call
 SUM_KEYS = b"isocenter/v1/sum-keys"  # a site stands for its ephemeral keys of one sum
+SUM_CONTEXT = b"isocenter/v1/sum-context"  # a site says which order and participants its masks are bound to
 
 PEM_BYTES_MAX = 64 * 1024  # a chain of three P-256 certificates is under 4 KiB
 CA_DAYS = 3650  # the authority outlives every certificate it issues; replacing it means joining again
@@ -344,11 +345,14 @@ def point_hex(public_key: PublicKey) -> str:
 
 
 def load_point(text: str) -> PublicKey:
-    """The key behind `point_hex`; raises MessageMalformed."""
+    """The key behind `point_hex`; raises MessageMalformed for anything else, another spelling of it included."""
     try:
-        return PublicKey.from_encoded_point(ec.SECP256R1(), bytes.fromhex(text))
+        key = PublicKey.from_encoded_point(ec.SECP256R1(), bytes.fromhex(text))
     except (ValueError, TypeError):
         raise MessageMalformed("this is no P-256 key in compressed form") from None
+    if point_hex(key) != text:
+        raise MessageMalformed("this is another spelling of a P-256 key than its compressed form")
+    return key
 
 
 # Sealing -------------------------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ bytes out; a step out of turn, repeated, or against the rules raises and changes
              and s, and a commitment to b, with its enrolled key.
     share    each site checks every peer's signature against the study's roster, splits s and b among its holders (its peers
              in the graph and itself; threshold above two thirds), and encrypts each share for its holder.
-    mask     vector + PRG(b) + sum over peers of +-PRG(agreement of s). The second kind cancels in the sum.
-    reveal   for a sum over `survivors`: each site gives its share of b for those who are in the sum and of s for those who are
-             not. The coordinator rebuilds b of the former, s of the latter, and takes the masks away.
+    mask     vector + PRG(b) + sum over peers of +-PRG(agreement of s). The second kind cancels in the sum. The site signs what
+             its masks are bound to (`Circle.context`): the participants, and the order with its model.
+    reveal   for a sum over `survivors`, all of whom signed the same context: each site gives its share of b for those who are in
+             the sum and of s for those who are not. The coordinator rebuilds b of the former, s of the latter, and takes the
+             masks away.
 
 Trust rules, and where they bite:
  1. Every derived key binds the protocol's version, study, run, attempt, sum, the sorted members with their signed keys, the
@@ -20,11 +22,14 @@ Trust rules, and where they bite:
  2. A site gives one kind of share for each peer, once per sum (`Member.reveal`). To rebuild both secrets of an honest site
     somebody needs t shares of each; of the N holders the honest give one kind each and c colluding ones both, so 2t <= N + c.
     As t > 2N/3, that takes more than N/3 colluding holders. Nothing else stands between a lying coordinator and both secrets.
- 3. The sites do not wait to hear what list of survivors the others got; that would be a third exchange in each round. So a
-    coordinator may show different lists and, with c colluders of n sites, leave up to (n-c)(n-t)/(t-c) honest sites out of the
-    sum that it opens (docs/secure-aggregation.md has the table). It can do so once in an attempt: the list is part of the
-    next sum's transcript, so sites with different lists cannot read each other's shares, and no further sum is opened.
- 4. No sum of fewer sites than the threshold, or than the study's quorum, is ever opened (`Member.open`, `Member.reveal`).
+ 3. A site reveals for a list of survivors only if each of them signed the context that it signed itself, and signs one
+    context in a sum. Two contexts would take two lists of more than 2N/3 signers with fewer than N/3 in both, so all that is
+    ever revealed in a sum is for the same participants, order and model.
+    The sites do not wait to hear what list of survivors the others got; that would be a third exchange in each round. So a
+    coordinator may show different lists and, with c colluders of n members, leave up to (n-c)(n-t)/(t-c) honest sites out of
+    the sum that it opens (docs/secure-aggregation.md has the table). The list is part of the next sum's transcript, so sites
+    with different lists cannot read each other's shares: who told two has to begin anew, with keys that all journals show.
+ 4. No site helps to open a list of fewer sites than the threshold, or than the study's quorum (`Member.open`, `Member.reveal`).
  5. Secrets exist in memory only, for one sum. A process that ends takes them with it, so no mask can be used twice.
 
 This hides updates. It does not judge them: a site may add whatever it likes to the sum.
@@ -33,9 +38,10 @@ This hides updates. It does not judge them: a site may add whatever it likes to 
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal, NoReturn
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes
@@ -67,6 +73,7 @@ TAG_BYTES = 16
 SEALED_BYTES = 2 * SHARE_BYTES + TAG_BYTES  # a share of s and one of b, encrypted for one holder
 NO_SHARE = b"\xff" * SHARE_BYTES  # no element of the field: "I have no share of this site"
 COMMIT, TRANSCRIPT = b"isocenter/v1/sum/commitment", b"isocenter/v1/sum/transcript"
+CONTEXT = b"isocenter/v1/sum/context"
 SHARE_KEY, PAIR_MASK, SELF_MASK = (
     b"isocenter/v1/sum/share",
     b"isocenter/v1/sum/pair-mask",
@@ -124,11 +131,8 @@ class Bundle:
 
     def check(self, place: Place, enrolled: keys.PublicKey) -> None:
         """Raise PeerUntrusted unless the owner of `enrolled` signed these keys for this sum, and they can be used."""
-        r, s = (int.from_bytes(self.signature[i : i + 32], "big") for i in (0, 32))
-        try:
-            keys.verify(enrolled, keys.SUM_KEYS, self.signed(place), encode_dss_signature(r, s))
-        except SignatureInvalid:
-            raise PeerUntrusted(f"{self.site} did not sign the keys that were shown for it in this sum") from None
+        if not _signed(enrolled, keys.SUM_KEYS, self.signed(place), self.signature):
+            raise PeerUntrusted(f"{self.site} did not sign the keys that were shown for it in this sum")
         for public in (self.cipher, self.mask):
             _agree(X25519PrivateKey.generate(), public)  # a point of low order would make every peer stumble
 
@@ -141,7 +145,7 @@ class Circle:
         if len(data) % BUNDLE_BYTES:
             raise MessageMalformed("the members' keys have another size than they should")
         found = [Bundle.from_bytes(data[i : i + BUNDLE_BYTES]) for i in range(0, len(data), BUNDLE_BYTES)]
-        self.place, self.bundles = place, {bundle.site: bundle for bundle in found}
+        self.place, self.roster, self.bundles = place, roster, {bundle.site: bundle for bundle in found}
         self.names: Names = tuple(self.bundles)
         if list(self.names) != sorted(self.names) or len(self.names) != len(found):
             raise MessageMalformed("the members' keys are not sorted by site, or one stands twice")
@@ -151,6 +155,8 @@ class Circle:
             if bundle.site not in roster:
                 raise PeerUntrusted(f"{bundle.site} is not one of the study's sites")
             bundle.check(place, roster[bundle.site])
+        if list(previous) != sorted(set(previous)) or not set(previous) <= set(roster):
+            raise MessageMalformed("the survivors of the sum before are not a sorted list of the study's sites")
         self.transcript = _transcript(place, data, previous)
         self.peers = neighbours(self.names, self.transcript)
         self.holders = {site: sorted([*peers, site]) for site, peers in self.peers.items()}
@@ -176,7 +182,13 @@ class Circle:
 
     def context(self, participants: Names, order: bytes) -> bytes:
         """32 bytes that every mask is bound to: members, keys, participants, and the order with its model."""
-        return hashlib.sha256(b"\n".join([self.transcript, " ".join(participants).encode(), order])).digest()
+        told = " ".join(participants).encode()
+        return hashlib.sha256(b"\n".join([CONTEXT, self.transcript, told, order])).digest()
+
+    def check_vouch(self, site: str, context: bytes, signature: bytes) -> None:
+        """Raise PeerUntrusted unless `site` signed that its masks are bound to `context`."""
+        if not _signed(self.roster[site], keys.SUM_CONTEXT, context, signature):
+            raise PeerUntrusted(f"{site} did not sign that its masks are bound to this order and these participants")
 
     def check_list(self, names: Names, within: Sequence[str], quorum: int) -> None:
         """Raise unless `names` is a sorted list of distinct sites of `within`, large enough to be opened."""
@@ -186,10 +198,11 @@ class Circle:
             raise TooFewSurvivors(f"{len(names)} sites; the sum needs {self.least(quorum)}")
 
 
-@dataclass
+@dataclass(repr=False)  # a log or a traceback that shows variables must not show these
 class _Secrets:
     """What a site knows of one sum and nobody else may. Dropped when the sum is closed."""
 
+    enrolled: keys.PrivateKey
     cipher: X25519PrivateKey
     mask: X25519PrivateKey
     seed: bytes
@@ -204,13 +217,15 @@ class Member:
     def __init__(self, place: Place, site: str, enrolled: keys.PrivateKey, entropy: Entropy = os.urandom) -> None:
         self.place, self.site, self._entropy = place, site, entropy
         self._secrets: _Secrets | None = _Secrets(
+            enrolled,
             X25519PrivateKey.from_private_bytes(entropy(SECRET_BYTES)),
             X25519PrivateKey.from_private_bytes(entropy(SECRET_BYTES)),
             entropy(SECRET_BYTES),
         )
         self._step: Literal["keys", "share", "open", "mask", "reveal", "closed"] = "share"
-        self._bundle = self._make_bundle(enrolled, self._secrets)
+        self._bundle = self._make_bundle(self._secrets)
         self._circle: Circle | None = None
+        self._context = b""
         self._participants: Names = ()
 
     @property
@@ -261,7 +276,7 @@ class Member:
         secrets.held = held
         secrets.masks = [circle.pair_mask(secrets.mask, self.site, peer, context) for peer in peers]
         secrets.masks.append((_derive(secrets.seed, SELF_MASK, context, self.site), 1))
-        self._participants, self._step = participants, "mask"
+        self._participants, self._context, self._step = participants, context, "mask"
 
     def cover(self, encoding: Encoding) -> None:
         """Add up the masks beforehand, so that `mask` is one addition: they depend on keys and order, not on the vector."""
@@ -271,20 +286,26 @@ class Member:
             add_masks(cover, secrets.masks)
             secrets.cover, secrets.masks = cover, []
 
-    def mask(self, vector: Vector, encoding: Encoding) -> None:
-        """Mask `vector` in place. Once: the masks are gone afterwards."""
-        secrets = self._at("mask")
-        self.cover(encoding)
-        if secrets.cover is not None:  # always, after `cover`
-            vector.add(secrets.cover)
-        secrets.cover = None
-        self._step = "reveal"
+    def mask(self, vector: Vector, encoding: Encoding) -> bytes:
+        """Mask `vector` in place and return this site's signature over the context of its masks, which goes with it.
 
-    def reveal(self, survivors: Names, quorum: int) -> bytes:
+        Once: the masks are gone afterwards. Raises MessageMalformed for another encoding.
+        """
+        secrets = self._at("mask")
+        cover = secrets.cover
+        if cover is None:
+            cover = encoding.zeros()
+            add_masks(cover, secrets.masks)
+        vector.add(cover)  # refuses another shape before it changes anything
+        secrets.cover, secrets.masks, self._step = None, [], "reveal"
+        return _sign(secrets.enrolled, keys.SUM_CONTEXT, self._context)
+
+    def reveal(self, survivors: Names, vouches: bytes, quorum: int) -> bytes:
         """One share for each participant that this site holds shares of, by name: of b for survivors, of s for the others.
 
         Once, and for one list: this is what the counting argument above rests on. Closes the sum and drops every secret.
-        Raises TooFewSurvivors below threshold or quorum, StepRefused if this site is not among the survivors.
+        `vouches`: what `mask` returned at each survivor, one after the other. Raises TooFewSurvivors below threshold or
+        quorum, StepRefused if this site is not among the survivors, PeerUntrusted if one of them masked for another order.
         """
         secrets, circle = self._at("reveal"), self._of_circle()
         circle.check_list(survivors, self._participants, quorum)
@@ -292,6 +313,11 @@ class Member:
             raise StepRefused("this site's vector is not in the sum, so it does not help to open it")
         if len(set(circle.holders[self.site]) & set(survivors)) < circle.threshold_of(self.site):
             raise TooFewSurvivors("too few of the sites that hold this site's shares are in the sum")
+        if len(vouches) != len(survivors) * SIGNATURE_BYTES:
+            raise MessageMalformed("the survivors' signatures have another size than they should")
+        for place, site in enumerate(survivors):
+            signature = vouches[place * SIGNATURE_BYTES : (place + 1) * SIGNATURE_BYTES]
+            circle.check_vouch(site, self._context, signature)
         alive, shares = set(survivors), []
         for site in circle.holders[self.site]:
             if site in self._participants:
@@ -303,6 +329,10 @@ class Member:
     def close(self) -> None:
         """Forget every secret of this sum; no step is possible afterwards."""
         self._secrets, self._step = None, "closed"
+
+    def __reduce__(self) -> NoReturn:
+        """Nobody copies or stores a member: a copy could mask or reveal a second time."""
+        raise TypeError("the secrets of a sum are not copied and not stored")
 
     @property
     def covers(self) -> bool:
@@ -319,11 +349,10 @@ class Member:
             raise StepRefused("no keys of peers have been taken in")
         return self._circle
 
-    def _make_bundle(self, enrolled: keys.PrivateKey, secrets: _Secrets) -> Bundle:
+    def _make_bundle(self, secrets: _Secrets) -> Bundle:
         cipher, mask = secrets.cipher.public_key().public_bytes_raw(), secrets.mask.public_key().public_bytes_raw()
         unsigned = Bundle(self.site, cipher, mask, commitment(secrets.seed), bytes(SIGNATURE_BYTES))
-        r, s = decode_dss_signature(keys.sign(enrolled, keys.SUM_KEYS, unsigned.signed(self.place)))
-        return Bundle(self.site, cipher, mask, unsigned.commitment, r.to_bytes(32, "big") + s.to_bytes(32, "big"))
+        return replace(unsigned, signature=_sign(secrets.enrolled, keys.SUM_KEYS, unsigned.signed(self.place)))
 
     def _read_shares(
         self, circle: Circle, secrets: _Secrets, participants: Names, sealed: bytes
@@ -354,14 +383,16 @@ class Aggregator:
         self._step: Literal["keys", "shares", "start", "vectors", "reveal", "done"] = "keys"
         self._bundles: dict[str, bytes] = {}
         self._sealed: dict[str, bytes] = {}
-        self._survivors: list[str] = []
+        self._vouches: dict[str, bytes] = {}
         self._revealed: dict[str, list[bytes]] = {}
+        self._rebuilt: dict[str, bytes] = {}
+        self._disputed: set[tuple[str, str]] = set()  # (who made a share, who gave it) where it was wrong
         self._participants: Names = ()
         self._circle: Circle | None = None
         self._context = b""
         self._total: Vector | None = None
         self.wrong: dict[str, str] = {}
-        """Sites whose shares turned out wrong when the sum was opened, with the code of what they did."""
+        """Sites that are behind wrong shares, as `finish` found, with the code of what they did."""
 
     @property
     def keyed(self) -> Names:
@@ -376,7 +407,7 @@ class Aggregator:
     @property
     def survivors(self) -> Names:
         """Sites whose vectors are in the sum, once `close_vectors` has said so."""
-        return tuple(sorted(self._survivors)) if self._step in ("reveal", "done") else ()
+        return tuple(sorted(self._vouches)) if self._step in ("reveal", "done") else ()
 
     @property
     def least(self) -> int:
@@ -434,18 +465,27 @@ class Aggregator:
         self._context = self._of_circle().context(self._participants, order)
         self._total, self._step = encoding.zeros(), "vectors"
 
-    def add_vector(self, site: str, vector: Vector) -> None:
-        """Add one site's masked vector. Raises StepRefused if it is late, a second one, or of a site not in the sum."""
+    def add_vector(self, site: str, vector: Vector, vouch: bytes) -> None:
+        """Add one site's masked vector. Raises StepRefused if it is late, a second one, or of a site not in the sum.
+
+        `vouch` is what `Member.mask` returned with it; PeerUntrusted if it was masked for another order.
+        """
         self._due("vectors")
-        if self._total is None or site not in self._participants or site in self._survivors:
+        if self._total is None or site not in self._participants or site in self._vouches:
             raise StepRefused(f"{site} is not in this sum, or sent its vector twice")
+        self._of_circle().check_vouch(site, self._context, vouch)
         self._total.add(vector)
-        self._survivors.append(site)
+        self._vouches[site] = vouch
+
+    @property
+    def vouches(self) -> bytes:
+        """The survivors' signatures, in the order of their names: what each of them needs to help open the sum."""
+        return b"".join(self._vouches[site] for site in self.survivors)
 
     def close_vectors(self) -> Names:
         """The survivors, whose vectors are in the sum. From now on a vector is late. Raises TooFewSurvivors."""
         self._due("vectors")
-        survivors = tuple(sorted(self._survivors))
+        survivors = tuple(sorted(self._vouches))
         self._of_circle().check_list(survivors, self._participants, self.quorum)
         self._step = "reveal"
         return survivors
@@ -453,7 +493,7 @@ class Aggregator:
     def add_revealed(self, site: str, data: bytes) -> None:
         """One site's shares. Raises MessageMalformed for another size, StepRefused for a second answer or a stranger."""
         self._due("reveal")
-        if site not in self._survivors or site in self._revealed:
+        if site not in self._vouches or site in self._revealed:
             raise StepRefused(f"{site} is not in this sum, or opened it twice")
         if len(data) != len(self._held_by(site)) * SHARE_BYTES:
             raise MessageMalformed(f"the opened shares of {site} have another size than they should")
@@ -461,58 +501,89 @@ class Aggregator:
 
     @property
     def enough(self) -> bool:
-        """Whether the shares here are as many as every secret needs."""
-        circle = self._of_circle()
-        return all(
-            sum(holder in self._revealed for holder in circle.holders[site]) >= circle.threshold_of(site)
-            for site in self._participants
-        )
+        """Whether the shares here rebuild every secret that the sum needs, whatever the others may still send."""
+        try:
+            return all(self._rebuild(self._of_circle(), site) for site in self._participants)
+        except (ShareInvalid, TooFewSurvivors):
+            return False
 
     def finish(self) -> Vector:
-        """The sum of the survivors' vectors. Raises ShareInvalid, which names the site, if a secret cannot be rebuilt.
+        """The sum of the survivors' vectors.
 
-        Sites that gave a wrong share where others outvoted them stand in `wrong`.
+        Raises TooFewSurvivors if fewer holders of a secret answered than it needs, and ShareInvalid, which names the sites,
+        if a secret cannot be rebuilt from what they answered; the sum stays open for more. `wrong` is set in any case.
         """
         self._due("reveal")
-        circle, total = self._of_circle(), self._total
+        circle, total, lost = self._of_circle(), self._total, []
         if total is None:
             raise StepRefused("there is no vector to open")
-        masks: list[Mask] = []
         for site in self._participants:
-            masks += self._masks_of(circle, site)
+            try:
+                self._rebuild(circle, site)
+            except ShareInvalid:
+                lost.append(site)
+        self.wrong = self._blame(circle, lost)
+        if lost:
+            raise ShareInvalid(f"the shares that were given do not rebuild the secrets of {', '.join(lost)}")
         # One pass over the vector for all masks; those of the self masks and of the dropped sites' pairs alike.
+        masks = [mask for site in self._participants for mask in self._masks_of(circle, site)]
         add_masks(total, [(key, -sign) for key, sign in masks])
-        self._total, self._revealed, self._step = None, {}, "done"
+        self._total, self._revealed, self._rebuilt, self._step = None, {}, {}, "done"
         return total
 
     def _masks_of(self, circle: Circle, site: str) -> list[Mask]:
         """Masks that are left in the sum because of `site`: its self mask, or, if it dropped out, what its peers added."""
-        if site in self._survivors:
-            expected = circle.bundles[site].commitment
-            seed = self._rebuild(circle, site, lambda secret: commitment(secret) == expected)
-            return [(_derive(seed, SELF_MASK, self._context, site), 1)]
-        public = circle.bundles[site].mask
-        raw = self._rebuild(
-            circle, site, lambda s: X25519PrivateKey.from_private_bytes(s).public_key().public_bytes_raw() == public
-        )
-        own = X25519PrivateKey.from_private_bytes(raw)
-        present = [peer for peer in circle.peers[site] if peer in self._survivors]
+        secret = self._rebuild(circle, site)
+        if site in self._vouches:
+            return [(_derive(secret, SELF_MASK, self._context, site), 1)]
+        own = X25519PrivateKey.from_private_bytes(secret)
+        present = [peer for peer in circle.peers[site] if peer in self._vouches]
         theirs = [circle.pair_mask(own, site, peer, self._context) for peer in present]
         return [(key, -sign) for key, sign in theirs]  # the peer's part of the pair has the other sign
 
-    def _rebuild(self, circle: Circle, site: str, correct: Callable[[bytes], bool]) -> bytes:
-        shares, places = {}, circle.holders[site]
-        for place, holder in enumerate(places):
-            if holder in self._revealed:
-                share = self._revealed[holder][self._held_by(holder).index(site)]
-                if share != NO_SHARE:
-                    shares[place] = share
-        try:
-            secret, wrong = recover(shares, circle.threshold_of(site), correct)
-        except ShareInvalid as error:
-            raise ShareInvalid(f"the secret of {site} cannot be rebuilt: {error}") from None
-        self.wrong |= {places[place]: ShareInvalid.code for place in wrong}
+    def _rebuild(self, circle: Circle, site: str) -> bytes:
+        """b of a survivor, s of a site that dropped out. Raises TooFewSurvivors if few answered, else ShareInvalid."""
+        if site in self._rebuilt:
+            return self._rebuilt[site]
+        answers = self._answers(circle, site)
+        if len(answers) < circle.threshold_of(site):
+            raise TooFewSurvivors(
+                f"{len(answers)} sites helped to open the sum; {circle.threshold_of(site)} are needed"
+            )
+        shares = {place: share for place, share in answers.items() if share != NO_SHARE}
+        secret, wrong = recover(shares, circle.threshold_of(site), lambda found: self._fits(circle, site, found))
+        self._rebuilt[site] = secret
+        self._disputed |= {(site, circle.holders[site][place]) for place in wrong}
         return secret
+
+    def _answers(self, circle: Circle, site: str) -> dict[int, bytes]:
+        """What the holders of the secret of `site` gave, by place."""
+        return {
+            place: self._revealed[holder][self._held_by(holder).index(site)]
+            for place, holder in enumerate(circle.holders[site])
+            if holder in self._revealed
+        }
+
+    def _fits(self, circle: Circle, site: str, secret: bytes) -> bool:
+        """Whether this is the secret that `site` stood for when it signed its keys."""
+        bundle = circle.bundles[site]
+        if site in self._vouches:
+            return commitment(secret) == bundle.commitment
+        return X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw() == bundle.mask
+
+    def _blame(self, circle: Circle, lost: list[str]) -> dict[str, str]:
+        """Who is behind wrong shares. One liar alone cannot make this name another site.
+
+        For a wrong share the site that made it and the site that gave it blame each other: believed is the one that is
+        disputed less often, and neither if they are equal. A secret that is lost is its owner's fault if more holders than
+        needed answered, since one of them could not have spoilt it.
+        """
+        made, gave = Counter(site for site, _ in self._disputed), Counter(holder for _, holder in self._disputed)
+        blamed = [site for site in lost if len(self._answers(circle, site)) > circle.threshold_of(site)]
+        for site, holder in self._disputed:
+            if made[site] != gave[holder]:
+                blamed.append(site if made[site] > gave[holder] else holder)
+        return dict.fromkeys(sorted(blamed), ShareInvalid.code)
 
     def _held_by(self, site: str) -> list[str]:
         """Participants that `site` holds shares of, in the order in which it gives them."""
@@ -526,6 +597,23 @@ class Aggregator:
     def _due(self, step: str) -> None:
         if self._step != step:
             raise StepRefused(f"step {step!r} of sum {self.place.sum} is not due: the next one is {self._step!r}")
+
+
+def _sign(key: keys.PrivateKey, label: bytes, body: bytes) -> bytes:
+    """`keys.sign` with r and s in 32 bytes each, so that every signature has one size."""
+    r, s = decode_dss_signature(keys.sign(key, label, body))
+    return r.to_bytes(32, "big") + s.to_bytes(32, "big")
+
+
+def _signed(key: keys.PublicKey, label: bytes, body: bytes, signature: bytes) -> bool:
+    if len(signature) != SIGNATURE_BYTES:
+        return False
+    r, s = (int.from_bytes(signature[i : i + 32], "big") for i in (0, 32))
+    try:
+        keys.verify(key, label, body, encode_dss_signature(r, s))
+    except SignatureInvalid:
+        return False
+    return True
 
 
 def commitment(seed: bytes) -> bytes:

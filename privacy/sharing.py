@@ -9,8 +9,8 @@ decided in `privacy.secagg`; this module promises that
    clipped for that is counted;
 4. above FULL_GRAPH_SITES sites, masking with some of the others (Bell et al. 2020) protects as stated in `degree`.
 
-Python's integers do not compute in constant time, so the moment at which shares are made should not be under an
-adversary's control; it is not, since a site makes them before any message of the round reaches it.
+Python's integers do not compute in constant time. That is accepted: a secret is split once, in under a millisecond, and
+the coordinator has no other clock on it than the network.
 """
 
 import hashlib
@@ -43,9 +43,7 @@ COUNTS_MAX = 2**20
 ENCODE_VALUES = 64 * 1024  # values per block of `encode`: 512 KiB of float64 stay in the L2 cache
 
 MASK_KEY_BYTES = 32
-MASK_BLOCK_BYTES = (
-    128 * 1024
-)  # zeros, keystream and words of one block share 1 MiB of L2 cache; 64 to 512 KiB do as well
+MASK_BLOCK_BYTES = 128 * 1024  # zeros, keystream and words of a block fit into the L2 cache; 64 to 768 KiB do as well
 
 FULL_GRAPH_SITES = 50
 RING = b"isocenter/v1/secagg/ring"
@@ -63,9 +61,7 @@ def threshold(holders: int) -> int:
     return 2 * holders // 3 + 1
 
 
-def split(
-    secret: bytes, holders: int, threshold: int, entropy: Callable[[int], bytes] = os.urandom
-) -> list[bytes]:  # fmt: skip
+def split(secret: bytes, holders: int, threshold: int, entropy: Callable[[int], bytes] = os.urandom) -> list[bytes]:
     """One share of 33 bytes for each of `holders` places: any `threshold` give `secret` back, fewer say nothing.
 
     The share of place i is the value at x = i + 1, big-endian, of a polynomial over GF(PRIME) whose constant term is
@@ -286,12 +282,12 @@ class Encoding:
         clipped = 0
         for start in range(0, self.values, ENCODE_VALUES):
             block = values[start : start + ENCODE_VALUES].astype(np.float64)
-            block *= factor
             largest = max(float(block.max()), -float(block.min()))
-            if not math.isfinite(largest):  # also for NaN, and for infinity times 0
+            if not math.isfinite(largest):  # so is the largest of a block with a NaN
                 raise MessageMalformed("a value of the contribution is not a finite number")
+            block *= factor
             np.rint(block, out=block)
-            if largest > limit:
+            if largest * factor > limit:
                 clipped += int(np.count_nonzero(np.abs(block) > limit))
                 np.clip(block, -limit, limit, out=block)
             signed[start : start + ENCODE_VALUES] = block
@@ -411,14 +407,17 @@ def degree(sites: int) -> int:
 
     Assumed: at most c = sites // 10 participants collude with the coordinator, and as many are lost before the vectors
     are in and again before the sum is opened. The secrets of a site are shared among N = k + 1 holders (its neighbours
-    and itself), t = threshold(N) of whom rebuild one. An honest site gives one kind of share for each peer, once, and
-    none at all if it is told that fewer than t of its own holders survived: so it calls at most N - t of them lost.
+    and itself), t = threshold(N) of whom rebuild one. An honest site gives one kind of share for each peer, once; only
+    when at least t of its own holders survived, so it counts at most N - t as absent or lost; and only when all
+    survivors named to it masked for the same participants, of whom at most sites - threshold(sites) are absent.
 
     1. Both secrets of a site take 2t shares. Honest holders give one each and colluding ones two: 2t <= N + c.
     2. The sum of a part of the survivors can be read once no mask links it to the rest. On the ring this takes two gaps
-       of k/2 places in a row, honest sites in them counted as lost. These are k - c or more, and each of them takes
-       t - c honest shares; all honest sites together give (sites - c)(N - t) of these, even if the coordinator tells
-       every one of them something else.
+       of k/2 places in a row, so k - c honest sites that are absent or counted as lost, even if the coordinator tells
+       every site of other losses. A lost one takes t - c honest shares. With q absent ones, sites - c - q honest sites
+       can give N - t each, less one for every absent holder of theirs: q(k - c - q + 1) less. Hence the part is read
+       only if (k - c - q)(t - c) <= (sites - c - q)(N - t) - q(k - c - q + 1). The difference of the two sides is
+       convex in q, so its ends 0 and sites - threshold(sites) decide.
     3. A secret is beyond reach if more than N - t of its holders are lost.
 
     Raises MessageMalformed for more than 1000 sites.
@@ -429,8 +428,12 @@ def degree(sites: int) -> int:
         c = sites // 10
         for k in range(2, sites - 1, 2):
             holders, t = k + 1, threshold(k + 1)
-            safe = 2 * t > holders + c and (k - c) * (t - c) > (sites - c) * (holders - t)
-            if safe and 2 * c <= holders - t:
+            one_kind = 2 * t > holders + c
+            one_part = all(
+                (k - c - q) * (t - c) > (sites - c - q) * (holders - t) - q * (k - c - q + 1)
+                for q in (0, sites - threshold(sites))
+            )
+            if one_kind and one_part and 2 * c <= holders - t:
                 return k
     return max(0, sites - 1)
 

@@ -146,7 +146,9 @@ class Crossing:
         for name in arrays:
             given[name] = ARRAYS[name].decode(name, given[name], given.pop(f"{name}_shape"))
         for name in set(schema) & set(NAMES):
-            given[name] = tuple(given[name].split(" ")) if isinstance(given[name], str) and given[name] else ()
+            if type(given[name]) is not str:
+                raise MessageMalformed(f"field {name!r} must be names with blanks between")
+            given[name] = tuple(given[name].split(" ")) if given[name] else ()
         for name in set(schema) - set(arrays) - set(NAMES):
             if type(given[name]) is not schema[name]:
                 raise MessageMalformed(f"field {name!r} must be {schema[name].__name__}")
@@ -235,7 +237,7 @@ class KeysOrder(Order):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UnmaskOrder(Order):
-    """`survivors`: whose vectors are in the sum, sorted; empty if there is nothing to open.
+    """`survivors`: whose vectors are in the sum, sorted; empty if there is nothing to open. `vouches`: their signatures.
 
     `members` and `keys`: the sites of the next sum (`sum` + 1), sorted, and their keys; empty after the last sum.
     """
@@ -243,6 +245,7 @@ class UnmaskOrder(Order):
     kind: ClassVar[str] = "unmask"
 
     survivors: Names
+    vouches: bytes
     members: Names
     keys: bytes
 
@@ -256,10 +259,14 @@ class Report(Crossing):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WorkReport(Report):
-    """A contribution: `vector` holds its packed words (`privacy.sharing.Encoding`) masked, sealed or plain, as the study says."""
+    """A contribution: `vector` holds its packed words (`privacy.sharing.Encoding`) masked, sealed or plain, as the study says.
+
+    `vouch`: if masked, the site's signature over what the masks are bound to. `keys`: its keys of the next sum, if asked for.
+    """
 
     seconds: float
     vector: bytes
+    vouch: bytes
     keys: bytes
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
 from fl_server import consortium
 from fl_server.roster import Home, ServerFile
 from models.study import Study
@@ -40,6 +42,14 @@ def study(*sites: str, **participation: Any) -> Study:
             "privacy": "none",
             "participation": part,
         }
+    )
+
+
+def with_roster(asked: Study, aggregator: str | None = None, **roster: str | None) -> Study:
+    """`asked` with some keys exchanged, or left out where None is given."""
+    changed = {name: key for name, key in {**asked.roster, **roster}.items() if key is not None}
+    return asked.model_copy(
+        update={"roster": changed, "aggregator": asked.aggregator if aggregator is None else aggregator}
     )
 
 
@@ -104,6 +114,17 @@ class Coordinator:
     def set_state(self, run_id: str, digest: str, state: str) -> None:
         record = {"run_id": run_id, "digest": digest, "study": "opacity", "state": state, "label": state}
         keys.write_private(self.home.runs / run_id / "run.json", json.dumps(record).encode())
+
+
+def point_of(served: Coordinator, name: str) -> str:
+    """Oracle: the compressed point of SEC 1, 2.3.3, from the numbers of the key in the site's own folder."""
+    numbers = keys.load_key(served.keys_of(name) / "site.key").public_key().public_numbers()
+    return f"{2 + numbers.y % 2:02x}{numbers.x:064x}"
+
+
+def aggregator_of(served: Coordinator) -> str:
+    raw = (served.home.root / "keys" / "aggregator.key").read_bytes()
+    return X25519PrivateKey.from_private_bytes(raw).public_key().public_bytes_raw().hex()
 
 
 @contextmanager

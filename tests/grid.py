@@ -1,5 +1,6 @@
 """A Flower Grid in memory with faults: drops, delays, duplicates, tampered and foreign replies, Flower's own errors."""
 
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,10 @@ class FaultyGrid(Grid):
     errors: dict[int, int] = field(default_factory=dict)
     """node id -> Flower error code that comes instead of a reply."""
     refused_pushes: set[int] = field(default_factory=set)
+    shuffle: random.Random | None = None
+    """Replies of one look come in an order of its choice, those of one look in two."""
+    strays: list[Message] = field(default_factory=list)
+    """Replies that come with the next look, whichever order was asked about."""
 
     def __post_init__(self) -> None:
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
@@ -56,11 +61,15 @@ class FaultyGrid(Grid):
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        found: list[Message] = []
+        found, self.strays = self.strays, []
         for name in list(message_ids):
+            if self.shuffle is not None and self.shuffle.random() < 0.5:
+                continue
             self.looks[name] = self.looks.get(name, 0) - 1
             if self.looks[name] < 0:
                 found += self.replies.pop(name, [])
+        if self.shuffle is not None:
+            self.shuffle.shuffle(found)
         return found
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from hospital import Hospital, first_model
+from hospital import Hospital
 
 from fl_client.node import Worker
 from privacy import wire
-
-REPORTS = (wire.TrainReport, wire.EvaluateReport, wire.Refusal)
+from privacy.secagg import BUNDLE_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +38,9 @@ def message(order: wire.Order | RecordDict, kind: str = "train") -> Message:
 
 
 def test_an_order_is_worked_on_in_another_process_and_answered(hospital: Hospital, worker: Worker) -> None:
-    report = wire.decode(worker.answer(message(hospital.order(run="one"))), *REPORTS)
+    report = wire.decode(worker.answer(message(hospital.order(run="one"))), *wire.REPORTS)
     assert isinstance(report, wire.TrainReport)
-    assert report.update.shape == first_model(hospital.study).shape
+    assert len(report.vector) == hospital.encoding().size
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate", "query", "train.shell"])
@@ -50,9 +49,27 @@ def test_junk_is_answered_with_a_bare_error(worker: Worker, kind: str) -> None:
     assert reply.has_error() and reply.error.reason == "message-malformed"
 
 
-def test_an_unknown_kind_of_message_with_an_order_inside_is_refused(hospital: Hospital, worker: Worker) -> None:
-    report = wire.decode(worker.answer(message(hospital.order(run="two"), "query")), *REPORTS)
-    assert isinstance(report, wire.Refusal) and report.code == "internal"
+@pytest.mark.parametrize(("kind", "code"), [("train.shell", "internal"), ("query", "message-malformed")])
+def test_an_order_in_a_message_of_another_kind_is_refused(
+    hospital: Hospital, worker: Worker, kind: str, code: str
+) -> None:
+    """One that no handler is registered for, and one whose handler is for other orders."""
+    report = wire.decode(worker.answer(message(hospital.order(run="two"), kind)), *wire.REPORTS)
+    assert isinstance(report, wire.Refusal) and report.code == code
+
+
+def test_keys_of_a_sum_stay_in_the_worker_from_order_to_order_and_are_made_once(
+    hospital: Hospital, worker: Worker
+) -> None:
+    """The vault lives as long as the process. A new one has lost the keys, and makes no others for the same sum."""
+    order = hospital.order(wire.KeysOrder, run="five", sum=2)
+    report = wire.decode(worker.answer(message(order, "query")), *wire.REPORTS)
+    assert isinstance(report, wire.KeysReport) and len(report.keys) == BUNDLE_BYTES
+    work = hospital.order(wire.TrainOrder, run="five", sum=1, keys_next=True)
+    again = wire.decode(worker.answer(message(work)), *wire.REPORTS)
+    assert isinstance(again, wire.Refusal) and again.code == "step-refused"
+    replay = wire.decode(worker.answer(message(order, "query")), *wire.REPORTS)
+    assert isinstance(replay, wire.Refusal) and replay.code == "order-replayed"
 
 
 def test_a_worker_that_is_killed_refuses_and_the_next_order_is_worked_on(hospital: Hospital, worker: Worker) -> None:
@@ -65,10 +82,10 @@ def test_a_worker_that_is_killed_refuses_and_the_next_order_is_worked_on(hospita
     killer = threading.Thread(target=kill)
     os.kill(pid, signal.SIGSTOP)  # so that the kill meets it at work
     killer.start()
-    report = wire.decode(worker.answer(message(hospital.order(run="three"))), *REPORTS)
+    report = wire.decode(worker.answer(message(hospital.order(run="three"))), *wire.REPORTS)
     killer.join()
     assert isinstance(report, wire.Refusal) and report.code == "worker-died"
-    again = wire.decode(worker.answer(message(hospital.order(run="three", attempt=2))), *REPORTS)
+    again = wire.decode(worker.answer(message(hospital.order(run="three", attempt=2))), *wire.REPORTS)
     assert isinstance(again, wire.TrainReport)
 
 
@@ -79,7 +96,7 @@ def test_a_site_yaml_broken_while_the_node_runs_is_a_refusal(
     good = path.read_text()
     try:
         path.write_text("nonsense: [")
-        report = wire.decode(worker.answer(message(hospital.order(run="four"))), *REPORTS)
+        report = wire.decode(worker.answer(message(hospital.order(run="four"))), *wire.REPORTS)
         assert isinstance(report, wire.Refusal) and report.code == "bad-document"
     finally:
         path.write_text(good)

@@ -1,4 +1,4 @@
-"""Real processes on loopback with real TLS: a coordinator, two hospitals, a researcher, and people at the wrong doors."""
+"""Real processes on loopback with real TLS: a coordinator, four hospitals, a researcher, and people at the wrong doors."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -21,6 +22,7 @@ from privacy import journal, keys
 
 pytestmark = pytest.mark.deploy
 READY_S = 90.0
+SITES = {"north": "aurora", "south": "boreal", "east": "cirrus", "west": "aurora"}
 
 
 def fails(*words: str) -> str:
@@ -44,94 +46,136 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     try:
         made.found()
         made.serve()
-        made.open_hospital("north", "aurora", 16, minimum_patients=2)
-        made.open_hospital("south", "boreal", 16, minimum_patients=2)
+        for name, vendor in SITES.items():
+            made.open_hospital(name, vendor, 16, minimum_patients=2)
         made.join_researcher()
         yield made
     finally:
         made.stop()
 
 
-def submit(stage: Stage, title: str, rounds: int = 2, timeout_s: int = 60) -> str:
-    """Submit a study of its own; its digest."""
+def submit(stage: Stage, title: str, rounds: int = 2, timeout_s: int = 60, quorum: int = 3) -> str:
+    """Submit a masked study of the four hospitals; its digest."""
     import yaml
 
-    facts = tiny_study().model_dump(mode="json") | {"title": title}
+    facts = tiny_study().model_dump(mode="json") | {"title": title, "protection": "masked"}
     facts["training"]["rounds"] = rounds
-    facts["participation"]["round_timeout_s"] = timeout_s
+    facts["participation"] |= {"sites": list(SITES), "quorum": quorum, "round_timeout_s": timeout_s}
     path = stage.folder / f"{title}.yaml"
     path.write_text(yaml.safe_dump(facts))
     return stage.submit(path)
 
 
+def launch(stage: Stage, digest: str) -> Path:
+    """Approve, start the nodes, launch; the folder of the run."""
+    for name in SITES:
+        stage.approve(name, digest)
+        stage.node(name)
+    run_id = re.search(r"Run (\S+)", stage.study("run", digest, "--detach"))
+    assert run_id
+    return stage.coordinator / "runs" / run_id.group(1)
+
+
+def node_of(stage: Stage, name: str) -> subprocess.Popen[str]:
+    """The running node of a site; its command line ends with the site's folder."""
+    found = [p for p in stage.running if p.poll() is None and str(p.args[-1]).endswith(f"/{name}")]  # type: ignore[index]
+    return found[-1]
+
+
+def stop_nodes(stage: Stage) -> None:
+    for name in SITES:
+        node = node_of(stage, name)
+        node.send_signal(signal.SIGTERM)
+        assert node.wait(20) == 0
+
+
+def events_of(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def ended(folder: Path) -> bool:
+    return any(event["event"] in ("finished", "failed") for event in events_of(folder))
+
+
+def sent(stage: Stage, name: str, kind: str) -> list[tuple[int, int]]:
+    """(attempt, sum) of each report of a kind in a site's journal."""
+    lines = (stage.site(name) / "journal.jsonl").read_text().splitlines()
+    entries = [entry for entry in map(json.loads, lines) if entry["kind"] == kind]
+    return [(entry["facts"]["attempt"], entry["facts"]["sum"]) for entry in entries]
+
+
 def test_a_study_goes_from_submission_to_report(stage: Stage) -> None:
     digest = submit(stage, "whole")
     refused = fails("fl-study", "run", digest, "--home", str(stage.researcher))
-    assert "north" in refused and "south" in refused and "approve" in refused
-    for name in ("north", "south"):
+    assert all(name in refused for name in SITES) and "approve" in refused
+    for name in SITES:
         shown = stage.approve(name, digest[:12])
-        assert "the coordinator sees YOUR site's own update" in shown
-    nodes = [stage.node(name) for name in ("north", "south")]
+        assert "the coordinator sees only sums over the sites" in shown
+        stage.node(name)
     shown = stage.study("run", digest)
     assert "Run finished: complete" in shown
     out = stage.folder / "report"
     stage.study("report", digest, "--out", str(out))
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["label"] == "complete" and set(metrics["sites"]) == {"north", "south"}
-    ingested = [
-        json.loads(stage.command("fl-client", "ingest", "--json", "--home", str(stage.site(n))))
-        for n in ("north", "south")
-    ]
+    assert metrics["label"] == "complete" and set(metrics["sites"]) == set(SITES)
+    ingested = [json.loads(stage.command("fl-client", "ingest", "--json", "--home", str(stage.site(n)))) for n in SITES]
     assert metrics["ingested_images"] == sum(report["taken"] for report in ingested)
     assert (out / "report.html").stat().st_size > 10_000
     runs = json.loads(stage.command("fl-server", "runs", "--json", "--home", str(stage.coordinator)))
     assert [entry["state"] for entry in runs["runs"]] == ["complete"]
-    for name in ("north", "south"):
+    for name in SITES:
         assert journal.verify(stage.site(name) / "journal.jsonl") > 4
-    for node in nodes:
-        node.send_signal(signal.SIGTERM)
-        assert node.wait(20) == 0
+        assert '"protection":"masked"' in (stage.site(name) / "journal.jsonl").read_text().replace(" ", "")
+    stop_nodes(stage)
 
 
-def test_a_worker_that_is_killed_is_a_refusal_and_the_node_lives_on(stage: Stage) -> None:
-    digest = submit(stage, "killed worker", rounds=60, timeout_s=20)
-    for name in ("north", "south"):
-        stage.approve(name, digest)
-    nodes = {name: stage.node(name) for name in ("north", "south")}
-    run_id = re.search(r"Run (\S+)", stage.study("run", digest, "--detach"))
-    assert run_id
-    events = stage.coordinator / "runs" / run_id.group(1) / "events.jsonl"
-    wait_for(lambda: events.exists() and "round_done" in events.read_text(), "the first round")
-    killed_while_working(nodes["north"], events)
-    wait_for(lambda: '"event": "failed"' in events.read_text(), "the round without north to end below the quorum")
-    assert "north: worker-died" in events.read_text()
-    assert nodes["north"].poll() is None
-    # Launched again, it goes on at the round it had reached, with the node's new worker.
-    before = json.loads((events.parent / "run.json").read_text())["round"]
-    stage.study("run", digest, "--detach")
-    wait_for(lambda: json.loads((events.parent / "run.json").read_text())["round"] > before, "another round")
-    assert json.loads((events.parent / "run.json").read_text())["attempt"] == 2
-    for node in nodes.values():
-        node.terminate()
-        node.wait(20)
-    wait_for(
-        lambda: "failed" in json.loads((events.parent / "run.json").read_text())["state"], "the end without nodes", 120
-    )
+def test_a_worker_killed_while_it_trains_costs_an_attempt_and_the_run_goes_on_with_it(stage: Stage) -> None:
+    digest = submit(stage, "killed worker", rounds=5, timeout_s=30, quorum=4)
+    folder = launch(stage, digest)
+    wait_for(lambda: any(event["event"] == "round_done" for event in events_of(folder)), "the first round")
+    killed_while_training(node_of(stage, "north"), folder)
+    wait_for(lambda: ended(folder), "the end of the run")
+    events = events_of(folder)
+    assert ("north", "worker-died") in {(e["site"], e["reason"]) for e in events if e["event"] == "site_missing"}
+    assert [event["reason"] for event in events if event["event"] == "void"] == ["too-few-survivors"]
+    assert events[-1]["event"] == "finished" and events[-1]["label"] == "complete"
+    rounds = json.loads((folder / "results.json").read_text())["rounds"]
+    assert {entry["attempt"] for entry in rounds} == {1, 2} and all(len(e["contributors"]) == 4 for e in rounds)
+    stop_nodes(stage)
 
 
-def killed_while_working(node: subprocess.Popen[str], events: Path) -> None:
-    """Kill -9 the node's worker process while an order is being worked on."""
-    for _ in range(200):
-        size = events.stat().st_size
-        wait_for(lambda size=size: events.stat().st_size > size, "the run to move")  # type: ignore[misc]
-        if json.loads(events.read_text().splitlines()[-1])["event"] == "asked":
-            workers = [
-                p for p in psutil.Process(node.pid).children() if "resource_tracker" not in " ".join(p.cmdline())
-            ]
-            assert len(workers) == 1
-            workers[0].kill()
-            return
-    raise AssertionError("no order was seen being worked on")
+def killed_while_training(node: subprocess.Popen[str], folder: Path) -> None:
+    """Kill -9 the node's worker process while it works on an order to train."""
+    seen = len(events_of(folder))
+    wait_for(lambda: [e.get("stage") for e in events_of(folder)[seen:]][-1:] == ["train"], "an order to train")
+    workers = [p for p in psutil.Process(node.pid).children() if "resource_tracker" not in " ".join(p.cmdline())]
+    assert len(workers) == 1
+    workers[0].kill()
+
+
+@pytest.mark.parametrize("after", ["train-report", "keys-report"])
+def test_a_site_killed_hard_between_two_steps_uses_no_mask_twice(stage: Stage, after: str) -> None:
+    """Killed as soon as its journal says that a report is about to leave; then it is started again."""
+    digest = submit(stage, f"killed after {after}", rounds=4, timeout_s=8)
+    before = len(sent(stage, "west", after))
+    folder = launch(stage, digest)
+    wait_for(lambda: len(sent(stage, "west", after)) > before, f"a {after} of west")
+    node = node_of(stage, "west")
+    family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    for process in family:
+        process.kill()
+    psutil.wait_procs(family, timeout=10)
+    stage.node("west")
+    wait_for(lambda: ended(folder), "the end of the run")
+    assert events_of(folder)[-1]["event"] == "finished", events_of(folder)[-1]
+    lines = (stage.site("west") / "journal.jsonl").read_text().splitlines()
+    own = [json.loads(line)["facts"] for line in lines if folder.name in line and '"train-report"' in line]
+    places = [(facts["attempt"], facts["sum"]) for facts in own]
+    assert len(places) == len(set(places))
+    rounds = json.loads((folder / "results.json").read_text())["rounds"]
+    assert rounds[0]["contributors"] != [] and "west" in rounds[-1]["contributors"]
+    stop_nodes(stage)
 
 
 def test_the_coordinator_killed_hard_leaves_no_process_and_goes_on(stage: Stage) -> None:
@@ -240,24 +284,24 @@ def test_only_the_gateway_and_the_service_listen_and_the_rest_is_on_loopback(sta
 
 
 def test_invitations_are_for_one_site_once(stage: Stage) -> None:
-    line = stage.invite("east")
-    stage.command("fl-client", "join", line, "--home", str(stage.site("east")))
+    line = stage.invite("late")
+    stage.command("fl-client", "join", line, "--home", str(stage.site("late")))
     again = fails("fl-client", "join", line, "--home", str(stage.folder / "thief"))
     assert "used" in again and "new invitation" in again
     wrong = line.replace(line.split(":")[4], "0" * 64)
     refused = fails("fl-client", "join", wrong, "--home", str(stage.folder / "lost"))
     assert "Do not continue" in refused
     assert not (stage.folder / "lost" / "keys" / "site.pem").exists()
-    for key in (stage.site("east") / "keys" / "site.key", stage.coordinator / "keys" / "ca.key"):
+    for key in (stage.site("late") / "keys" / "site.key", stage.coordinator / "keys" / "ca.key"):
         assert key.stat().st_mode & 0o777 == 0o600
 
 
 def test_nothing_of_a_patient_is_at_the_coordinator(stage: Stage) -> None:
-    """Every patient id and UID of both hospitals is looked for in every file of the coordinator and the researcher."""
+    """Every patient id and UID of all hospitals is looked for in every file of the coordinator and the researcher."""
     from fl_client.ingest import Index
 
     wanted = set()
-    for name in ("north", "south"):
+    for name in SITES:
         for image in Index.open(stage.site(name) / "state").images():
             wanted |= {text.encode() for text in (image.patient, image.study_uid, image.sop_uid) if text}
     assert len(wanted) > 40

@@ -266,8 +266,8 @@ def errors_page() -> str:
 def wire_page() -> str:
     module = prose((wire.__doc__ or "").split("\n\n", maxsplit=1)[0])
     limits = (
-        f"Wire version {wire.VERSION}. A vector has at most {wire.VECTOR_MAX:,} numbers, a histogram at most "
-        f"{wire.COUNTS_MAX:,} counts. A code is one of those in [errors.md](errors.md)."
+        f"Wire version {wire.VERSION}. A model has at most {wire.VECTOR_MAX:,} numbers, a list at most {wire.SITES_MAX:,} sites, "
+        f"bytes at most {wire.BYTES_MAX:,}. A code is one of those in [errors.md](errors.md)."
     )
     parts = [GENERATED, "# What crosses a hospital's boundary", module, limits]
     for kind in wire.MESSAGES:
@@ -287,10 +287,20 @@ def wire_page() -> str:
 
 
 def wire_type(name: str, kind: type) -> str:
-    plain = {int: "whole number", float: "number", str: "word or digest of a fixed pattern", bytes: "signature"}
-    return plain.get(kind) or (
-        "whole numbers (targets, 2, bins)" if name == "counts" else "float32 numbers (parameters)"
-    )
+    plain = {int: "whole number", float: "number", str: "word or digest of a fixed pattern", bool: "yes or no"}
+    special = {
+        "model": "float32 numbers (parameters)",
+        "figures": "float32 numbers (targets, 5)",
+        "signature": "signature",
+        "vouch": "signature",
+        "vouches": "signatures",
+        "keys": "signed public keys",
+        "shares": "encrypted shares",
+        "sealed": "encrypted shares",
+        "revealed": "secret shares of the sum that is opened",
+        "vector": "packed words, protected as the study says",
+    } | dict.fromkeys(wire.NAMES, "names of the study's sites")
+    return special[name] if name in special else plain[kind]
 
 
 # --- the README's tree

@@ -6,14 +6,18 @@ from pathlib import Path
 
 import flwr.supercore.inflatable.inflatable_utils as inflatable
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+from fl_client.app import make_app
 from fl_server.link import FLEET_PATHS, superlink_app
+from privacy.wire import ORDERS
 
+VALID_TYPES = {"train", "evaluate", "query"}
 CALLED = ["ActivateNode", "DeactivateNode", "SendNodeHeartbeat", "PullMessages", "PushMessages", "PullObject"]
 
 
@@ -82,3 +86,40 @@ def test_a_message_needs_a_task_and_takes_a_reply() -> None:
     message = Message(records, dst_node_id=5, message_type="train")
     message.metadata.__dict__["_message_id"] = "m1"
     assert Message(records, reply_to=message).metadata.reply_to_message_id == "m1"
+
+
+def test_the_three_kinds_of_orders_are_message_types_with_a_handler_each() -> None:
+    """Work goes to train and evaluate; keys and shares to query, which runs nothing of Flower's own."""
+    assert {kind.message_type for kind in ORDERS} == set(VALID_TYPES)
+    registered = make_app()._registered_funcs
+    assert {f"{kind.message_type}.default" for kind in ORDERS} <= set(registered)
+
+
+def test_a_reply_carries_the_number_of_its_order_and_the_type_of_its_order() -> None:
+    """The coordinator knows by nothing else which of its orders is answered."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    records = RecordDict({"isocenter": ConfigRecord({"kind": "x"})})
+    for kind in sorted(VALID_TYPES):
+        message = Message(records, dst_node_id=5, message_type=kind, ttl=90.0)
+        message.metadata.__dict__["_message_id"] = "m7"
+        reply = Message(records, reply_to=message)
+        assert (reply.metadata.reply_to_message_id, reply.metadata.message_type) == ("m7", kind)
+        assert message.metadata.ttl == 90.0 and reply.metadata.ttl <= 90.0
+
+
+def test_empty_texts_and_bytes_survive_and_an_empty_list_forgets_what_it_was_of() -> None:
+    """That is why lists of names travel as one text."""
+    facts = {"text": "", "bytes": b"", "large": 2**53 - 1, "negative": -200, "true": True, "small": 5e-324}
+    sent = recorddict_to_proto(RecordDict({"isocenter": ConfigRecord(dict(facts))}))
+    received = recorddict_from_proto(type(sent).FromString(sent.SerializeToString()))["isocenter"]
+    assert dict(received) == facts
+    assert {name: type(value) for name, value in dict(received).items()} == {n: type(v) for n, v in facts.items()}
+    lists = recorddict_to_proto(RecordDict({"isocenter": ConfigRecord({"names": []})}))
+    assert lists.items[0].config_record.items[0].value.WhichOneof("value") == "bool_list"
+
+
+def test_a_record_holds_a_whole_vector_as_one_value() -> None:
+    """Seven million words of 32 bits."""
+    data = bytes(28 * 2**20)
+    record = ConfigRecord({"vector": data})
+    assert dict(ConfigRecord.inflate(record.deflate(), {}))["vector"] == data

@@ -100,6 +100,50 @@ def test_another_round_seed_or_study_draws_other_batches(dropout: float) -> None
     assert len(deltas) == 4
 
 
+@pytest.mark.parametrize("augmentation", ["none", "light"])
+def test_a_round_that_is_repeated_draws_anew(augmentation: str) -> None:
+    """Two sums of the same round must not be the same updates, or their difference is the site that was in one alone."""
+    study, cohort = made_study(augmentation=augmentation), made_cohort()
+    net = networks.build(study)
+    start, deltas = networks.to_vector(net), []
+    for repeat in (0, 1, 2, 0):
+        networks.load_vector(net, start)
+        deltas.append(learning.learn(net, cohort, study, round_number=2, repeat=repeat).delta)
+    first, second, third, again = deltas
+    assert again.tobytes() == first.tobytes()
+    for one, other in ((first, second), (first, third), (second, third)):
+        assert (one != other).mean() > 0.9
+    networks.load_vector(net, start)
+    assert learning.learn(net, cohort, study, round_number=2).delta.tobytes() == first.tobytes()
+
+
+def test_a_repeat_is_no_other_round() -> None:
+    """Round and repeat do not add up to the same randomness, nor does 1 followed by 11 read as 11 followed by 1."""
+    study, cohort = made_study(rounds=20), made_cohort()
+    net = networks.build(study)
+    start, deltas = networks.to_vector(net), set()
+    places = [(3, 0), (2, 1), (4, 1), (3, 2), (11, 1), (1, 11)]
+    for number, repeat in places:
+        networks.load_vector(net, start)
+        deltas.add(learning.learn(net, cohort, study, round_number=number, repeat=repeat).delta.tobytes())
+    assert len(deltas) == len(places)
+
+
+def test_keys_and_protection_change_no_bit_of_what_is_learned() -> None:
+    """So a rehearsal on a laptop, and the same study masked or plain, make the same model."""
+    plain, cohort = made_study(), made_cohort()
+    changes: list[dict[str, Any]] = [
+        {"roster": {"north": "02" + "ab" * 32}},
+        {"aggregator": "0f" * 32},
+        {"protection": "masked"},
+        {"protection": "sealed"},
+        {"encoding_bits": 16},
+    ]
+    same = [plain.model_copy(update=change) for change in changes]
+    assert len({study.digest for study in [plain, *same]}) == len(same) + 1
+    assert {learned(study, cohort).delta.tobytes() for study in same} == {learned(plain, cohort).delta.tobytes()}
+
+
 def test_the_update_is_after_minus_before_and_counts_what_was_seen() -> None:
     study, cohort = made_study(local_epochs=3), made_cohort(20)
     cohort.known[3:6] = 0

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from models.study import YAML_BYTES_MAX, Study, parse, read
 from privacy.errors import DocumentError, StudyConflict
+
+UNHURRIED = settings(max_examples=50, deadline=None)  # a machine under load is no defect
 
 TEXT = """
 name: opacity
@@ -72,6 +75,7 @@ def test_a_canonical_form_is_read_back_and_nothing_else_is() -> None:
             Study.from_canonical(other)
 
 
+@UNHURRIED
 @given(
     rounds=st.integers(1, 10_000),
     rate=st.floats(1e-9, 10, exclude_min=True),
@@ -87,10 +91,27 @@ def test_every_study_survives_its_canonical_form(rounds: int, rate: float, title
     assert again == made and again.digest == made.digest
 
 
+KEYS = {
+    "north": "02" + "ab" * 32,
+    "south": "03" + "cd" * 32,
+    "west": "02" + "ef" * 32,
+}
+ROSTER = "roster: {north: '" + KEYS["north"] + "', south: '" + KEYS["south"] + "'}"
+MASKED = TEXT.replace("plain", "masked").replace("[north, south], quorum: 2", "[north, south, west], quorum: 3")
+
 CONFLICTS = [
     ("quorum: 2", "quorum: 3", "quorum 3 is more than the 2 training sites"),
     ("quorum: 2", "quorum: 2, evaluate_only: [north]", "a site is named twice"),
     ("privacy: none", "privacy: none\nevaluation: {validation: 0.4, test: 0.5}", "too few to train on"),
+    ("protection: plain\n", "", "masked needs 3 training sites and a quorum of 3"),
+    ("privacy: none", "privacy: none\nroster: {north: '" + KEYS["north"] + "'}", "keys of other sites"),
+    ("privacy: none", "privacy: none\n" + ROSTER.replace("south", "west"), "keys of other sites"),
+    ("privacy: none", "privacy: none\n" + ROSTER.replace("}", f", west: '{KEYS['west']}'}}"), "keys of other sites"),
+    (
+        "plain\nprivacy: none\nparticipation: {sites: [north, south], quorum: 2",
+        "masked\nprivacy: none\nparticipation: {sites: [north, south], evaluate_only: [west], quorum: 3",
+        "masked needs 3 training sites",
+    ),
 ]
 
 
@@ -99,6 +120,133 @@ def test_contradictions_are_refused_with_a_sentence(before: str, after: str, sai
     study().check()
     with pytest.raises(StudyConflict, match=said):
         study(TEXT.replace(before, after)).check()
+
+
+@pytest.mark.parametrize(
+    ("sites", "quorum", "more", "sound"),
+    [
+        ("[north, south, west]", 3, "", True),
+        ("[north, south, west, east]", 3, "", True),
+        ("[north, south, west, east]", 2, "", False),
+        ("[north, south, west]", 2, "", False),
+        ("[north, south]", 2, "", False),
+        ("[north]", 1, "", False),
+        ("[north, south]", 2, ", evaluate_only: [west, east]", False),
+    ],
+)
+def test_a_masked_sum_of_fewer_than_three_is_no_secret(sites: str, quorum: int, more: str, sound: bool) -> None:
+    """Sites that only evaluate do not count: they are in no sum of updates."""
+    part = f"{{sites: {sites}, quorum: {quorum}{more}}}"
+    text = TEXT.replace("{sites: [north, south], quorum: 2}", part)
+    study(text).check()
+    study(text.replace("plain", "sealed")).check()
+    if sound:
+        study(text.replace("plain", "masked")).check()
+    else:
+        with pytest.raises(StudyConflict, match="protection: masked needs 3"):
+            study(text.replace("plain", "masked")).check()
+
+
+def test_a_study_that_says_nothing_of_protection_is_masked_with_words_of_32_bits() -> None:
+    quiet = study(TEXT.replace("protection: plain\n", ""))
+    assert (quiet.protection, quiet.encoding_bits, quiet.roster, quiet.aggregator) == ("masked", 32, {}, "")
+    assert quiet.evaluation.site_figures is True
+
+
+@pytest.mark.parametrize("protection", ["none", "Masked", "encrypted", "", "true", "[masked]", "masked, plain"])
+def test_another_word_for_protection_is_refused(protection: str) -> None:
+    with pytest.raises(DocumentError, match="protection"):
+        study(TEXT.replace("protection: plain", f"protection: {protection}"))
+
+
+def test_words_have_16_24_32_or_64_bits() -> None:
+    for bits in (16, 24, 32, 64):
+        assert study(TEXT + f"encoding_bits: {bits}\n").encoding_bits == bits
+    for bits in ("8", "31", "0", "-32", "128", "31.5", "'32'", "true", "[32]"):
+        with pytest.raises(DocumentError, match="encoding_bits"):
+            study(TEXT + f"encoding_bits: {bits}\n")
+
+
+BAD_POINTS = [
+    *("", "02" + "ab" * 31, "02" + "ab" * 33, "04" + "ab" * 32, "02" + "AB" * 32, "02" + "zz" * 32, "ab" * 32),
+    *(" 02" + "ab" * 32, "02" + "ab" * 32 + "\n", "John Smith"),
+]
+
+
+def test_a_roster_holds_names_and_compressed_points_and_nothing_else() -> None:
+    facts = study().model_dump(mode="json")
+    assert Study.model_validate(facts | {"roster": KEYS}).roster == KEYS
+    for point in BAD_POINTS:
+        with pytest.raises(ValidationError):
+            Study.model_validate(facts | {"roster": {"north": point}})
+    for name in ("North", "st. mary", "", "north\n", "1st", "n" * 33):
+        with pytest.raises(ValidationError):
+            Study.model_validate(facts | {"roster": {name: KEYS["north"]}})
+    with pytest.raises(ValidationError):
+        Study.model_validate(facts | {"roster": {f"s{i}": KEYS["north"] for i in range(1001)}})
+
+
+def test_the_aggregators_key_is_32_bytes_in_hex_or_not_there() -> None:
+    facts = study().model_dump(mode="json")
+    for key in ("", "0f" * 32):
+        assert Study.model_validate(facts | {"aggregator": key}).aggregator == key
+    for key in ("0F" * 32, "0f" * 31, "0f" * 33, "0f" * 32 + "\n", "\n", " ", None, "xy" * 32):
+        with pytest.raises(ValidationError):
+            Study.model_validate(facts | {"aggregator": key})
+
+
+# Keys in the study ---------------------------------------------------------------------------------------------------
+
+
+def test_with_keys_names_the_key_of_everyone_in_the_study_and_of_nobody_else() -> None:
+    everybody = KEYS | {"east": "03" + "00" * 32, "stranger": "02" + "11" * 32}
+    plan = study(MASKED.replace("quorum: 3", "quorum: 3, evaluate_only: [east]"))
+    keyed = plan.with_keys(everybody, "0f" * 32)
+    keyed.check()
+    assert keyed.roster == {name: everybody[name] for name in ("east", "north", "south", "west")}
+    assert keyed.aggregator == "0f" * 32
+    assert (plan.roster, plan.aggregator) == ({}, "")
+    rest = {"roster", "aggregator"}
+    assert keyed.model_dump(exclude=rest) == plan.model_dump(exclude=rest)
+    assert Study.from_canonical(keyed.canonical()) == keyed
+
+
+def test_one_site_that_is_not_enrolled_is_named_with_all_others() -> None:
+    plan = study(MASKED.replace("quorum: 3", "quorum: 3, evaluate_only: [east]"))
+    with pytest.raises(StudyConflict, match="not enrolled in the consortium: south, east"):
+        plan.with_keys({"north": KEYS["north"], "west": KEYS["west"]}, "0f" * 32)
+
+
+def test_every_key_is_part_of_the_studys_identity_and_the_order_of_the_roster_is_not() -> None:
+    plan = study(MASKED)
+    keyed = plan.with_keys(KEYS, "0f" * 32)
+    assert plan.with_keys(dict(reversed(KEYS.items())), "0f" * 32).digest == keyed.digest
+    assert keyed.with_keys(KEYS, "0f" * 32) == keyed
+    swapped = KEYS | {"north": KEYS["south"], "south": KEYS["north"]}
+    others = [plan, plan.with_keys(KEYS, "0e" * 32), plan.with_keys(swapped, "0f" * 32)]
+    others += [plan.with_keys(KEYS | {name: "02" + "77" * 32}, "0f" * 32) for name in KEYS]
+    assert len({other.digest for other in [*others, keyed]}) == len(others) + 1
+
+
+def test_a_canonical_form_with_its_roster_out_of_order_is_no_study() -> None:
+    text = study(MASKED).with_keys(KEYS, "0f" * 32).canonical().decode()
+    facts = json.loads(text)
+    facts["roster"] = dict(reversed(facts["roster"].items()))
+    keys_first = json.dumps(dict(sorted(facts.items())), separators=(",", ":"), ensure_ascii=False)
+    assert json.loads(keys_first) == json.loads(text) and keys_first != text
+    with pytest.raises(DocumentError, match="canonical"):
+        Study.from_canonical(keys_first.encode())
+
+
+def test_what_is_learned_does_not_depend_on_keys_or_protection_but_on_everything_else() -> None:
+    plan = study(MASKED)
+    same = [plan.with_keys(KEYS, "0f" * 32), plan.with_keys(KEYS, "0e" * 32)]
+    same += [study(MASKED.replace("masked", word)) for word in ("sealed", "plain")]
+    same += [study(MASKED + f"encoding_bits: {bits}\n") for bits in (16, 24, 64)]
+    assert {each.learned for each in same} == {plan.learned}
+    assert len({each.digest for each in [*same, plan]}) == len(same) + 1
+    others = [("rounds: 4", "rounds: 5"), ("west]", "east]"), ("quorum: 3", "quorum: 2"), ("[opacity]", "[effusion]")]
+    assert len({study(MASKED.replace(*other)).learned for other in others} | {plan.learned}) == len(others) + 1
 
 
 MALFORMED: list[tuple[str, str]] = [
@@ -141,6 +289,7 @@ def test_an_unknown_key_names_the_nearest_known_one(given: str, known: str) -> N
         study(TEXT.replace("rounds: 4", f"rounds: 4, {given}: 1"))
 
 
+@UNHURRIED
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=5),

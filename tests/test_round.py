@@ -1,6 +1,8 @@
 """Whole runs in one process: the ServerApp's main, real sites, a grid in memory. Oracles share no code with what they check."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +11,59 @@ import pytest
 import yaml
 from federation import Federation
 from flwr.app import Message
+from grid import FaultyGrid
 from hospital import first_model, study
+from oracle import Trained
 from sklearn.metrics import roc_auc_score
 
 from fl_client.ingest import Index
 from fl_server.run import Run, read_facts
 from models import learning, networks
 from models.metrics import ScoreHistogram
-from privacy import journal
+from models.study import parse
+from privacy import journal, wire
+
+FOUR = ["north", "south", "east", "west"]
+
+
+def of_four(protection: str = "masked", **change: str) -> Any:
+    sites = {"sites__[north, south]": f"sites: [{', '.join(FOUR)}]", "quorum__2": "quorum: 3"}
+    return study(**sites, protection__plain=f"protection: {protection}", **change)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Every order makes its site read the same site.yaml; to parse it once saves half of the time of this file.
+    monkeypatch.setattr("models.study.parse", functools.cache(parse))
+    monkeypatch.setattr("os.fsync", lambda file: None)  # processes end in these tests; machines do not
 
 
 @pytest.fixture
 def federation(tmp_path: Path) -> Federation:
     return Federation(tmp_path, study())
+
+
+@pytest.fixture(scope="module")
+def consortium(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    return Federation(tmp_path_factory.mktemp("masked"), of_four())
+
+
+@pytest.fixture(scope="module")
+def masked_run(consortium: Federation) -> Path:
+    """The folder of one undisturbed masked run."""
+    return forgetful(consortium).run()
+
+
+@pytest.fixture
+def four(consortium: Federation) -> Federation:
+    """Four hospitals that approved a masked study and have answered no order of any run."""
+    return forgetful(consortium)
+
+
+def forgetful(federation: Federation) -> Federation:
+    for hospital in federation.hospitals.values():
+        (hospital.home / "state" / "orders.sqlite").unlink(missing_ok=True)
+    return federation
 
 
 def test_a_run_ends_complete_with_everyone_in_every_round(federation: Federation) -> None:
@@ -35,24 +77,85 @@ def test_a_run_ends_complete_with_everyone_in_every_round(federation: Federation
         assert journal.verify(hospital.home / "journal.jsonl") == 2 + 2  # two rounds, validation of the last, test
 
 
-def test_the_model_of_a_round_is_the_mean_of_what_the_sites_learn_weighted_by_cases(federation: Federation) -> None:
+@pytest.mark.parametrize("protection", ["masked", "sealed", "plain"])
+def test_the_model_of_a_round_is_the_mean_of_what_the_sites_learn_weighted_by_cases(
+    tmp_path: Path, protection: str
+) -> None:
     """Oracle: train each site by hand, average in float64 with numpy."""
-    start, plan = first_model(federation.plan), federation.plan
-    total, cases = np.zeros(start.shape, np.float64), 0
-    for name in plan.all_sites:
-        net = networks.build(plan)
-        networks.load_vector(net, start)
-        cohort = federation.cohort(name, "train")
-        learning.learn(net, cohort, plan, round_number=1)
-        after = np.concatenate([tensor.detach().numpy().ravel() for tensor in net.state_dict().values()])
-        labelled = int((cohort.known.sum(dim=1) > 0).sum())
-        total += labelled * (after.astype(np.float64) - start)
-        cases += labelled
+    federation = Federation(tmp_path, of_four(protection))
     folder = federation.new_run()
     stop_after(1, federation, folder)
-    committed = Run.open(folder).model
-    assert committed is not None
-    np.testing.assert_allclose(committed, start + total / cases, rtol=0, atol=2e-6)
+    run = Run.open(folder)
+    assert run.model is not None and run.history[0].contributors == sorted(FOUR)
+    Trained(federation).check(run.history[0], first_model(federation.plan), run.model)
+
+
+def test_masked_sealed_and_plain_runs_make_the_same_model_bit_for_bit(
+    tmp_path: Path, four: Federation, masked_run: Path
+) -> None:
+    """One door for everything that is summed: protection changes what the coordinator sees, and nothing else."""
+    masked = Run.open(masked_run)
+    document = json.loads((masked_run / "results.json").read_text())
+    for protection in ("sealed", "plain"):
+        other = Federation(tmp_path / protection, of_four(protection))
+        folder = other.run()
+        run, found = Run.open(folder), json.loads((folder / "results.json").read_text())
+        assert run.model is not None and run.best is not None and masked.model is not None and masked.best is not None
+        assert (run.model == masked.model).all() and (run.best == masked.best).all()
+        for key in ("label", "selected_round", "initial", "test", "figures", "ingested"):
+            assert found[key] == document[key], f"{key} differs under {protection}"
+        for one, two in zip(found["rounds"], document["rounds"], strict=True):
+            timed = ("seconds", "site_seconds")
+            assert {k: v for k, v in one.items() if k not in timed} == {k: v for k, v in two.items() if k not in timed}
+
+
+def test_the_record_of_a_masked_run_holds_names_and_times_of_sites_and_nothing_else_of_one(masked_run: Path) -> None:
+    """Wherever a site's name stands in the record, it stands alone, with a time, a reason, or the figures it released."""
+    allowed = {
+        *((part, "sites") for part in ("initial", "test", "validation")),
+        *(
+            (part,)
+            for part in ("contributors", "missing", "site_seconds", "validation_missing", "test_missing", "figures")
+        ),
+    }
+    document = json.loads((masked_run / "results.json").read_text())
+    study_part = document.pop("study")
+    assert set(study_part["roster"]) == set(FOUR)
+    found = dict(places_of_sites(document))
+    ends = {path: next((a for a in allowed if path[-len(a) :] == a), None) for path in found}
+    assert all(ends.values()), f"a site's name stands in {[path for path, end in ends.items() if not end]}"
+    for path, values in found.items():
+        if path[-1] == "site_seconds":
+            assert all(isinstance(value, float) for value in values.values())
+        elif path[-1] == "figures":
+            assert all(value == [None] for value in values.values())  # fewer than 10 images of a class
+        else:
+            assert not isinstance(values, dict) or values == {}
+    for line in (masked_run / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if "site" in event:
+            assert set(event) <= {"at", "event", "site", "stage", "seconds", "reason"}
+        else:
+            assert not [
+                path for path, _ in places_of_sites(event) if path[-1] not in ("sites", "contributors", "missing")
+            ]
+
+
+def places_of_sites(value: Any, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """(keys that lead there, container) for every list or mapping in which a site is named."""
+    inside = value if isinstance(value, list) else list(value) if isinstance(value, dict) else []
+    found = [(path, value)] if any(isinstance(name, str) and name in FOUR for name in inside) else []
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else ((str(path[-1]), v) for v in value)
+        if isinstance(value, list)
+        else ()
+    )
+    for key, below in items:
+        if isinstance(below, dict | list):
+            found += places_of_sites(below, (*path, key) if isinstance(value, dict) else path)
+    return found
 
 
 class Killed(BaseException):
@@ -61,16 +164,66 @@ class Killed(BaseException):
 
 def stop_after(number: int, federation: Federation, folder: Path) -> None:
     """Let the run die right after round `number` is committed."""
-    patch, commit = pytest.MonkeyPatch(), Run.commit
+    killed(federation, folder, federation.grid(), after_commit_of(number))
 
-    def commit_and_die(self: Run, done: Any, model: Any, state: Any) -> None:
-        commit(self, done, model, state)
-        if done.round == number:
-            raise Killed
 
-    patch.setattr(Run, "commit", commit_and_die)
+def after_commit_of(number: int) -> Callable[[pytest.MonkeyPatch, FaultyGrid], None]:
+    def arm(patch: pytest.MonkeyPatch, grid: FaultyGrid) -> None:
+        commit = Run.commit
+
+        def commit_and_die(self: Run, done: Any, model: Any, state: Any) -> None:
+            commit(self, done, model, state)
+            if done.round == number:
+                raise Killed
+
+        patch.setattr(Run, "commit", commit_and_die)
+
+    return arm
+
+
+def before_commit_of(number: int) -> Callable[[pytest.MonkeyPatch, FaultyGrid], None]:
+    def arm(patch: pytest.MonkeyPatch, grid: FaultyGrid) -> None:
+        commit = Run.commit
+
+        def die_or_commit(self: Run, done: Any, model: Any, state: Any) -> None:
+            if done.round == number:
+                raise Killed
+            commit(self, done, model, state)
+
+        patch.setattr(Run, "commit", die_or_commit)
+
+    return arm
+
+
+def before_orders(
+    kind: type[wire.Order], number: int, nth: int = 1
+) -> Callable[[pytest.MonkeyPatch, FaultyGrid], None]:
+    """Right before the `nth` exchange of that kind in round `number` is sent."""
+
+    def arm(patch: pytest.MonkeyPatch, grid: FaultyGrid) -> None:
+        push, seen = grid.push_messages, []
+
+        def die_or_push(messages: Any) -> Any:
+            batch = list(messages)
+            orders = [wire.decode(message, *wire.ORDERS) for message in batch]
+            seen.extend([0] if any(isinstance(o, kind) and o.round == number for o in orders) else [])
+            if len(seen) == nth:
+                raise Killed
+            return push(batch)
+
+        patch.setattr(grid, "push_messages", die_or_push)
+
+    return arm
+
+
+def killed(
+    federation: Federation, folder: Path, grid: FaultyGrid, arm: Callable[[pytest.MonkeyPatch, FaultyGrid], None]
+) -> None:
+    """Let the coordinator's process die where `arm` says; the sites' programs in `grid` live on."""
+    patch = pytest.MonkeyPatch()
+    arm(patch, grid)
     with pytest.raises(Killed):
-        federation.run(folder=folder)
+        federation.run(grid, folder)
     patch.undo()
 
 
@@ -84,6 +237,185 @@ def test_a_run_killed_between_rounds_ends_with_the_same_model_bit_for_bit(tmp_pa
     assert resumed.attempt == 2 and [entry.round for entry in resumed.history] == [1, 2]
     assert undisturbed.model is not None and resumed.model is not None
     assert (undisturbed.model == resumed.model).all()
+
+
+KILLS = {
+    "between rounds": (after_commit_of(1), {1: 0, 2: 0}),
+    "before the first shares": (before_orders(wire.UnmaskOrder, 1), {1: 0, 2: 0}),
+    "between train and unmask": (before_orders(wire.UnmaskOrder, 2), {1: 0, 2: 1}),
+    "between unmask and commit": (before_commit_of(2), {1: 0, 2: 1}),
+    "before the final validation": (before_orders(wire.EvaluateOrder, 2), {1: 0, 2: 0}),
+    "before the test": (before_orders(wire.EvaluateOrder, 2, 2), {1: 0, 2: 0}),
+}
+
+
+@pytest.mark.parametrize("when", KILLS)
+def test_a_masked_run_whose_coordinator_is_killed_goes_on_and_ends_complete(
+    four: Federation, masked_run: Path, when: str
+) -> None:
+    """The sites' programs live on. No order comes twice; what was trained but not committed is trained differently."""
+    arm, repeats = KILLS[when]
+    grid, folder = four.grid(), four.new_run()
+    killed(four, folder, grid, arm)
+    assert read_facts(folder)["state"] == "running"
+    run = Run.open(four.run(grid, folder))
+    assert run.facts["label"] == "complete" and run.attempt == 2
+    orders = [wire.decode(message, *wire.ORDERS) for message in grid.sent]
+    assert {order.attempt for order in orders} == {1, 2}
+    asked = [(m.metadata.dst_node_id, o.kind, o.attempt, o.sum) for m, o in zip(grid.sent, orders, strict=True)]
+    assert len(set(asked)) == len(asked)
+    assert not journals(four, folder.name, "refusal"), "a site refused an order of the second attempt"
+    undisturbed = Run.open(masked_run)
+    assert run.model is not None and undisturbed.model is not None
+    # Masks are gone from the sum to the bit, so equal training gives an equal model, and another training does not.
+    assert (run.model == undisturbed.model).all() == (not any(repeats.values()))
+    # The model that round 2 was trained from was sent with its first order.
+    before = next(order for order in orders if isinstance(order, wire.TrainOrder) and order.round == 2).model
+    Trained(four).check(run.history[1], before, run.model, dict.fromkeys(FOUR, repeats[2]))
+
+
+def journals(federation: Federation, run: str, kind: str) -> list[dict[str, Any]]:
+    """What the sites' journals say of one kind of message of one run."""
+    lines = [
+        line for h in federation.hospitals.values() for line in (h.home / "journal.jsonl").read_text().splitlines()
+    ]
+    return [entry for entry in map(json.loads, lines) if entry["kind"] == kind and entry["facts"]["run"] == run]
+
+
+def test_a_kill_before_the_final_validation_keeps_the_record_of_all_rounds(four: Federation, masked_run: Path) -> None:
+    folder = four.new_run()
+    killed(four, folder, four.grid(), before_orders(wire.EvaluateOrder, 2))
+    assert Run.open(folder).history[1].validation is None, (
+        "the validation of the last model was there before it was asked for"
+    )
+    found = json.loads((four.run(folder=folder) / "results.json").read_text())
+    quiet = json.loads((masked_run / "results.json").read_text())
+    for key in ("selected_round", "initial", "test", "ingested"):
+        assert found[key] == quiet[key]
+    assert [r["validation"] for r in found["rounds"]] == [r["validation"] for r in quiet["rounds"]]
+
+
+def test_the_best_round_is_chosen_by_the_validation_that_arrives_a_round_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses are set by hand: that of the initial model is the lowest and must not count, round 2 is the best of three."""
+    federation = Federation(tmp_path, study(rounds__2="rounds: 3"))
+    from fl_client import app
+
+    evaluate, losses, models = app.evaluate_on, iter([0.1, 0.7, 0.2, 0.5, 9.0]), []
+    wanted: dict[bytes, float] = {}
+
+    def with_the_loss_that_was_set(net: Any, cohort: Any, plan: Any) -> Any:
+        weights = networks.to_vector(net).tobytes()
+        if weights not in wanted:
+            wanted[weights] = next(losses)
+        sheet = evaluate(net, cohort, plan)
+        return type(sheet)(sheet.patients, sheet.images, wanted[weights], sheet.histogram)
+
+    commit = Run.commit
+
+    def keep(self: Run, done: Any, model: Any, state: Any) -> None:
+        models.append(model)
+        commit(self, done, model, state)
+
+    monkeypatch.setattr("fl_client.app.evaluate_on", with_the_loss_that_was_set)
+    monkeypatch.setattr(Run, "commit", keep)
+    run = Run.open(federation.run())
+    results = json.loads((run.folder / "results.json").read_text())
+    assert results["initial"]["loss"] == pytest.approx(0.1, abs=1e-6)
+    assert [r["validation"]["loss"] for r in results["rounds"]] == pytest.approx([0.7, 0.2, 0.5], abs=1e-6)
+    assert results["selected_round"] == 2 and run.best is not None and (run.best == models[1]).all()
+    assert results["test"]["loss"] == pytest.approx(0.2, abs=1e-6), "another model than the best was tested"
+
+
+@pytest.mark.parametrize("bits", [16, 24, 64])
+def test_other_encodings_end_complete_and_stay_close(tmp_path: Path, bits: int, four: Federation) -> None:
+    """Bound: each site rounds a value to half a step; the mean is off by at most sites times that, divided by the cases."""
+    federation = Federation(tmp_path, of_four(privacy__none=f"encoding_bits: {bits}\nprivacy: none"))
+    assert federation.plan.encoding_bits == bits
+    patch, models, commit = pytest.MonkeyPatch(), [], Run.commit
+
+    def keep(self: Run, done: Any, model: Any, state: Any) -> None:
+        models.append((self.model, model))
+        commit(self, done, model, state)
+
+    patch.setattr(Run, "commit", keep)
+    grid = federation.grid()
+    run = Run.open(federation.run(grid))
+    patch.undo()
+    assert run.facts["label"] == "complete" and [done.clipped for done in run.history] == [0, 0]
+    trained = Trained(federation)
+    for done, (before, after) in zip(run.history, models, strict=True):
+        mean, cases = trained.mean(FOUR, before, done.round)
+        bound = 4 * 0.5 * 2.0**-done.scale / cases + float(np.abs(after).max()) * 2.0**-23
+        assert np.abs(before + mean - after).max() <= bound
+        if done.round == 2 or bits > 16:  # the first scale is a guess with room to spare
+            assert bound < np.abs(mean).max() / 5
+    counts = 6 + 2 * 50 + 1  # of which the last counts what was clipped
+    size = models[0][0].size * bits // 8 + 8 * counts
+    assert {line["facts"]["vector_bytes"] for line in journals(federation, run.run_id, "train-report")} == {size}
+
+
+def test_clipped_values_are_counted_into_the_record_and_the_next_scale_falls(
+    four: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: the words of each site computed with numpy, and those counted that leave the range."""
+    monkeypatch.setattr("fl_server.sums.first_scale", lambda study: 37)
+    run = Run.open(four.run())
+    limit, start, trained, expected = (2**31 - 1) // 4, first_model(four.plan), Trained(four), 0
+    for name in FOUR:
+        change, cases = trained.site(name, start, 1)
+        expected += int((np.abs(np.rint(change.astype(np.float32) * np.float64(cases) * 2.0**37)) > limit).sum())
+    first, second = run.history
+    assert first.scale == 37 and first.clipped == expected > 100
+    assert second.scale < 37
+    assert json.loads((run.folder / "results.json").read_text())["rounds"][0]["clipped"] == expected
+
+
+def test_figures_of_a_site_are_those_of_its_own_test_split_and_come_with_it_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: scikit-learn on the raw scores of each site. The hospitals are tiny: the least count is lowered to one."""
+    monkeypatch.setattr("models.contributions.RELEASE_MIN", 1)
+    federation, seen = Federation(tmp_path, of_four(**{"test__0.2": "test: 0.4", "bins__50": "bins: 5000"})), []
+    grid = federation.grid()
+    for node, answer in grid.answers.items():
+        grid.answers[node] = watched(answer, seen)
+    run = Run.open(federation.run(grid))
+    reports = [report for report in seen if isinstance(report, wire.EvaluateReport)]
+    assert {report.split for report in reports} == {"validation", "test"}
+    assert all((r.figures == -1).all() for r in reports if r.split == "validation")
+    released = json.loads((run.folder / "results.json").read_text())["figures"]
+    assert sorted(released) == sorted(FOUR) and any(rows[0] for rows in released.values())
+    net = networks.build(federation.plan)
+    assert run.best is not None
+    networks.load_vector(net, run.best)
+    for name, (figure,) in released.items():
+        cohort = federation.cohort(name, "test")
+        scores, truth = learning.predict(net, cohort)[:, 0], cohort.targets.numpy()[:, 0]
+        negatives, positives = int((truth == 0).sum()), int((truth == 1).sum())
+        if min(negatives, positives) < 2:  # no interval, so no figure
+            assert figure is None
+            continue
+        assert (figure["negatives"], figure["positives"]) == (negatives, positives)
+        one_tie = 0.5 / (negatives * positives)  # of 5000 bins, hardly any holds two scores
+        assert figure["auroc"] == pytest.approx(roc_auc_score(truth, scores), abs=one_tie + 1e-6)
+
+
+def watched(answer: Any, seen: list[Any]) -> Any:
+    def watch(message: Message) -> Message | None:
+        reply = answer(message)
+        seen.append(wire.decode(reply, *wire.REPORTS))
+        return reply  # type: ignore[no-any-return]
+
+    return watch
+
+
+def test_a_study_without_site_figures_gets_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.contributions.RELEASE_MIN", 1)
+    federation = Federation(tmp_path, of_four(bins__50="bins: 50, site_figures: false", rounds__2="rounds: 1"))
+    released = json.loads((federation.run() / "results.json").read_text())["figures"]
+    assert released == {name: [None] for name in released} and sorted(released) == sorted(FOUR)
 
 
 def test_the_reported_auroc_is_that_of_the_scores_at_the_sites(federation: Federation) -> None:

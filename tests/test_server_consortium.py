@@ -15,13 +15,11 @@ from typing import Any
 
 import grpc
 import pytest
-from coordinator import Coordinator, coordinator, free_port, settings, study
+from coordinator import Coordinator, aggregator_of, coordinator, free_port, point_of, settings, study, with_roster
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from typer.testing import CliRunner
 
-from fl_server import consortium, research
+from fl_server import consortium
 from fl_server.roster import Home
 from models.study import Study
 from privacy import calls, keys
@@ -462,17 +460,6 @@ def test_a_submission_is_checked(served: Coordinator, submitted: Study, raw: Raw
         )
 
 
-def point_of(served: Coordinator, name: str) -> str:
-    """Oracle: the compressed point of SEC 1, 2.3.3, from the numbers of the key in the site's own folder."""
-    numbers = keys.load_key(served.keys_of(name) / "site.key").public_key().public_numbers()
-    return f"{2 + numbers.y % 2:02x}{numbers.x:064x}"
-
-
-def aggregator_of(served: Coordinator) -> str:
-    raw = (served.home.root / "keys" / "aggregator.key").read_bytes()
-    return X25519PrivateKey.from_private_bytes(raw).public_key().public_bytes_raw().hex()
-
-
 def test_a_researcher_learns_the_keys_that_a_study_has_to_name(served: Coordinator) -> None:
     with served.caller("rosa") as caller:
         assert caller.roster(["west", "north"]) == (
@@ -483,38 +470,6 @@ def test_a_researcher_learns_the_keys_that_a_study_has_to_name(served: Coordinat
         with pytest.raises(NotEnrolled, match=r"not enrolled here: mars, rosa$") as missing:  # a researcher is no site
             caller.roster(["mars", "north", "rosa"])
         assert "participation" in missing.value.remedy
-
-
-def test_keys_in_another_form_than_studies_have_are_refused(
-    served: Coordinator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good, aggregator = point_of(served, "north"), aggregator_of(served)
-    public = keys.load_point(good).public_numbers()
-    answers = [
-        ("", aggregator),
-        (good.upper(), aggregator),
-        (good[:10] + " " + good[10:], aggregator),
-        (f"04{public.x:064x}{public.y:064x}", aggregator),
-        ("02" + "ff" * 32, aggregator),
-        (good, ""),
-        (good, aggregator.upper()),
-        (good, aggregator + "\n"),
-        (good, aggregator[:-1]),
-    ]
-    with served.caller("rosa") as caller:
-        for point, key in answers:
-            reply = pb.RosterReply(keys={"north": point}, aggregator=key)
-            monkeypatch.setattr(caller, "_call", lambda *_, reply=reply: reply)
-            with pytest.raises(MessageMalformed):
-                caller.roster(["north"])
-
-
-def with_roster(asked: Study, aggregator: str | None = None, **roster: str | None) -> Study:
-    """`asked` with some keys exchanged, or left out where None is given."""
-    changed = {name: key for name, key in {**asked.roster, **roster}.items() if key is not None}
-    return asked.model_copy(
-        update={"roster": changed, "aggregator": asked.aggregator if aggregator is None else aggregator}
-    )
 
 
 def test_a_study_is_offered_with_exactly_the_enrolled_keys(served: Coordinator) -> None:
@@ -547,56 +502,6 @@ def test_a_study_to_a_key_that_was_lost_is_not_launched(served: Coordinator) -> 
     with served.caller("rosa") as caller, pytest.raises(StudyConflict, match="the key that this coordinator opens"):
         caller.launch(old.digest)
     assert old.digest not in [digest for digest, _ in served.launched]
-
-
-# The researcher's commands
-
-
-def fl_study(served: Coordinator, *words: object) -> str:
-    result = CliRunner().invoke(research.app, [*map(str, words), "--home", str(served.folder / "rosa")])
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return " ".join(result.stdout.split())
-
-
-def written(path: Path, asked: Study) -> Path:
-    path.write_text(json.dumps(asked.model_dump(mode="json", exclude_defaults=True)))  # JSON is YAML
-    return path
-
-
-def test_submit_fills_in_the_keys_and_the_file_still_names_the_study(served: Coordinator, tmp_path: Path) -> None:
-    asked = study("north", "south", quorum=2, evaluate_only=["west"]).model_copy(update={"title": "By its file"})
-    file = written(tmp_path / "study.yaml", asked)
-    whole = served.home.with_keys(asked)
-    shown = fl_study(served, "submit", file)
-    assert f"digest {whole.digest}" in shown and "to north, south, west." in shown
-    assert served.home.roster.study(whole.digest).study == whole
-    fl_study(served, "submit", file)  # once more changes nothing
-    with served.caller("rosa") as caller:
-        [state] = [state for state in caller.studies() if state.draft == asked.digest]
-        assert state.digest == whole.digest != asked.digest
-        complete = written(tmp_path / "whole.yaml", whole)
-        for name in (file, complete, whole.digest[:6]):
-            assert research._digest(caller, str(name)) == whole.digest
-        changed = written(tmp_path / "changed.yaml", asked.model_copy(update={"title": "Another"}))
-        for name in (changed, whole.digest[:5], "0" * 64, ""):
-            with pytest.raises(RunUnknown, match="no study"):
-                research._digest(caller, str(name))
-
-
-def test_a_file_with_other_keys_than_the_coordinators_is_not_submitted(served: Coordinator, tmp_path: Path) -> None:
-    good = served.home.with_keys(study("north", "south", "west"))
-    stranger = keys.point_hex(ec.generate_private_key(ec.SECP256R1()).public_key())
-    file = tmp_path / "study.yaml"
-    for bad, sentence in [
-        (with_roster(good, south=stranger), "another key for south than the coordinator"),
-        (with_roster(good, aggregator="1" * 64), "another aggregator than the coordinator"),
-    ]:
-        with pytest.raises(StudyConflict, match=sentence):
-            fl_study(served, "submit", written(file, bad))
-    assert good.digest in fl_study(served, "submit", written(file, good))
-    with pytest.raises(NotEnrolled, match="mars"):
-        fl_study(served, "submit", written(file, study("north", "mars")))
 
 
 def test_a_decision_is_the_sites_own(served: Coordinator, submitted: Study) -> None:

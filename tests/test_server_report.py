@@ -301,6 +301,8 @@ def test_a_partial_result_is_never_shown_as_a_whole(raw: Raw, tmp_path: Path) ->
     assert "west did not report on its validation split in rounds 2–3, 5: offline" in page
     assert "west did not report on its test split: cohort-too-small" in page
     assert "held-out test split of 3 sites together" in words_of(page)
+    assert "3 of 4 sites" in words_of(page)
+    assert "all sites" not in words_of(page).lower()
     assert "west not in the test result" in words_of(page)
     assert "west trains 3 of 6 3.2 no" in words_of(page)
     metrics = metrics_in(tmp_path)
@@ -393,10 +395,12 @@ def test_a_forest_shows_every_estimate_and_no_other() -> None:
     assert len(set(pictures)) == len(pictures)
 
 
-def test_a_gap_of_one_round_among_hundreds_is_still_drawn() -> None:
+@pytest.mark.parametrize("otherwise", [0, 2])
+def test_a_gap_of_one_round_among_hundreds_is_still_drawn(otherwise: int) -> None:
     rounds = list(range(1, 1001))
-    whole = figures.participation({"north": [0] * 1000, "south": [0] * 1000}, rounds)
-    gap = figures.participation({"north": [0] * 1000, "south": [0] * 500 + [1] + [0] * 499}, rounds)
+    row = [otherwise] * 1000
+    whole = figures.participation({"north": [0] * 1000, "south": row}, rounds)
+    gap = figures.participation({"north": [0] * 1000, "south": [*row[:500], 1, *row[501:]]}, rounds)
     assert whole != gap
 
 
