@@ -24,7 +24,7 @@ from models.contributions import Contribution, Sheet, figures
 from models.labels import LabelTable
 from models.metrics import ScoreHistogram
 from models.study import Study
-from privacy.errors import CohortTooSmall, IsocenterError, MessageMalformed
+from privacy.errors import CohortTooSmall, IsocenterError, MessageMalformed, StepRefused
 from privacy.wire import (
     ORDERS,
     EvaluateOrder,
@@ -55,7 +55,7 @@ class Desk:
     """
 
     nets: dict[str, nn.Module] = field(default_factory=dict)
-    cohorts: dict[tuple[str, Split, tuple[int, ...]], Cohort] = field(default_factory=dict)
+    cohorts: dict[tuple[Path, str, Split, tuple[int, ...]], Cohort] = field(default_factory=dict)
     vault: Vault = field(default_factory=Vault)
 
     def net(self, study: Study, order: WorkOrder) -> nn.Module:
@@ -70,9 +70,11 @@ class Desk:
         source = site.source
         table = site.home / source.labels.table
         seen = tuple(p.stat().st_mtime_ns if p.exists() else 0 for p in (site.state / "index.sqlite", table))
-        key = (study.digest, split, seen)
+        key = (site.home, study.digest, split, seen)
         if key not in self.cohorts:
-            self.cohorts = {k: c for k, c in self.cohorts.items() if (k[0], k[2]) == (study.digest, seen)}
+            self.cohorts = {
+                k: c for k, c in self.cohorts.items() if k[0] != site.home or (k[1], k[3]) == (study.digest, seen)
+            }
             labels = LabelTable.read(table, source.labels)
             pins = site.home / "studies" / f"{study.digest}.pins.json"
             cohort = Cohort.open(Index.open(site.state), labels, study, split, pins)
@@ -151,9 +153,13 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: Order) -> Tr
     update = learning.learn(net, cohort, study, round_number=order.round, repeat=repeat)
     contribution = Contribution(cohort.ingested, sheet, update.cases, update.loss, update.delta)
     vector, vouch = sending.protect(contribution)
-    keys = desk.vault.make_keys(site, study, order) if order.keys_next else b""
     return TrainReport(
-        **order.naming(), site=site.name, seconds=time.monotonic() - began, vector=vector, vouch=vouch, keys=keys
+        **order.naming(),
+        site=site.name,
+        seconds=time.monotonic() - began,
+        vector=vector,
+        vouch=vouch,
+        keys=sending.keys,
     )
 
 
@@ -167,14 +173,13 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: Order) -> 
     sending = desk.vault.begin(site, study, order, order.model.size)
     sheet = evaluate_on(net, cohort, study)
     vector, vouch = sending.protect(Contribution(cohort.ingested, sheet))
-    keys = desk.vault.make_keys(site, study, order) if order.keys_next else b""
     return EvaluateReport(
         **order.naming(),
         site=site.name,
         seconds=time.monotonic() - began,
         vector=vector,
         vouch=vouch,
-        keys=keys,
+        keys=sending.keys,
         split=order.split,
         figures=figures(study, sheet.histogram, order.split),
     )
@@ -189,6 +194,8 @@ def carry_out_step(desk: Desk, site: Site, study: Study, order: Order) -> KeysRe
         return UnmaskReport(**order.naming(), site=site.name, seconds=seconds, revealed=revealed, sealed=sealed)
     if not isinstance(order, KeysOrder):
         raise MessageMalformed("the order is no step of secure aggregation")
+    if study.protection != "masked":
+        raise StepRefused("the study is not masked, so there is nothing to make keys for")
     desk.cohorts_of(site, study)  # a site that would refuse the work itself must not be counted on in the sum
     made = desk.vault.make_keys(site, study, order)
     return KeysReport(**order.naming(), site=site.name, seconds=time.monotonic() - began, keys=made)

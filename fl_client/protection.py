@@ -50,7 +50,7 @@ class Vault:
 
     def begin(self, site: Site, study: Study, order: WorkOrder, parameters: int) -> "Sending":
         """Get ready to send one contribution. Masks are added up in the background while the site works on it."""
-        kind: Kind = "train" if isinstance(order, TrainOrder) else "evaluate"
+        kind = kind_of(order)
         named = study.participation.sites if kind == "train" else study.all_sites
         encoding = Encoding(
             values=parameters if kind == "train" else 0,
@@ -62,8 +62,11 @@ class Vault:
         if not set(order.participants) <= set(named):
             # A site that only evaluates would count towards the quorum of the training sites, and not train.
             raise StepRefused("the order names sites for its sum that the study does not name for this work")
-        member = self._open(site, study, order) if study.protection == "masked" else None
-        return Sending(site, study, order, kind, encoding, member)
+        if study.protection != "masked":
+            return Sending(site, study, order, encoding)
+        member = self._open(site, study, order)
+        made = self.make_keys(site, study, order) if order.keys_next else b""
+        return Sending(site, study, order, encoding, member, made)
 
     def unmask(self, site: Site, study: Study, order: UnmaskOrder) -> tuple[bytes, bytes]:
         """(shares that help to open the sum, encrypted shares of the next one); each empty if not asked for."""
@@ -107,22 +110,26 @@ class Vault:
         return members[number]
 
 
+@dataclass
 class Sending:
-    """One contribution on its way out."""
+    """One contribution on its way out. `keys`: this site's keys of the next sum, if the order asks for them."""
 
-    def __init__(
-        self, site: Site, study: Study, order: WorkOrder, kind: Kind, encoding: Encoding, member: Member | None
-    ) -> None:
-        self.site, self.study, self.order = site, study, order
-        self.kind, self.encoding, self.member = kind, encoding, member
+    site: Site
+    study: Study
+    order: WorkOrder
+    encoding: Encoding
+    member: Member | None = None
+    keys: bytes = b""
+
+    def __post_init__(self) -> None:
         self.covering: threading.Thread | None = None
-        if member is not None:
-            self.covering = threading.Thread(target=member.cover, args=(encoding,), daemon=True)
+        if self.member is not None:
+            self.covering = threading.Thread(target=self.member.cover, args=(self.encoding,), daemon=True)
             self.covering.start()
 
     def protect(self, contribution: Contribution) -> tuple[bytes, bytes]:
         """(the packed words of `contribution`, masked, sealed to the aggregator, or as they are; what vouches for the masks)."""
-        counts, vouch = contribution.counts(self.kind), b""
+        counts, vouch = contribution.counts(kind_of(self.order)), b""
         vector = self.encoding.encode(contribution.update, contribution.cases, counts)
         if self.covering is not None and self.member is not None:
             self.covering.join()
@@ -131,3 +138,7 @@ class Sending:
         if self.study.protection == "sealed":
             packed = keys.seal(bytes.fromhex(self.study.aggregator), packed, self.order.about(self.site.name))
         return packed, vouch
+
+
+def kind_of(order: WorkOrder) -> Kind:
+    return "train" if isinstance(order, TrainOrder) else "evaluate"

@@ -129,11 +129,12 @@ class Circle:
         self.following = Aggregator(Place(STUDY.digest, self.run, place.attempt, place.sum + 1), self.roster, 3)
         for seed, name in enumerate(participants):
             vault, site = self.vaults[name], self.sites[name]
-            packed, vouch = vault.begin(site, STUDY, order, PARAMETERS).protect(contribution(seed, word))
+            sending = vault.begin(site, STUDY, order, PARAMETERS)
+            packed, vouch = sending.protect(contribution(seed, word))
             half.add_vector(name, self.encoding.vector_of(packed), vouch)
             self.vouches[name] = vouch
             if order.keys_next:
-                self.following.add_keys(name, vault.make_keys(site, STUDY, order))
+                self.following.add_keys(name, sending.keys)
         return order
 
     def open(self, half: Aggregator, last: bool = False) -> Any:

@@ -57,7 +57,7 @@ def test_an_order_signed_by_somebody_else_is_forged(hospital: Hospital) -> None:
 
 
 def test_an_order_whose_model_was_exchanged_is_forged(hospital: Hospital) -> None:
-    order = hospital.order()
+    order: Any = hospital.order()
     assert refused(hospital, dataclasses.replace(order, model=order.model * np.float32(2))) == "order-forged"
 
 
@@ -352,12 +352,10 @@ def test_the_coordinators_own_keys_in_place_of_a_peers(liar: Liar) -> None:
 
 def test_a_peers_keys_of_another_sum_run_or_attempt(federation: Federation, liar: Liar) -> None:
     """Signed by the true peer, for something else: what the coordinator knows of that is no key to this sum."""
-    older = {
-        "another sum": liar.ask("west", liar.order(wire.KeysOrder, 90)).keys,
-        "another run": Liar(federation, f"{liar.run}-b").ask("west", Liar(federation, f"{liar.run}-b").order(wire.KeysOrder)).keys,
-    }  # fmt: skip
+    other = Liar(federation, f"{liar.run}-b")
+    older = [liar.ask("west", liar.order(wire.KeysOrder, 1)).keys, other.ask("west", other.order(wire.KeysOrder)).keys]
     bundles = liar.make_keys().close_keys(())
-    for number, keys_of_west in enumerate(older.values()):
+    for number, keys_of_west in enumerate(older):
         data = bundles[:-BUNDLE_BYTES] + keys_of_west
         order = liar.order(wire.UnmaskOrder, SUM - 1, members=tuple(sorted(FOUR)), keys=data)
         assert liar.refused(FOUR[number], order) == "peer-untrusted"
@@ -463,9 +461,10 @@ def test_a_sum_below_the_studys_quorum_is_never_worked_for(tmp_path: Path) -> No
 def test_lists_that_are_no_sorted_lists_of_sites_are_no_orders(liar: Liar, wrong: tuple[str, ...]) -> None:
     """Neither made nor read: what travels is checked by both sides."""
     for field in ("participants", "survivors", "members"):
+        kind = wire.TrainOrder if field == "participants" else wire.UnmaskOrder
         with pytest.raises(MessageMalformed):
-            liar.order(wire.TrainOrder if field == "participants" else wire.UnmaskOrder, **{field: wrong})
-        honest = liar.order(wire.TrainOrder if field == "participants" else wire.UnmaskOrder, **{field: ("north",)})
+            liar.order(kind, SUM, **{field: wrong})
+        honest = liar.order(kind, SUM, **{field: ("north",)})
         records = honest.to_records()
         records["isocenter"][field] = " ".join(wrong)
         message = Message(records, dst_node_id=5, message_type=honest.message_type)
@@ -600,7 +599,7 @@ def test_lists_that_differ_from_site_to_site_end_the_next_sum(sent: tuple[Liar, 
     liar, _, _ = sent
     everybody, without_west = tuple(sorted(FOUR)), ("east", "north", "south")
     following = liar.make_keys(SUM + 1)
-    more = {"members": following.keyed, "keys": following.close_keys(everybody)}
+    more: dict[str, Any] = {"members": following.keyed, "keys": following.close_keys(everybody)}
     for site in FOUR:
         told = without_west if site in ("north", "south") else everybody
         following.add_shares(site, liar.ask(site, liar.opening(told, **more)).sealed)
@@ -615,7 +614,7 @@ def test_lists_that_differ_from_site_to_site_end_the_next_sum(sent: tuple[Liar, 
 def test_one_sum_is_trained_for_once_whatever_the_model(sent: tuple[Liar, Aggregator, dict[str, bytes]]) -> None:
     """Two vectors under one mask would show their difference."""
     liar, _, _ = sent
-    work = {"participants": tuple(sorted(FOUR)), "shares": b""}
+    work: dict[str, Any] = {"participants": tuple(sorted(FOUR)), "shares": b""}
     other = liar.order(wire.TrainOrder, **(work | {"model": liar.model * np.float32(2)}))
     assert liar.refused("north", other) == "order-replayed"
     assert liar.refused("north", liar.order(wire.TrainOrder, **(work | {"round": 2}))) == "order-replayed"

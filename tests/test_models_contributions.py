@@ -191,6 +191,7 @@ def test_counts_are_released_in_tens_so_that_no_difference_shows_a_small_count(n
     counts[:, 0, 2], counts[:, 0, 5], counts[:, 1, 5] = negatives - 3, 3, positives
     row = figures(STUDY, ScoreHistogram(counts), "test")[0]
     assert row[3:].tolist() == [float(f"{n // 10}0") for n in (negatives, positives)]
+    assert row[:3].tolist() == [float(np.float32(round(float(value), 3))) for value in row[:3]]
     told = read_figures(STUDY, np.array([row, row]))[0]
     assert told is not None
     for value in (told["auroc"], told["low"], told["high"]):
