@@ -4,7 +4,6 @@
 in state running by a process that died is simply carried on: a new Flower run, the next round that is not committed.
 """
 
-import functools
 import logging
 import os
 import signal
@@ -21,22 +20,19 @@ from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest, Pus
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExecAuthHttpInterceptor
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.superlink.grid import http_grid
-from flwr.superlink.grid.http_grid import HttpGrid
 
 from fl_server.app import app
 from fl_server.link import LOOPBACK, control
+from fl_server.mailbox import Mailbox
 from fl_server.roster import Home
 from fl_server.run import list_runs
 from privacy.errors import IsocenterError, RunError
 
 LOOK_S = 0.2  # between two looks for queued runs: one stat of a folder
 log = logging.getLogger("isocenter.executor")
-OBJECT_BACKOFF_S = 0.02  # a report is visible before its objects are; Flower's own first wait is a second
 LOOK_MOST_S = 30.0  # after something went wrong
 BUNDLE = """
 [project]
@@ -80,7 +76,7 @@ def carry_out(root: Path, run_id: str, port: int, secret: bytes) -> None:
     """One run from where it stands to its end, as one Flower run."""
     flower_run = _start_flower_run(root / "runs" / run_id, port)
     token = _acquire(flower_run, port, secret)
-    grid = HttpGrid(f"{LOOPBACK}:{port}", insecure=True, token=token)
+    grid = Mailbox(f"{LOOPBACK}:{port}", token)
     client = grid._runtime_client  # the grid's own connection: Flower has no public door to its task calls
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
@@ -125,7 +121,7 @@ def _acquire(flower_run: int, port: int, secret: bytes) -> str:
             elif answer.task.run_id == flower_run:
                 return str(answer.token)
             else:
-                stale = HttpGrid(f"{LOOPBACK}:{port}", insecure=True, token=answer.token)
+                stale = Mailbox(f"{LOOPBACK}:{port}", answer.token)
                 stale._runtime_client.PushTaskOutput(
                     PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="stale")
                 )
@@ -148,10 +144,6 @@ def main() -> None:
         bytes.fromhex(sys.stdin.buffer.readline().decode().strip()),
     )
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # The grid offers no argument for it, and a second for each late object would be most of a small round.
-    http_grid.pull_objects = functools.partial(  # type: ignore[attr-defined]  # imported there, not exported
-        pull_objects, initial_backoff=OBJECT_BACKOFF_S
-    )
     execute(root, port, secret)
 
 

@@ -34,6 +34,7 @@ MEETING_PLACE = "fl_server/simulation.py"
 FLWR_DOORS = {
     "privacy/wire.py",
     "fl_server/app.py",
+    "fl_server/mailbox.py",  # Flower's grid, which waits for one reply's objects and for nothing else
     "fl_server/executor.py",  # takes the ServerApp task that link.py's SuperLink hands out
     "fl_server/link.py",
     "fl_server/rounds.py",

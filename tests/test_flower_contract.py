@@ -4,9 +4,10 @@ import inspect
 from importlib import metadata
 from pathlib import Path
 
-import flwr.supercore.inflatable.inflatable_utils as inflatable
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -71,8 +72,12 @@ def test_the_superlink_is_configured_by_exactly_these_fields() -> None:
     }
 
 
-def test_objects_can_be_pulled_without_flowers_first_second_of_waiting() -> None:
-    assert "initial_backoff" in inspect.signature(inflatable.pull_objects).parameters
+def test_the_grid_offers_what_the_mailbox_stands_on() -> None:
+    for name in ("PullMessages", "PullObject", "ConfirmMessageReceived"):
+        assert callable(getattr(RuntimeHttpClient, name))
+    assert isinstance(HttpGrid._runtime_client, property) and isinstance(HttpGrid.run, property)
+    tree = ObjectTree(object_id="whole", children=[ObjectTree(object_id="part")])
+    assert [found.object_id for found in iterate_object_tree(tree)] == ["part", "whole"]
 
 
 def test_equal_arrays_are_one_object() -> None:

@@ -375,6 +375,19 @@ def test_a_sites_own_keys_swapped_for_others_that_it_made(liar: Liar) -> None:
     assert liar.refused("east", order) == "peer-untrusted"
 
 
+def test_a_sites_own_older_keys_of_the_same_sum(liar: Liar) -> None:
+    """It made keys of the next sum, lost them in a restart, and made new ones: both are signed, only one is in its memory."""
+    _, work = liar.agree()
+    older = liar.ask("north", liar.order(wire.TrainOrder, keys_next=True, **work)).keys
+    liar.restart("north")
+    aggregator = liar.make_keys(SUM + 1)
+    data, members = aggregator.close_keys(()), aggregator.keyed
+    at = members.index("north") * BUNDLE_BYTES
+    assert Bundle.from_bytes(older).site == Bundle.from_bytes(data[at : at + BUNDLE_BYTES]).site == "north"
+    order = liar.order(wire.UnmaskOrder, members=members, keys=data[:at] + older + data[at + BUNDLE_BYTES :])
+    assert liar.refused("north", order) == "peer-untrusted"
+
+
 def test_a_study_whose_roster_names_another_key_as_this_sites(tmp_path: Path, federation: Federation) -> None:
     """Should anybody have approved such a study, this site is still no part of its sums."""
     shutil.copytree(federation.hospitals["north"].home, tmp_path / "north", symlinks=True)
