@@ -181,7 +181,7 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: Order) -> 
         vouch=vouch,
         keys=sending.keys,
         split=order.split,
-        figures=figures(study, sheet.histogram, order.split),
+        figures=figures(study, sheet.histogram, release=site.may_release(order)),
     )
 
 

@@ -4,7 +4,8 @@
       site.yaml               owned by the hospital; never leaves it
       keys/                   site.key (0600), site.pem, ca.pem, coordinator.pem
       studies/<digest>.json   signed offers with this site's decision; <digest>.pins.json the split of patients
-      state/                  index.sqlite and cache/ (images, 0700), orders.sqlite (what was answered)
+      state/                  index.sqlite and cache/ (images, 0700); can be made again
+      orders.sqlite           what was answered, so that no order is answered twice
       journal.jsonl           everything this site sent or refused, hash-chained
 
 Trust rules, in the order `Site.admit` applies them:
@@ -31,6 +32,7 @@ from privacy import keys
 from privacy.errors import DataError, NotEnrolled, OrderReplayed, PolicyForbids, StudyNotApproved
 from privacy.journal import Journal
 from privacy.wire import (
+    EvaluateOrder,
     EvaluateReport,
     KeysReport,
     Order,
@@ -167,7 +169,7 @@ class Site:
             raise StudyNotApproved(f"the study does not name {self.name} for {order.kind}")
         if order.round > study.training.rounds:
             raise PolicyForbids(f"round {order.round} of a study of {study.training.rounds} rounds")
-        self._remember(order)
+        self._remember(order, study)
         return study
 
     def check_policy(self, study: Study) -> None:
@@ -186,38 +188,60 @@ class Site:
         if broken:
             raise PolicyForbids("; ".join(broken))
 
-    def _remember(self, order: Order) -> None:
+    def _remember(self, order: Order, study: Study) -> None:
         """Durably note that this order is being answered; raise OrderReplayed if it was noted before.
 
         For an order whose report goes into a sum this is what makes a mask single-use across crashes: the sum is noted before
         a mask of it exists, and the keys that could make the mask again end with the process.
         """
-        row = (order.run, order.attempt, order.sum, order.kind, order.round)
+        row = (study.learned, order.run, order.attempt, order.sum, order.kind, order.round)
         with self._answered() as memory:
             try:
-                memory.execute("INSERT INTO answered VALUES (?, ?, ?, ?, ?)", row)
+                memory.execute("INSERT INTO orders VALUES (?, ?, ?, ?, ?, ?)", row)
             except sqlite3.IntegrityError:
                 raise OrderReplayed(
                     f"order {order.kind} {order.sum}, attempt {order.attempt} of run {order.run} was answered"
                 ) from None
 
     def repeats(self, order: Order) -> int:
-        """How many earlier orders of the same kind, run and round this site has answered, in whatever attempt."""
-        query = "SELECT count(*) FROM answered WHERE run = ? AND kind = ? AND round = ? AND (attempt, sum) < (?, ?)"
+        """How many orders for the same work this site had answered before `order`, in whatever attempt, run, or disguise.
+
+        The same work is the same kind of order and round, and a study that makes the same random choices. What counts is the
+        sequence in which orders came, not their numbers, which a coordinator is free to choose.
+        """
+        query = (
+            "SELECT count(*) FROM orders AS this JOIN orders AS earlier ON earlier.rowid < this.rowid"
+            " AND earlier.learned = this.learned AND earlier.kind = this.kind AND earlier.round = this.round"
+            " WHERE this.run = ? AND this.attempt = ? AND this.sum = ? AND this.kind = ?"
+        )
         with self._answered() as memory:
-            row = memory.execute(query, (order.run, order.kind, order.round, order.attempt, order.sum)).fetchone()
+            row = memory.execute(query, (order.run, order.attempt, order.sum, order.kind)).fetchone()
         return int(row[0])
 
     @contextmanager
     def _answered(self) -> Iterator[sqlite3.Connection]:
         """The memory of answered orders: one transaction, on the disk when it ends."""
-        with closing(sqlite3.connect(self.state / "orders.sqlite", timeout=30)) as memory, memory:
+        with closing(sqlite3.connect(self.home / "orders.sqlite", timeout=30)) as memory, memory:
             memory.execute("PRAGMA synchronous=FULL")
             memory.execute(
-                "CREATE TABLE IF NOT EXISTS answered (run TEXT, attempt INTEGER, sum INTEGER, kind TEXT, round INTEGER,"
-                " PRIMARY KEY (run, attempt, sum, kind))"
+                "CREATE TABLE IF NOT EXISTS orders (learned TEXT, run TEXT, attempt INTEGER, sum INTEGER, kind TEXT,"
+                " round INTEGER, PRIMARY KEY (run, attempt, sum, kind))"
             )
+            memory.execute("CREATE TABLE IF NOT EXISTS released (run TEXT PRIMARY KEY, model TEXT)")
             yield memory
+
+    def may_release(self, order: EvaluateOrder) -> bool:
+        """Whether figures of the test split may leave in answer to `order`: for one model in a run, the first that is asked for.
+
+        Figures of many models would tell the labels of single images. A sum that has to be tried again is about the same model.
+        """
+        if order.split != "test":
+            return False
+        model = keys.digest(order.model.tobytes())
+        with self._answered() as memory:
+            memory.execute("INSERT OR IGNORE INTO released VALUES (?, ?)", (order.run, model))
+            row = memory.execute("SELECT model FROM released WHERE run = ?", (order.run,)).fetchone()
+        return bool(row[0] == model)
 
     @property
     def key(self) -> keys.PrivateKey:

@@ -86,13 +86,13 @@ def read(study: Study, kind: Kind, values: npt.NDArray[np.float64], counts: Int6
     return Contribution(ingested, sheet, cases, _mean(train_loss, cases), (values / cases).astype(np.float32))
 
 
-def figures(study: Study, histogram: ScoreHistogram, split: str) -> Float32:
+def figures(study: Study, histogram: ScoreHistogram, *, release: bool) -> Float32:
     """float32 (targets, 5): AUROC, its 95 % interval, negatives, positives, all rounded; NOT_RELEASED in rows that stay.
 
-    Only figures of the test split are released, once in a run, and only if the study asks for them.
+    `release`: whether figures of this evaluation may leave at all; the study has to ask for them as well.
     """
     rows = np.full((len(study.task.targets), 5), NOT_RELEASED, np.float32)
-    for target in range(len(rows) if split == "test" and study.evaluation.site_figures else 0):
+    for target in range(len(rows) if release and study.evaluation.site_figures else 0):
         negatives, positives = histogram.negatives(target), histogram.positives(target)
         auroc, interval = histogram.auroc(target), histogram.interval(target)
         if min(negatives, positives) >= RELEASE_MIN and auroc is not None and interval is not None:

@@ -61,13 +61,14 @@ class FaultyGrid(Grid):
         return names
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        found, self.strays = self.strays, []
+        found: list[Message] = []
         for name in list(message_ids):
             if self.shuffle is not None and self.shuffle.random() < 0.5:
                 continue
             self.looks[name] = self.looks.get(name, 0) - 1
             if self.looks[name] < 0:
                 found += self.replies.pop(name, [])
+        found, self.strays = [*found, *self.strays], []
         if self.shuffle is not None:
             self.shuffle.shuffle(found)
         return found

@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,17 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     try:
         made.found()
         made.serve()
-        for name, vendor in SITES.items():
-            made.open_hospital(name, vendor, 16, minimum_patients=2)
         made.join_researcher()
+        at_once(lambda name: made.open_hospital(name, SITES[name], 16, minimum_patients=2))
         yield made
     finally:
         made.stop()
+
+
+def at_once(step: Callable[[str], object]) -> None:
+    """Do the same for every site, side by side: each command is a second of imports."""
+    with ThreadPoolExecutor(len(SITES)) as pool:
+        list(pool.map(step, SITES))
 
 
 def submit(stage: Stage, title: str, rounds: int = 2, timeout_s: int = 60, quorum: int = 3) -> str:
@@ -67,10 +73,8 @@ def submit(stage: Stage, title: str, rounds: int = 2, timeout_s: int = 60, quoru
 
 
 def launch(stage: Stage, digest: str) -> Path:
-    """Approve, start the nodes, launch; the folder of the run."""
-    for name in SITES:
-        stage.approve(name, digest)
-        stage.node(name)
+    """Approve and launch; the folder of the run."""
+    at_once(lambda name: stage.approve(name, digest))
     run_id = re.search(r"Run (\S+)", stage.study("run", digest, "--detach"))
     assert run_id
     return stage.coordinator / "runs" / run_id.group(1)
@@ -109,10 +113,10 @@ def test_a_study_goes_from_submission_to_report(stage: Stage) -> None:
     digest = submit(stage, "whole")
     refused = fails("fl-study", "run", digest, "--home", str(stage.researcher))
     assert all(name in refused for name in SITES) and "approve" in refused
-    for name in SITES:
-        shown = stage.approve(name, digest[:12])
-        assert "the coordinator sees only sums over the sites" in shown
-        stage.node(name)
+    shown = stage.approve("north", digest[:12])
+    assert "the coordinator sees only sums over the sites" in shown
+    at_once(lambda name: stage.approve(name, digest[:12]))
+    at_once(stage.node)
     shown = stage.study("run", digest)
     assert "Run finished: complete" in shown
     out = stage.folder / "report"
@@ -127,11 +131,10 @@ def test_a_study_goes_from_submission_to_report(stage: Stage) -> None:
     for name in SITES:
         assert journal.verify(stage.site(name) / "journal.jsonl") > 4
         assert '"protection":"masked"' in (stage.site(name) / "journal.jsonl").read_text().replace(" ", "")
-    stop_nodes(stage)
 
 
 def test_a_worker_killed_while_it_trains_costs_an_attempt_and_the_run_goes_on_with_it(stage: Stage) -> None:
-    digest = submit(stage, "killed worker", rounds=5, timeout_s=30, quorum=4)
+    digest = submit(stage, "killed worker", rounds=3, timeout_s=30, quorum=4)
     folder = launch(stage, digest)
     wait_for(lambda: any(event["event"] == "round_done" for event in events_of(folder)), "the first round")
     killed_while_training(node_of(stage, "north"), folder)
@@ -142,7 +145,6 @@ def test_a_worker_killed_while_it_trains_costs_an_attempt_and_the_run_goes_on_wi
     assert events[-1]["event"] == "finished" and events[-1]["label"] == "complete"
     rounds = json.loads((folder / "results.json").read_text())["rounds"]
     assert {entry["attempt"] for entry in rounds} == {1, 2} and all(len(e["contributors"]) == 4 for e in rounds)
-    stop_nodes(stage)
 
 
 def killed_while_training(node: subprocess.Popen[str], folder: Path) -> None:
@@ -154,19 +156,19 @@ def killed_while_training(node: subprocess.Popen[str], folder: Path) -> None:
     workers[0].kill()
 
 
-@pytest.mark.parametrize("after", ["train-report", "keys-report"])
-def test_a_site_killed_hard_between_two_steps_uses_no_mask_twice(stage: Stage, after: str) -> None:
-    """Killed as soon as its journal says that a report is about to leave; then it is started again."""
-    digest = submit(stage, f"killed after {after}", rounds=4, timeout_s=8)
-    before = len(sent(stage, "west", after))
+def test_a_site_killed_hard_between_two_steps_uses_no_mask_twice(stage: Stage) -> None:
+    """Killed as soon as its journal says that a report is about to leave, then started again; twice in one run."""
+    digest = submit(stage, "killed site", rounds=5, timeout_s=8)
+    known = {after: len(sent(stage, "west", after)) for after in ("keys-report", "train-report")}
     folder = launch(stage, digest)
-    wait_for(lambda: len(sent(stage, "west", after)) > before, f"a {after} of west")
-    node = node_of(stage, "west")
-    family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-    for process in family:
-        process.kill()
-    psutil.wait_procs(family, timeout=10)
-    stage.node("west")
+    for after, before in known.items():
+        wait_for(lambda after=after, before=before: len(sent(stage, "west", after)) > before, f"a {after} of west")  # type: ignore[misc]
+        node = node_of(stage, "west")
+        family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=10)
+        stage.node("west")
     wait_for(lambda: ended(folder), "the end of the run")
     assert events_of(folder)[-1]["event"] == "finished", events_of(folder)[-1]
     lines = (stage.site("west") / "journal.jsonl").read_text().splitlines()
@@ -174,13 +176,14 @@ def test_a_site_killed_hard_between_two_steps_uses_no_mask_twice(stage: Stage, a
     places = [(facts["attempt"], facts["sum"]) for facts in own]
     assert len(places) == len(set(places))
     rounds = json.loads((folder / "results.json").read_text())["rounds"]
-    assert rounds[0]["contributors"] != [] and "west" in rounds[-1]["contributors"]
-    stop_nodes(stage)
+    assert all({"north", "south", "east"} <= set(entry["contributors"]) for entry in rounds)
+    assert "west" in rounds[-1]["contributors"]
 
 
 def test_the_coordinator_killed_hard_leaves_no_process_and_goes_on(stage: Stage) -> None:
-    coordinator, node = stage.running[0], stage.node("north")
+    coordinator, node = stage.running[0], node_of(stage, "north")
     log = stage.folder / "logs" / "node-north.log"
+    before = log.read_text().count("waits for orders")
     children = psutil.Process(coordinator.pid).children(recursive=True)
     coordinator.kill()
     coordinator.wait(10)
@@ -189,13 +192,14 @@ def test_the_coordinator_killed_hard_leaves_no_process_and_goes_on(stage: Stage)
     stage.running.remove(coordinator)
     stage.serve()
     # Both ends went away without a word in turn; Flower by itself would lock the node out for a minute each time.
-    wait_for(lambda: log.read_text().count("waits for orders") == 2, "the node to come back", 20)
+    wait_for(lambda: log.read_text().count("waits for orders") > before, "the node to come back", 20)
     assert "running already" in fails("fl-client", "start", "--home", str(stage.site("north")))
     node.kill()
     node.wait(10)
     began = time.monotonic()
-    stage.node("north").terminate()
+    stage.node("north")
     assert time.monotonic() - began < 20
+    stop_nodes(stage)
     known = json.loads(stage.study("studies", "--json"))
     assert [study["runs"][0]["state"] for study in known if study["approved"]] != []
 

@@ -202,7 +202,7 @@ def trained(four_trained: Trained) -> Trained:
 
 def forgetful(federation: Federation) -> Federation:
     for hospital in federation.hospitals.values():
-        (hospital.home / "state" / "orders.sqlite").unlink(missing_ok=True)
+        (hospital.home / "orders.sqlite").unlink(missing_ok=True)
     return federation
 
 

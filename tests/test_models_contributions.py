@@ -165,7 +165,7 @@ def scored(negatives: int, positives: int, seed: int = 0) -> ScoreHistogram:
 def test_released_figures_are_the_auroc_of_the_site_with_its_interval_rounded() -> None:
     """Oracle: scikit-learn on one score for each image, the middle of its bin."""
     histogram = scored(30, 12)
-    rows = figures(STUDY, histogram, "test")
+    rows = figures(STUDY, histogram, release=True)
     assert rows.dtype == np.float32 and rows.shape == (TARGETS, 5)
     places = np.concatenate([np.repeat(np.arange(BINS), histogram.counts[0, label]) for label in (0, 1)])
     exact = roc_auc_score([0] * 30 + [1] * 12, places)
@@ -179,7 +179,7 @@ def test_released_figures_are_the_auroc_of_the_site_with_its_interval_rounded() 
 @pytest.mark.parametrize(("negatives", "positives"), [(9, 50), (50, 9), (9, 9), (0, 50), (50, 0), (0, 0), (1, 1)])
 def test_figures_of_a_class_with_fewer_than_ten_images_stay_at_the_site(negatives: int, positives: int) -> None:
     """Not the AUROC, not the interval, and not the count of the other class."""
-    rows = figures(STUDY, scored(negatives, positives), "test")
+    rows = figures(STUDY, scored(negatives, positives), release=True)
     assert (rows == -1.0).all() and read_figures(STUDY, rows) == [None, None]
 
 
@@ -189,7 +189,7 @@ def test_counts_are_released_in_tens_so_that_no_difference_shows_a_small_count(n
     """Pooled counts are exact. Less those of all sites but one, they would be that one's, if these were exact too."""
     counts = np.zeros((TARGETS, 2, BINS), np.int64)
     counts[:, 0, 2], counts[:, 0, 5], counts[:, 1, 5] = negatives - 3, 3, positives
-    row = figures(STUDY, ScoreHistogram(counts), "test")[0]
+    row = figures(STUDY, ScoreHistogram(counts), release=True)[0]
     assert row[3:].tolist() == [float(f"{n // 10}0") for n in (negatives, positives)]
     assert row[:3].tolist() == [float(np.float32(round(float(value), 3))) for value in row[:3]]
     told = read_figures(STUDY, np.array([row, row]))[0]
@@ -201,17 +201,16 @@ def test_counts_are_released_in_tens_so_that_no_difference_shows_a_small_count(n
 def test_ten_images_of_each_class_are_released_and_each_target_is_judged_by_itself() -> None:
     counts = scored(10, 10).counts.copy()
     counts[1, 1, np.flatnonzero(counts[1, 1])[0]] -= 1
-    rows = figures(STUDY, ScoreHistogram(counts), "test")
+    rows = figures(STUDY, ScoreHistogram(counts), release=True)
     first, second = read_figures(STUDY, rows)
     assert first is not None and second is None and (rows[1] == -1.0).all()
 
 
-def test_figures_are_released_of_the_test_split_alone_and_only_if_the_study_asks() -> None:
+def test_figures_are_released_only_if_site_and_study_agree() -> None:
     histogram = scored(100, 100)
-    assert (figures(STUDY, histogram, "validation") == -1.0).all()
-    assert (figures(STUDY, histogram, "train") == -1.0).all()
-    assert (figures(made_study(site_figures=False), histogram, "test") == -1.0).all()
-    assert (figures(STUDY, histogram, "test") >= 0).all()
+    assert (figures(STUDY, histogram, release=False) == -1.0).all()
+    assert (figures(made_study(site_figures=False), histogram, release=True) == -1.0).all()
+    assert (figures(STUDY, histogram, release=True) >= 0).all()
 
 
 @UNHURRIED
@@ -223,7 +222,7 @@ def test_whatever_may_be_released_can_be_read(negatives: int, positives: int, se
     counts[:, 1] = np.roll(counts[:, 1], shift - 3, axis=1)
     counts[1] = 0
     counts[1, 0, 5], counts[1, 1, (5, 0, 9, 5)[shift]] = negatives, positives
-    for told in read_figures(STUDY, figures(STUDY, ScoreHistogram(counts), "test")):
+    for told in read_figures(STUDY, figures(STUDY, ScoreHistogram(counts), release=True)):
         assert told is not None and 0 <= told["low"] <= told["auroc"] <= told["high"] <= 1
 
 

@@ -62,7 +62,7 @@ def four(consortium: Federation) -> Federation:
 
 def forgetful(federation: Federation) -> Federation:
     for hospital in federation.hospitals.values():
-        (hospital.home / "state" / "orders.sqlite").unlink(missing_ok=True)
+        (hospital.home / "orders.sqlite").unlink(missing_ok=True)
     return federation
 
 

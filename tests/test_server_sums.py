@@ -104,7 +104,7 @@ class TinySite:
         if isinstance(order, wire.TrainOrder):
             return wire.TrainReport(**facts)
         split = cast(wire.EvaluateOrder, order).split
-        released = figures(self.study, self.contribution.sheet.histogram, split)
+        released = figures(self.study, self.contribution.sheet.histogram, release=split == "test")
         return wire.EvaluateReport(**facts, split=split, figures=released)
 
 
