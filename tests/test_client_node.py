@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
-from hospital import Hospital
+from hospital import Hospital, study
 
 from fl_client.node import Worker
 from privacy import wire
@@ -61,15 +61,22 @@ def test_an_order_in_a_message_of_another_kind_is_refused(
 def test_keys_of_a_sum_stay_in_the_worker_from_order_to_order_and_are_made_once(
     hospital: Hospital, worker: Worker
 ) -> None:
-    """The vault lives as long as the process. A new one has lost the keys, and makes no others for the same sum."""
-    order = hospital.order(wire.KeysOrder, run="five", sum=2)
-    report = wire.decode(worker.answer(message(order, "query")), *wire.REPORTS)
+    """The vault lives as long as the process, and a number of a sum is used once and only upwards."""
+    masked = study(
+        **{"sites__[north, south]": "sites: [north, south, east]", "protection__plain": "protection: masked"}
+    )
+    hospital.approve(masked)
+
+    def ask(number: int) -> wire.Report:
+        order = hospital.order(wire.KeysOrder, study=masked.digest, run="five", sum=number)
+        report: wire.Report = wire.decode(worker.answer(message(order, "query")), *wire.REPORTS)
+        return report
+
+    report = ask(2)
     assert isinstance(report, wire.KeysReport) and len(report.keys) == BUNDLE_BYTES
-    work = hospital.order(wire.TrainOrder, run="five", sum=1, keys_next=True)
-    again = wire.decode(worker.answer(message(work)), *wire.REPORTS)
-    assert isinstance(again, wire.Refusal) and again.code == "step-refused"
-    replay = wire.decode(worker.answer(message(order, "query")), *wire.REPORTS)
-    assert isinstance(replay, wire.Refusal) and replay.code == "order-replayed"
+    for number, code in ((2, "order-replayed"), (1, "step-refused")):
+        refusal = ask(number)
+        assert isinstance(refusal, wire.Refusal) and refusal.code == code
 
 
 def test_a_worker_that_is_killed_refuses_and_the_next_order_is_worked_on(hospital: Hospital, worker: Worker) -> None:
