@@ -412,6 +412,9 @@ class _Teller:
         if self.rounds is not None:
             self.bars.update(self.rounds, news=f"{self.trained}{self.scored}".rstrip())
 
+    def _wrong_share(self, event: dict[str, Any]) -> None:
+        console.print(f"{event['site']} gave a wrong share of a secret ({event['reason']})", highlight=False)
+
     def _finished(self, event: dict[str, Any]) -> None:
         style = "green" if event["label"] == "complete" else "yellow"
         auroc = f", test AUROC {event['auroc']:.3f}" if event["auroc"] is not None else ""

@@ -80,7 +80,11 @@ class ArrayKind:
 
 _VECTOR = ArrayKind(np.dtype("<f4"), 1, VECTOR_MAX)
 ARRAYS = {"model": _VECTOR, "figures": ArrayKind(np.dtype("<f4"), 2, FIGURES_MAX)}
-NAMES = ("participants", "survivors", "members")  # travel as one text with blanks between: Flower knows no empty list
+NAMES = (
+    "participants",
+    "survivors",
+    "members",
+)  # travel as one text with blanks between: an empty list would lose its type on the way
 _SIGNATURE_MAX = 80  # bytes of a DER-encoded P-256 signature, with room
 
 
