@@ -224,7 +224,7 @@ class MaskedSumming(Summing):
 
     def _attempt(self, task: Task) -> Total:
         ready = self._choose(task, self.expelled)
-        current = self._prepared(ready) or self._agree_on_keys(task, ready)
+        current = self._prepared(task, ready) or self._agree_on_keys(task, ready)
         participants, shares = current.close_shares()
         order, encoding = self._work_order(task, participants, shares), self._encoding(task, len(participants))
         current.start(order.body(), encoding)
@@ -238,10 +238,16 @@ class MaskedSumming(Summing):
         missing = self.offline | absent | gathering.missing | self.expelled
         return self._total(task, encoding, opened, arrivals, missing)
 
-    def _prepared(self, ready: Nodes) -> Aggregator | None:
-        """The sum that the sites prepared while they closed the one before, if enough of them are here."""
+    def _prepared(self, task: Task, ready: Nodes) -> Aggregator | None:
+        """The sum that the sites prepared while they closed the one before, if enough of them are here.
+
+        For the last sum, all of them: there is no later one for those that were slow, as a site is that only evaluates and
+        reads its images for the first time.
+        """
         upcoming, self.upcoming = self.upcoming, None
         if upcoming is None or not upcoming.shared_by(ready):
+            return None
+        if task.afterwards is None and not set(ready) <= set(upcoming.ready):
             return None
         self.number = upcoming.place.sum
         return upcoming

@@ -320,6 +320,18 @@ def test_a_site_that_is_away_for_a_round_is_back_two_sums_later(tmp_path: Path) 
     assert run.facts["label"] == "partial (3 of 4, east missed 2 of 4 rounds)"
 
 
+def test_a_site_that_only_evaluates_and_is_slow_at_first_is_in_the_test(tmp_path: Path) -> None:
+    """It reads its images when it is asked for keys, which takes longer than the others are kept waiting in a round."""
+    plan = masked(FOUR[:3], 1)
+    part = plan.participation.model_copy(update={"evaluate_only": ["west"]})
+    play = Play(Federation(tmp_path, plan.model_copy(update={"participation": part})), {})
+    play.faults = {("west", "invite", 1): "lost"}
+    run = play.run()
+    assert run.facts["label"] == "complete"
+    assert [s.site for s in play.of("invite")] == ["west"]
+    assert sorted(s.site for s in play.of("evaluate") if s.order.split == "test") == sorted(FOUR)
+
+
 def test_a_late_vector_is_in_no_sum_and_harms_none(four: Federation, trained: Trained) -> None:
     """The vector comes after the order to open the sum went out: it was given up, and so was the site's part in the sum."""
     play = Play(four, {("south", "train", 1): "late"})
