@@ -241,6 +241,17 @@ def test_the_page_stands_alone_and_states_label_and_digest(written: Path) -> Non
     assert study_of().digest in page
 
 
+def test_counts_that_sites_released_in_tens_are_marked_as_the_least_and_the_pooled_ones_are_exact(
+    written: Path,
+) -> None:
+    page = (written / "report.html").read_text()
+    pooled = re.findall(r'<tr class="pooled">.*?</tr>', page, re.DOTALL)
+    assert pooled and not any("≥" in row for row in pooled)
+    figures = json.loads((written / "metrics.json").read_text())["sites"]
+    released = [row["positives"] for row in figures.values() if row["positives"] is not None]
+    assert released and all(f'<td class="n">≥ {count}</td>' in page for count in released)
+
+
 SEEN = {
     "masked": "The coordinator saw sums over the sites only",
     "sealed": "The coordinator, and nobody on the way, saw each site's own update",
