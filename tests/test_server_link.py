@@ -1,11 +1,13 @@
 """The public gateway passes exactly the calls of a node; everything else is 404 and never reaches Flower."""
 
 import asyncio
+import socket
 from typing import Any
 
 import pytest
+from coordinator import free_port
 
-from fl_server.link import FLEET_PATHS, only_fleet
+from fl_server.link import FLEET_PATHS, _listen, only_fleet
 
 
 def through(method: str, path: str, raw: bytes | None = None, kind: str = "http") -> tuple[bool, list[dict[str, Any]]]:
@@ -64,3 +66,25 @@ def test_an_encoded_spelling_of_a_path_is_404() -> None:
 def test_web_sockets_are_closed() -> None:
     reached, sent = through("GET", "/v1/fleet/pull-messages", kind="websocket")
     assert not reached and sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_a_server_sends_an_answer_in_pieces_without_waiting_for_the_first_to_be_acknowledged() -> None:
+    """asyncio switches Nagle's algorithm off only where a socket names its protocol; each answer took 40 ms more without."""
+    options: list[int] = []
+
+    async def serve() -> None:
+        listening = _listen("127.0.0.1", free_port())
+        done = asyncio.Event()
+
+        def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            options.append(writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+            done.set()
+
+        async with await asyncio.start_server(accepted, sock=listening):
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            await done.wait()
+            writer.close()
+
+    asyncio.run(serve())
+    assert options == [1]
