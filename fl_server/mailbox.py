@@ -49,10 +49,13 @@ class Mailbox(HttpGrid):
         asked = list(message_ids)
         # Replies to orders that nobody waits for any more are late: forgotten, with whatever they had sent.
         self.arriving = {name: reply for name, reply in self.arriving.items() if reply.reply_to in asked}
-        answer = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=asked))
-        for announced, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
-            metadata = announced.metadata
-            self.arriving[metadata.message_id] = Arriving(metadata.reply_to_message_id, _ids(tree))
+        # A reply is announced once; for an order that is asked for again the SuperLink makes up an error instead.
+        announced = {reply.reply_to for reply in self.arriving.values()}
+        if unannounced := [name for name in asked if name not in announced]:
+            answer = self._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=unannounced))
+            for message, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+                metadata = message.metadata
+                self.arriving[metadata.message_id] = Arriving(metadata.reply_to_message_id, _ids(tree))
         looked = [self._look(name, reply) for name, reply in list(self.arriving.items())]
         return [message for message in looked if message is not None]
 
