@@ -20,10 +20,12 @@ from fl_client.ingest import Index
 from fl_client.protection import Vault
 from fl_client.site import Seen, Site
 from models import learning, networks
-from models.contributions import Contribution, Sheet, figures
+from models.contributions import Contribution, Sheet, figures, suppressed
 from models.labels import LabelTable
+from models.learning import Turn
 from models.metrics import ScoreHistogram
 from models.study import Study
+from privacy import dpsgd
 from privacy.errors import CohortTooSmall, IsocenterError, MessageMalformed, StepRefused
 from privacy.wire import (
     ORDERS,
@@ -57,11 +59,18 @@ class Desk:
     nets: dict[str, nn.Module] = field(default_factory=dict)
     cohorts: dict[tuple[Path, str, Split, tuple[int, ...]], Cohort] = field(default_factory=dict)
     vault: Vault = field(default_factory=Vault)
+    engines: dict[str, dpsgd.Engine] = field(default_factory=dict)
+
+    def engine(self, net: nn.Module, cohort: Cohort, study: Study) -> dpsgd.Engine:
+        """The engine of private training for the study's network, chosen on the site's own images when first asked for."""
+        if study.digest not in self.engines:
+            self.engines = {study.digest: learning.engine_of(net, cohort, study)}
+        return self.engines[study.digest]
 
     def net(self, study: Study, order: WorkOrder) -> nn.Module:
         """The study's network with the ordered weights."""
         if study.digest not in self.nets:
-            self.nets = {study.digest: networks.build(study)}
+            self.nets, self.engines = {study.digest: networks.build(study)}, {}
         networks.load_vector(self.nets[study.digest], order.model)
         return self.nets[study.digest]
 
@@ -76,8 +85,7 @@ class Desk:
                 k: c for k, c in self.cohorts.items() if k[0] != site.home or (k[1], k[3]) == (study.digest, seen)
             }
             labels = LabelTable.read(table, source.labels)
-            pins = site.home / "studies" / f"{study.digest}.pins.json"
-            cohort = Cohort.open(Index.open(site.state), labels, study, split, pins)
+            cohort = Cohort.open(Index.open(site.state), labels, study, split, site.pins(study))
             least = site.settings.policy.minimum_patients
             if cohort.counts.patients < least:
                 raise CohortTooSmall(
@@ -144,19 +152,28 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: Order) -> Tr
     began = time.monotonic()
     if not isinstance(order, TrainOrder):
         raise MessageMalformed("the order is no order to train")
-    validation, cohort = desk.cohorts_of(site, study)["validation"], desk.cohorts_of(site, study)["train"]
-    net = desk.net(study, order)
-    sending = desk.vault.begin(site, study, order, order.model.size)
-    sheet = evaluate_on(net, validation, study)
+    cohorts = desk.cohorts_of(site, study)
+    cohort = cohorts["train"]
     # What the sum of an earlier attempt at this round held must not be sent again under other masks.
     repeat = site.repeats(order) if study.protection == "masked" else 0
-    update = learning.learn(net, cohort, study, round_number=order.round, repeat=repeat)
-    contribution = Contribution(cohort.ingested, sheet, update.cases, update.loss, update.delta)
+    net = desk.net(study, order)
+    sending = desk.vault.begin(site, study, order, order.model.size)
+    hold = site.reserve(study, order, cohort.identities)
+    sheet = release(study, evaluate_on(net, cohorts["validation"], study))
+    if study.privacy == "none":
+        update = learning.learn(net, cohort, study, round_number=order.round, repeat=repeat)
+    else:
+        engine = desk.engine(net, cohort, study)
+        update = learning.learn_privately(engine, net, cohort, study, Turn(order.round, cohort.public_size))
+    site.commit(hold)
+    contribution = Contribution(
+        _archive(study, cohort.ingested), sheet, update.cases, update.loss, update.delta, update.summed
+    )
     vector, vouch = sending.protect(contribution)
     return TrainReport(
         **order.naming(),
         site=site.name,
-        seconds=time.monotonic() - began,
+        seconds=_seconds(study, began),
         vector=vector,
         vouch=vouch,
         keys=sending.keys,
@@ -172,11 +189,12 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: Order) -> 
     net = desk.net(study, order)
     sending = desk.vault.begin(site, study, order, order.model.size)
     sheet = evaluate_on(net, cohort, study)
-    vector, vouch = sending.protect(Contribution(cohort.ingested, sheet))
+    contribution = Contribution(_archive(study, cohort.ingested), release(study, sheet))
+    vector, vouch = sending.protect(contribution)
     return EvaluateReport(
         **order.naming(),
         site=site.name,
-        seconds=time.monotonic() - began,
+        seconds=_seconds(study, began),
         vector=vector,
         vouch=vouch,
         keys=sending.keys,
@@ -207,6 +225,21 @@ def evaluate_on(net: nn.Module, cohort: Cohort, study: Study) -> Sheet:
     histogram = ScoreHistogram.of(scores, cohort.targets.numpy(), cohort.known.numpy(), bins=study.evaluation.bins)
     counted = cohort.counts
     return Sheet(counted.patients, counted.images, learning.evaluation_loss(scores, cohort), histogram)
+
+
+def release(study: Study, sheet: Sheet) -> Sheet:
+    """What of an evaluation goes into a sum: all of it, or under differential privacy no small counts."""
+    return sheet if study.privacy == "none" else suppressed(study, sheet)
+
+
+def _archive(study: Study, ingested: int) -> int:
+    """Images in the site's archive; in tens under differential privacy."""
+    return ingested if study.privacy == "none" else ingested // 10 * 10
+
+
+def _seconds(study: Study, began: float) -> float:
+    """Time taken; not under differential privacy, because it says how many patients were drawn."""
+    return time.monotonic() - began if study.privacy == "none" else 0.0
 
 
 app = make_app()

@@ -101,7 +101,7 @@ def show_ingested(report: Any) -> None:
 
 @app.command()
 def check(home: Home = Path(), as_json: AsJson = False) -> None:
-    """Say in ten lines whether this site is ready; exit code 1 if it is not."""
+    """Say in a dozen lines whether this site is ready; exit code 1 if it is not."""
     from fl_client.readiness import findings
 
     found = findings(home)
@@ -148,6 +148,7 @@ def approve(
     peers = enrol.peers(home, offer.study)
     show_study(offer.study, site, offer.researcher, peers)
     site.check_policy(offer.study)
+    _check_budget(site, offer.study)
     _ask_about_changed([peer for peer in peers if peer.changed], yes)
     if not yes:
         typer.confirm("Do you approve this study for your site?", abort=True)
@@ -224,8 +225,7 @@ def show_study(study: Study, site: Site, researcher: str, peers: list[enrol.Peer
     else:
         lines.append(("Figures", "none of your site alone; test results are released over all sites together"))
     lines.append(("Seen by", f"{_seen_by(study)} (protection: {study.protection})"))
-    if study.privacy == "none":
-        lines.append(("Privacy", "no differential privacy: an update can reveal something about patients behind it"))
+    lines += _privacy_lines(study, site)
     lines.append(("Yours", _own_data(study, site)))
     for name, text in lines:
         console.print(f"[bold]{name:<8}[/bold] ", end="")
@@ -256,6 +256,55 @@ def _seen_by(study: Study) -> str:
     return f"{own}, and so does whoever can look into its server"
 
 
+def _privacy_lines(study: Study, site: Site) -> list[tuple[str, str]]:
+    """What is promised about a single patient, and what was spent here before."""
+    if site.name not in study.participation.sites:
+        return [("Privacy", "nothing is trained on your patients; only counts of your test images leave")]
+    if study.privacy == "none":
+        return [("Privacy", "no differential privacy: an update can reveal something about patients behind it")]
+    plan, policy = study.privacy, site.settings.policy
+    if plan.noise_multiplier is None:
+        return [("Privacy", "the study asks for differential privacy, and says nothing of its noise")]
+    sentences = [statement.sentence() for statement in study.statements()]
+    noise = f"noise of {plan.noise_multiplier:g} times the clip norm in each step, {plan.mode}"
+    spent = site.ledger.spendings(policy.delta).get("total")
+    before = f"ε {spent.charged:.2f} of your most used patient" if spent else "nothing"
+    return [
+        ("Privacy", f"\n{' ' * 9}".join([noise, *sentences])),
+        (
+            "Not in ε",
+            "counts and histograms of scores of your validation and test images; none of fewer than 10 leaves",
+        ),
+        (
+            "Budget",
+            f"{before} was spent before; site.yaml permits {policy.epsilon_per_study:g} for one study, "
+            f"{policy.epsilon_per_year:g} in a year, {policy.epsilon_total:g} for ever, at δ = {policy.delta:g}",
+        ),
+    ]
+
+
+def _check_budget(site: Site, study: Study) -> None:
+    """Raise BudgetExceeded if the study would spend more than these patients have left. Without images there is nothing to check
+    yet: then the first order is.
+    """
+    if study.privacy == "none" or site.name not in study.participation.sites:
+        return
+    from fl_client.cohort import Cohort
+    from fl_client.ingest import Index
+    from models.labels import LabelTable
+
+    try:
+        index, source = Index.open(site.state), site.source
+        labels = LabelTable.read(site.home / source.labels.table, source.labels)
+        patients = Cohort.identities_of(index, labels, study, "train", site.pins(study))
+    except DataError as error:
+        sentence = f"What this study would spend of your patients cannot be told yet: {error} {error.remedy}"
+        console.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        return
+    if patients:
+        site.check_budget(study, patients)
+
+
 def _own_data(study: Study, site: Site) -> str:
     """What this site would bring to the study, or what is missing for it; said before anybody approves."""
     from fl_client.ingest import Index
@@ -267,6 +316,50 @@ def _own_data(study: Study, site: Site) -> str:
     unmapped = sorted(set(study.task.targets) - mapped)
     note = f"; site.yaml maps no label to {', '.join(unmapped)}, so these count as missing" if unmapped else ""
     return f"{index.taken} images of {index.patients} patients are ready here{note}"
+
+
+@app.command()
+def budget(
+    home: Home = Path(),
+    plot: Annotated[Path | None, typer.Option(help="Also draw what was charged over time into this PNG file.")] = None,
+    rebuild: Annotated[
+        bool,
+        typer.Option(
+            "--rebuild", help="Make a damaged ledger anew from the journal: every charge then counts for every patient."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what was spent of your patients' privacy, by study and in all, and what site.yaml still permits."""
+    from fl_client import budget as spending
+
+    if rebuild:
+        charges = Site.open(home).ledger.rebuild()
+        _tell(f"The ledger was made anew from the journal: {charges} charges, each on every patient of this site.")
+    found = spending.open_budget(home)
+    if plot is not None:
+        plot.write_bytes(spending.draw(home))
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    if found.rows:
+        table = Table("study", "title", "rounds", "held", "ε spent", "ε charged", box=None, header_style="bold")
+        for row in found.rows:
+            rounds = f"{row.rounds} of {row.rounds_most}" if row.rounds_most else str(row.rounds)
+            figures = (spending.shown(row.spent), f"{spending.shown(row.charged)} of {found.caps['study']:g}")
+            table.add_row(row.digest[:12], row.title, rounds, str(row.open or "-"), *figures)
+        console.print(table)
+    else:
+        console.print("Nothing was charged yet: no study with differential privacy has trained here.")
+    for sentence in found.sentences():
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    if plot is not None:
+        console.print(f"Plot: {plot}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _tell(sentence: str) -> None:
+    """For a person, beside what a command prints for programs."""
+    Console(stderr=True).print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

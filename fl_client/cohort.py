@@ -2,7 +2,8 @@
 
 A patient is on one side of the split for ever. The order of patients is that of a hash of their numbers, so a site that reads
 its images anew splits them alike, and the assignment is written down once (`pins`): images that arrive later follow their
-patient, and new patients go where most are lacking, each stratum (any positive label, none) by itself.
+patient, and new patients go where most are lacking, each stratum (any positive label, none) by itself. With differential privacy
+the hash alone decides: whether somebody else takes part, or is ill, must not move a patient from one split to another.
 """
 
 import fcntl
@@ -26,11 +27,12 @@ from models.imaging import to_grid
 from models.labels import Label, LabelTable
 from models.study import Evaluation, Study
 from privacy import keys
-from privacy.errors import CohortTooSmall, DataError, LabelTableError
+from privacy.errors import CohortTooSmall, DataError, LabelTableError, PatientInTwoSplits
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 PINS_VERSION = 1
+PUBLIC_STEP = 10  # patients; a private study's sums are divided by such a rounded number, never by who is there
 PINS_BYTES_MAX = 256 * 1024 * 1024  # three million patients
 TOKEN_LABEL = b"isocenter/v1/split-token"
 GRID_LABEL = b"isocenter/v1/grid"
@@ -67,7 +69,9 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     """One split of one study at one site.
 
     `images` float32 (N, 1, S, S) in 0..1, memory-mapped; `targets` float32 (N, T), 0 where missing; `known` float32 (N, T),
-    1 where labelled; `patients` int64 (N,), numbers from 0 that mean nothing outside this object.
+    1 where labelled; `patients` int64 (N,), numbers from 0 that mean nothing outside this object. `identities[n]`: by what
+    patient n is known again (number and images, hashed), whatever study, folder or name it comes back under.
+    `public_size`: patients of the training split in tens, as they were when the study began here.
     """
 
     def __init__(self, members: list[_Member], images: torch.Tensor, names: list[str]) -> None:
@@ -78,8 +82,10 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         self.targets = table.nan_to_num(nan=0.0)
         tokens = {token: number for number, token in enumerate(sorted({member.token for member in members}))}
         self.patients = torch.tensor([tokens[member.token] for member in members], dtype=torch.int64)
+        self.identities = _identities(members)
         self._names = names
         self.ingested = 0
+        self.public_size = 0
         self.left_out = LeftOut(0, 0)
 
     @classmethod
@@ -87,7 +93,8 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         """The `split` of `study` here. Splits are pinned in the file `pins`, which is made on the first call.
 
         Raises CohortTooSmall below the study's minimum of patients, LabelTableError if the site maps none of the study's
-        targets, CacheLost if pixels are missing, DataError if the pins are damaged.
+        targets, CacheLost if pixels are missing, DataError if the pins are damaged, PatientInTwoSplits if an image came
+        back under a patient of another split.
         """
         names = study.task.targets
         if not set(names) & set(labels.mapping.targets):
@@ -96,14 +103,21 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
                 f"none of the study's targets ({', '.join(names)}) is in data.labels.targets ({mapped})"
             )
         members, left_out = _join(index, labels, study)
-        placed = _pinned(pins, _strata(members), study.evaluation)
-        mine = [member for member in members if placed[member.token] == split]
+        placed = _pinned(pins, members, study)
+        mine = [member for member in members if placed.splits[member.token] == split]
         cohort = cls(mine, _grid(index, study, split, mine), names)
-        cohort.ingested, cohort.left_out = index.taken, left_out
+        cohort.ingested, cohort.left_out, cohort.public_size = index.taken, left_out, placed.public_size
         patients, least = cohort.counts.patients, study.participation.minimum_patients
         if patients < least:
             raise CohortTooSmall(f"the {split} split has {patients} labelled patients and the study asks for {least}")
         return cohort
+
+    @staticmethod
+    def identities_of(index: Index, labels: LabelTable, study: Study, split: Split, pins: Path) -> list[set[str]]:
+        """`identities` of a cohort that is not opened: no image is read. Raises what `open` raises, but CohortTooSmall."""
+        members, _ = _join(index, labels, study)
+        placed = _pinned(pins, members, study)
+        return _identities([member for member in members if placed.splits[member.token] == split])
 
     def __len__(self) -> int:
         return len(self.patients)
@@ -145,6 +159,14 @@ def _join(index: Index, labels: LabelTable, study: Study) -> tuple[list[_Member]
     return members, LeftOut(unlabelled, modality)
 
 
+def _identities(members: list[_Member]) -> list[set[str]]:
+    """By what each patient is known again, in order of token: the token, and the hashes of the pixels."""
+    found: dict[str, set[str]] = {}
+    for member in members:
+        found.setdefault(member.token, {member.token}).add(member.image.content)
+    return [found[token] for token in sorted(found)]
+
+
 def _token(patient: str) -> str:
     """32 hex characters that stand for a patient and decide the order of placing; like the index, they stay at the site."""
     return hashlib.sha256(TOKEN_LABEL + b"\n" + patient.encode()).hexdigest()[:32]
@@ -158,18 +180,57 @@ def _strata(members: list[_Member]) -> dict[str, bool]:
     return strata
 
 
-def _pinned(pins: Path, strata: dict[str, bool], evaluation: Evaluation) -> dict[str, Split]:
-    """Token -> split for every patient of `strata`; new ones are placed and written down before anybody uses them."""
+@dataclass
+class _Pins:
+    """Where patients (by token) and images (by content) belong. Images and the public size are kept for private studies only."""
+
+    splits: dict[str, Split]
+    images: dict[str, Split]
+    public_size: int = 0
+
+    def document(self) -> dict[str, object]:
+        facts: dict[str, object] = {"version": PINS_VERSION, "splits": self.splits}
+        if self.public_size:
+            facts |= {"images": self.images, "public_size": self.public_size}
+        return facts
+
+
+def _pinned(pins: Path, members: list[_Member], study: Study) -> _Pins:
+    """The split of every patient of `members`; new ones are placed and written down before anybody uses them."""
     pins.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    strata = _strata(members)
     with _locked(pins):
-        known = _read_pins(pins) if pins.exists() else {}
-        placed = dict(known)
-        for stratum in (True, False):
-            _place([token for token, positive in strata.items() if positive == stratum], placed, evaluation)
+        known = _read_pins(pins) if pins.exists() else _Pins({}, {})
+        placed = _Pins(dict(known.splits), dict(known.images), known.public_size)
+        if study.privacy == "none":
+            for stratum in (True, False):
+                tokens = [token for token, positive in strata.items() if positive == stratum]
+                _place(tokens, placed.splits, study.evaluation)
+        else:
+            _place_each(strata, placed.splits, study.evaluation)
+            _pin_images(members, placed)
+            if not placed.public_size:
+                trained = sum(placed.splits[token] == "train" for token in strata)
+                placed.public_size = max(PUBLIC_STEP, trained // PUBLIC_STEP * PUBLIC_STEP)
         if placed != known:
-            document = {"version": PINS_VERSION, "splits": placed}
-            keys.write_private(pins, json.dumps(document, sort_keys=True, indent=0).encode())
+            keys.write_private(pins, json.dumps(placed.document(), sort_keys=True, indent=0).encode())
     return placed
+
+
+def _place_each(strata: dict[str, bool], placed: dict[str, Split], evaluation: Evaluation) -> None:
+    """Put each new patient where its own token says, whoever else there is."""
+    for token in strata:
+        if token not in placed:
+            place = int(token[:16], 16) / 2**64
+            held = place < evaluation.test + evaluation.validation
+            placed[token] = "test" if place < evaluation.test else "validation" if held else "train"
+
+
+def _pin_images(members: list[_Member], placed: _Pins) -> None:
+    for member in members:
+        split = placed.splits[member.token]
+        if placed.images.setdefault(member.image.content, split) != split:
+            raise PatientInTwoSplits("an image came back under another patient, who is on another side of the split")
 
 
 def _place(tokens: list[str], placed: dict[str, Split], evaluation: Evaluation) -> None:
@@ -189,20 +250,21 @@ def _place(tokens: list[str], placed: dict[str, Split], evaluation: Evaluation) 
         lacking[split] -= 1
 
 
-def _read_pins(pins: Path) -> dict[str, Split]:
+def _read_pins(pins: Path) -> _Pins:
     """The written assignment. A damaged file is an error and never made anew: that would move patients between splits."""
     remedy = "Restore the file from a backup. If it is removed, patients used for training may be used for testing."
     try:
         if pins.stat().st_size > PINS_BYTES_MAX:
             raise ValueError
         document = json.loads(pins.read_text(encoding="ascii"))
-        version, splits = document["version"], document["splits"]
-        good = version == PINS_VERSION and isinstance(splits, dict) and set(splits.values()) <= set(SPLITS)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        good, splits = False, {}
+        read = _Pins(document["splits"], document.get("images", {}), document.get("public_size", 0))
+        good = document == read.document() | {"version": PINS_VERSION} and type(read.public_size) is int
+        good &= all(isinstance(part, dict) and set(part.values()) <= set(SPLITS) for part in (read.splits, read.images))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        good, read = False, _Pins({}, {})
     if not good:
         raise DataError(f"{pins}: the assignment of patients to splits cannot be read", remedy=remedy)
-    return dict(splits)
+    return read
 
 
 def _grid(index: Index, study: Study, split: Split, members: list[_Member]) -> torch.Tensor:

@@ -43,11 +43,12 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class IndexedImage:
-    """One image that was taken. `cache` names its pixels, `sha256` is that of the file it came from."""
+    """One image that was taken. `cache` names its pixels, `content` is their hash, `sha256` that of the file it came from."""
 
     file: str
     sha256: str
     cache: str
+    content: str
     patient: str
     study_uid: str
     series_uid: str

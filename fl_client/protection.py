@@ -130,7 +130,7 @@ class Sending:
     def protect(self, contribution: Contribution) -> tuple[bytes, bytes]:
         """(the packed words of `contribution`, masked, sealed to the aggregator, or as they are; what vouches for the masks)."""
         counts, vouch = contribution.counts(kind_of(self.order)), b""
-        vector = self.encoding.encode(contribution.update, contribution.cases, counts)
+        vector = self.encoding.encode(contribution.update, contribution.weight, counts)
         if self.covering is not None and self.member is not None:
             self.covering.join()
             vouch = self.member.mask(vector, self.encoding)

@@ -33,7 +33,7 @@ class Finding:
 
 
 def findings(home: Path) -> list[Finding]:
-    """One finding per subject, about ten; never raises for what it looks at."""
+    """One finding per subject, about a dozen; never raises for what it looks at."""
     found: list[Finding] = []
     looks: list[tuple[str, Callable[[Path], str]]] = [
         ("site.yaml", _settings),
@@ -45,6 +45,7 @@ def findings(home: Path) -> list[Finding]:
         ("labels", _labels),
         ("disk", _disk),
         ("policy", _policy),
+        ("budget", _budget),
         ("journal", _journal),
     ]
     for subject, look in looks:
@@ -122,7 +123,19 @@ def _policy(home: Path) -> str:
     policy = Site.settings_of(home).policy
     return (
         f"studies must be {_AT_LEAST[policy.least_protection]}; at least {policy.minimum_patients} patients, "
-        f"at most {policy.maximum_rounds} rounds"
+        f"at most {policy.maximum_rounds} rounds; an ε of at most {policy.epsilon_per_study:g} a study"
+        f"{', or none' if policy.permit_without_privacy else ''}"
+    )
+
+
+def _budget(home: Path) -> str:
+    from fl_client.budget import open_budget, shown
+
+    found = open_budget(home)
+    unbounded = f"; {len(found.unprotected)} runs without differential privacy" if found.unprotected else ""
+    return (
+        f"ε {shown(found.total)} of {found.caps['total']:g} charged to the most used patient, {shown(found.year)} of "
+        f"{found.caps['year']:g} in the last 365 days{unbounded}"
     )
 
 

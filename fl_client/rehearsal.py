@@ -13,10 +13,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fl_client.consent import Consent, Offer
 from fl_client.ingest import ingest
 from fl_client.phantom import VENDORS, make_hospital
-from fl_client.site import Site, Source
+from fl_client.site import Policy, Site, Source
 from models.study import Study
 from privacy import keys
 from privacy.calls import Statement
+
+PERMISSIVE: dict[str, object] = {
+    "least_protection": "plain",
+    "permit_without_privacy": True,
+    "epsilon_per_study": 1000,
+    "epsilon_per_year": 1000,
+    "epsilon_total": 1000,
+}
+"""The only coordinator is in this process, and its results go no further than whoever holds the images."""
 
 
 def prepare(
@@ -34,7 +43,7 @@ def prepare(
         source = Site.source_of(settings, original)
         labels = source.labels.model_copy(update={"table": str((original / source.labels.table).resolve())})
         source = source.model_copy(update={"labels": labels, "folder": str((original / source.folder).resolve())})
-        threads = settings.resources.cpu_threads
+        threads, least = settings.resources.cpu_threads, settings.policy.minimum_patients
         (home / "state").symlink_to(Site.state_of(original).resolve(), target_is_directory=True)
     else:
         patients, number = phantoms
@@ -42,13 +51,13 @@ def prepare(
         mapping = make_hospital(home / "hospital", name, patients, number + 1, vendor)
         mapping["table"] = str((home / "hospital" / mapping["table"]).resolve())
         source = Source.model_validate({"folder": str((home / "hospital" / "dicom").resolve()), "labels": mapping})
-        threads = 0
+        threads, least = 0, Policy().minimum_patients
         ingest(source, home, Site.state_of(home), lambda done, total: None)
     text = {
         "version": 1,
         "site": name,
         "data": source.model_dump(mode="json"),
-        "policy": {"least_protection": "plain"},  # the only coordinator is in this process
+        "policy": PERMISSIVE | {"minimum_patients": least},
         "resources": {"cpu_threads": threads},
     }
     keys.write_private(home / "site.yaml", yaml.safe_dump(text, sort_keys=False, allow_unicode=True).encode())

@@ -6,6 +6,7 @@
       studies/<digest>.json   signed offers with this site's decision; <digest>.pins.json the split of patients
       state/                  index.sqlite and cache/ (images, 0700); can be made again
       orders.sqlite           what was answered, so that no order is answered twice
+      ledger.sqlite           what was spent of each patient's privacy, by all studies, for ever
       journal.jsonl           everything this site sent or refused, hash-chained
 
 Trust rules, in the order `Site.admit` applies them:
@@ -13,14 +14,16 @@ Trust rules, in the order `Site.admit` applies them:
  2. the study it names was offered with the coordinator's signature, and this site approved it;
  3. the policy in site.yaml permits the study, today;
  4. the round is one of the study's rounds, and this order was not answered before, which is durable before work starts.
+
+Before training, `Site.reserve` charges the patients for it: what a policy's ε does not cover is not trained.
 """
 
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field
@@ -29,7 +32,7 @@ from fl_client.consent import approved
 from models.labels import LabelMap
 from models.study import PROTECTIONS, Document, Name, Protection, Study, read
 from privacy import keys
-from privacy.errors import DataError, NotEnrolled, OrderReplayed, PolicyForbids, StudyNotApproved
+from privacy.errors import DataError, DeltaTooLarge, NotEnrolled, OrderReplayed, PolicyForbids, StudyNotApproved
 from privacy.journal import Journal
 from privacy.wire import (
     EvaluateOrder,
@@ -42,6 +45,10 @@ from privacy.wire import (
     UnmaskReport,
     WorkReport,
 )
+
+if TYPE_CHECKING:
+    from privacy.accounting import PrivacyEvent
+    from privacy.ledger import Caps, Charge, Ledger, Patients
 
 
 class Coordinator(Document):
@@ -73,6 +80,22 @@ class Policy(Document):
         default=10, ge=1, description="least patients in each split; a study may ask for more"
     )
     maximum_rounds: int = Field(default=1000, ge=1, description="most rounds of a study")
+    epsilon_per_study: float = Field(
+        default=8, gt=0, le=1000, description="most ε that one study may spend of any patient here"
+    )
+    epsilon_per_year: float = Field(
+        default=10, gt=0, le=1000, description="most ε that all studies together may spend of any patient in 365 days"
+    )
+    epsilon_total: float = Field(
+        default=20, gt=0, le=1000, description="most ε that all studies together may spend of any patient, for ever"
+    )
+    delta: float = Field(
+        default=1e-5, gt=0, lt=0.01, description="δ at which these ε are counted; below 1 / patients of this site"
+    )
+    permit_without_privacy: bool = Field(
+        default=False,
+        description="whether studies without differential privacy may train here; no ε covers what they reveal",
+    )
 
 
 class Resources(Document):
@@ -185,8 +208,110 @@ class Site:
             broken.append(
                 f"{study.training.rounds} rounds are more than policy.maximum_rounds ({policy.maximum_rounds})"
             )
+        broken += self._broken_privacy(study)
         if broken:
             raise PolicyForbids("; ".join(broken))
+
+    def _broken_privacy(self, study: Study) -> list[str]:
+        """What `study` says or leaves out about differential privacy, held against site.yaml and against itself."""
+        policy, plan = self.settings.policy, study.privacy
+        if self.name not in study.participation.sites:
+            return []  # nothing is trained on its patients
+        if plan == "none":
+            sentence = (
+                "privacy: none: nothing bounds what the model reveals of a patient; policy.permit_without_privacy in site.yaml "
+                "is false"
+            )
+            return [] if policy.permit_without_privacy else [sentence]
+        if plan.noise_multiplier is None:
+            return ["privacy has no noise_multiplier, so nothing can be said of its ε"]
+        from privacy import accounting
+
+        broken = study.private_conflicts()
+        spends = accounting.epsilon([study.event(study.budgeted_rounds)], policy.delta)
+        if spends > policy.epsilon_per_study:
+            broken.append(
+                f"the study spends an ε of {spends:.2f} of a patient at δ = {policy.delta:g}, and policy.epsilon_per_study in "
+                f"site.yaml is {policy.epsilon_per_study:g}"
+            )
+        return broken
+
+    @property
+    def ledger(self) -> "Ledger":
+        """What was spent here of each patient's privacy."""
+        from privacy.ledger import Ledger  # its mathematics takes a second to load, and most commands need none of it
+
+        return Ledger(self.home / "ledger.sqlite", self.journal)
+
+    def reserve(self, study: Study, order: TrainOrder, patients: "Patients") -> int | None:
+        """Charge `patients` for one order to train, durably, before they are looked at; the hold, to be committed afterwards.
+
+        Under `privacy: none` there is nothing to charge: it is noted that no ε covers this run, and there is no hold. Raises
+        BudgetExceeded, DeltaTooLarge, LedgerDamaged, LedgerBusy or ClockSetBack; then nothing may be trained.
+        """
+        if study.privacy == "none":
+            self.ledger.unbounded(study.digest, order.run)
+            return None
+        self._check_delta(study, len(patients))
+        event = self.terms(study, 1, len(patients), order.model.size)
+        return self.ledger.reserve(self._charge(study, event, order), patients, self._caps(study))
+
+    def commit(self, hold: int | None) -> None:
+        """The work of `hold` was done, and its result may leave."""
+        if hold is not None:
+            self.ledger.commit(hold)
+
+    def check_budget(self, study: Study, patients: "Patients") -> None:
+        """Raise BudgetExceeded or DeltaTooLarge if the whole study, spare rounds included, would spend more than is permitted."""
+        if study.privacy != "none":
+            self._check_delta(study, len(patients))
+            event = self.terms(study, study.budgeted_rounds, len(patients), 0)
+            self.ledger.check(self._charge(study, event), patients, self._caps(study))
+
+    def terms(self, study: Study, rounds: int, patients: int, parameters: int) -> "PrivacyEvent":
+        """What `rounds` rounds of `study` do to each of `patients` here: the study's mechanism, with what only the site knows.
+
+        `parameters`: how many values get noise in each step; the error of their samplers is part of the event.
+        """
+        from privacy import noise
+
+        event = study.event(rounds)
+        if study.privacy == "none":
+            return event
+        sampler = noise.gaussian(event.noise_multiplier * 2.0**noise.GRID_BITS)
+        error = min(1.0, sampler.tv_bound * parameters * event.steps)
+        return replace(event, batch_max=study.privacy.batch_max(patients), patients=patients, delta_extra=error)
+
+    def _charge(self, study: Study, event: "PrivacyEvent", order: Order | None = None) -> "Charge":
+        from privacy.ledger import Charge
+
+        named = (order.run, order.attempt, order.sum) if order else ("", 0, 0)
+        return Charge(study.digest, *named, event)
+
+    def _caps(self, study: Study) -> "Caps":
+        """What site.yaml permits, and the number of orders that the study's own ε has room for."""
+        from privacy.ledger import Caps
+
+        policy = self.settings.policy
+        return Caps(
+            total=policy.epsilon_total,
+            per_study=policy.epsilon_per_study,
+            per_year=policy.epsilon_per_year,
+            delta=policy.delta,
+            orders=study.budgeted_rounds,
+        )
+
+    def _check_delta(self, study: Study, patients: int) -> None:
+        """A δ of 1 / patients would be kept by publishing one patient at random."""
+        said = [("policy.delta in site.yaml", self.settings.policy.delta)]
+        said += [] if study.privacy == "none" else [("the study's privacy.delta", study.privacy.delta)]
+        for name, delta in said:
+            if delta * patients >= 1:
+                raise DeltaTooLarge(f"{name} is {delta:g}, and 1 / {patients} training patients is not above it")
+
+    def pins(self, study: Study) -> Path:
+        """The file with the split of this site's patients in `study`."""
+        return self.home / "studies" / f"{study.digest}.pins.json"
 
     def _remember(self, order: Order, study: Study) -> None:
         """Durably note that this order is being answered; raise OrderReplayed if it was noted before.

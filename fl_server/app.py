@@ -110,6 +110,8 @@ class Desk:
     def summary(self, number: int, began: float, total: Total) -> Round:
         before = self.run.scale or 0
         self.run.scale = sums.next_scale(self.run.study, total, before)
+        # How long a private step takes says how many patients were drawn, and the loss is a figure about them.
+        public = self.run.study.privacy == "none"
         return Round(
             round=number,
             attempt=self.run.attempt,
@@ -117,8 +119,8 @@ class Desk:
             contributors=total.contributors,
             missing=self.absent(total, self.trainers),
             cases=total.mean.cases,
-            train_loss=total.mean.loss,
-            site_seconds=total.seconds,
+            train_loss=total.mean.loss if public else None,
+            site_seconds=total.seconds if public else {},
             clipped=total.clipped,
             scale=before,
         )

@@ -196,8 +196,8 @@ def _contradictions_in(entry: Round, study: Study) -> Iterable[str]:
         yield f"{len(given)} contributors are fewer than the quorum of {study.participation.quorum}"
     if set(entry.missing) & given or not set(entry.missing) <= everyone:
         yield "a missing site also contributed, or is none of the study's"
-    if (entry.train_loss is None) != (entry.cases == 0):
-        yield "cases and train_loss do not fit each other"
+    if (entry.train_loss is None) != (entry.cases == 0 or study.privacy != "none"):
+        yield "cases and train_loss do not fit each other, or a private study's training loss was told"
     if not set(entry.site_seconds) <= everyone:
         yield "site_seconds name a site that the study does not"
     yield from _contradictions_of("validation", entry.validation, entry.validation_missing, study)
@@ -266,6 +266,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         "digest": results.digest,
         "title": study.title,
         "protection": study.protection,
+        "privacy": [statement.to_json() for statement in study.statements()],
         "label": results.label,
         "started": results.started.isoformat(),
         "finished": results.finished.isoformat(),
@@ -373,7 +374,8 @@ def _draw(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, bytes]:
     study, results = evaluation.study, evaluation.results
     word = "AUROC" if len(study.task.targets) == 1 else f"AUROC, mean of {len(study.task.targets)} targets"
     training = [(e.round, math.nan if e.train_loss is None else e.train_loss) for e in results.rounds]
-    loss = [_curve(metrics, "loss"), figures.Curve("training", training)]
+    loss = [_curve(metrics, "loss")]
+    loss += [figures.Curve("training", training)] if study.privacy == "none" else []
     states = {site: [_state(entry, site) for entry in results.rounds] for site in study.participation.sites}
     return {
         "loss": figures.per_round(loss, "loss", results.selected_round),
@@ -444,6 +446,7 @@ def _render(evaluation: Evaluation, metrics: dict[str, Any], images: dict[str, b
         retried=_ranges(_retried(results.rounds)),
         clipped=_ranges([entry.round for entry in results.rounds if entry.clipped]),
         release_min=RELEASE_MIN,
+        statements=study.statements(),
         settings=list(_settings(json.loads(study.canonical()))),
         canonical=study.canonical().decode(),
         duration=_duration(metrics["seconds"]),

@@ -79,8 +79,7 @@ def new(
 @app.command()
 def check(file: StudyFile, as_json: AsJson = False) -> None:
     """Read a study strictly and explain every conflict."""
-    study = read(Study, file)
-    study.check()
+    study = _read_study(file)
     # The digest covers the keys of the sites, so a study that does not name them yet has none.
     digest = study.digest if study.roster else None
     if as_json:
@@ -96,11 +95,69 @@ def check(file: StudyFile, as_json: AsJson = False) -> None:
         ("sites", f"{', '.join(part.sites)}; a round needs {part.quorum}"),
         ("evaluates", ", ".join(study.all_sites)),
         ("protection", f"{study.protection}: {SEEN[study.protection]}"),
-        ("privacy", f"{study.privacy}: no differential privacy"),
+        ("privacy", "none: no differential privacy; the policy of a site has to permit that")
+        if study.privacy == "none"
+        else ("privacy", f"differential privacy, {study.privacy.mode}; noise {study.privacy.noise_multiplier:g}"),
     ]
+    rows += [("", statement.sentence()) for statement in study.statements()]
     for name, value in rows:
         console.print(f"{name:<11} {value}", highlight=False, soft_wrap=True)
     console.print("The study is consistent.", style="green")
+
+
+@app.command()
+def plan(
+    file: StudyFile,
+    patients: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--patients", help="NAME=NUMBER of training patients at a site; repeat. Default: the study's minimum."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a private study costs in ε, and what larger draws, fewer rounds, more sites or distributed noise would buy."""
+    from fl_server import planning
+
+    study = read(Study, file)
+    study.check()
+    with Console(stderr=True).status("asking for the ε of each plan"):
+        found = planning.plan(study, dict(_count(text) for text in patients or []))
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    table = Table("plan", "rounds", "sites", "drawn", "noise", "ε", "ε coord.", "signal", box=None, header_style="bold")
+    base = found.options[0].signal_to_noise
+    for option in found.options:
+        table.add_row(
+            option.name,
+            str(option.rounds),
+            str(option.sites),
+            f"{option.drawn:.0f}",
+            f"{option.noise:.2f}",
+            f"{option.everybody:.2f}",
+            f"{option.coordinator:.2f}",
+            f"{option.signal_to_noise / base:.2f}x",
+        )
+    console.print(table)
+    naive, private = found.tuning
+    for sentence in (
+        f"ε at δ = {found.delta:g} per patient (add or remove one patient), Poisson sampling, against everybody else combined; "
+        "ε coord.: against the coordinator with the colluding sites that the study names. Spare rounds are included.",
+        "drawn: patients in a step, on average, over all sites; noise: of each site, in clip norms.",
+        f"signal: expected signal to noise of the whole run, at most {base:.0f} as written, and what a change makes of it.",
+        f"Trying {planning.TRIES} settings on private data and showing the best of them spends an ε of {naive:.1f}; with their "
+        f"number drawn at random in secret and all others kept unseen, {private:.1f}. Tune on phantoms or public images instead.",
+        *(f"Beware: {warning}." for warning in found.warnings),
+    ):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
+def _count(text: str) -> tuple[str, int]:
+    name, _, number = text.partition("=")
+    if not name or not number.isdecimal() or int(number) < 1:
+        raise DocumentError(f"--patients {text!r} is not NAME=NUMBER", remedy="For example: --patients north=480")
+    return name, int(number)
 
 
 @app.command()
@@ -116,8 +173,7 @@ def join(
 @app.command()
 def submit(file: StudyFile, home: Home = Path()) -> None:
     """Fill in the keys of a study's sites, sign it, and offer it to them."""
-    study = read(Study, file)
-    study.check()
+    study = _read_study(file)
     with calls.Caller.open(home / "keys") as caller:
         study = _with_keys(study, *caller.roster(study.all_sites))
         caller.submit(study.canonical())
@@ -126,6 +182,13 @@ def submit(file: StudyFile, home: Home = Path()) -> None:
     console.print(f"Offered, with their keys, to {', '.join(study.all_sites)}.", highlight=False, soft_wrap=True)
     console.print(f"Each site now runs: fl-client approve {digest[:12]}", highlight=False)
     console.print(f"When {study.participation.quorum} have approved: fl-study run {digest[:12]}", highlight=False)
+
+
+def _read_study(file: Path) -> Study:
+    """The study in `file`, checked, with the least noise that keeps its ε if it does not say how much."""
+    study = read(Study, file)
+    study.check()
+    return study.with_noise()
 
 
 def _with_keys(study: Study, roster: dict[str, str], aggregator: str) -> Study:
@@ -258,8 +321,7 @@ def simulate(
     """Run the same coordinator and site programs in this one process, on phantoms or on given site folders."""
     from fl_server import simulation
 
-    study = read(Study, file)
-    study.check()
+    study = _read_study(file)
     homes = dict(_pair(text) for text in site or [])
     out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=out / "simulate.log", level=logging.WARNING)
@@ -300,7 +362,7 @@ def _digest(caller: calls.Caller, text: str) -> str:
     """The digest of a submitted study, from its beginning or from the study's file."""
     states = caller.studies()
     if Path(text).is_file():
-        written = read(Study, Path(text)).digest  # of a file without the keys that were filled in: its draft
+        written = read(Study, Path(text)).with_noise().digest  # of a file without the sites' keys: its draft
         found = [state.digest for state in states if written in (state.digest, state.draft)]
     else:
         found = [state.digest for state in states if state.digest.startswith(text)] if len(text) >= 6 else []

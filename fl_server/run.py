@@ -50,7 +50,7 @@ class Round:
     contributors: list[str]
     missing: dict[str, str]
     cases: int
-    train_loss: float
+    train_loss: float | None
     site_seconds: dict[str, float]
     clipped: int
     scale: int
@@ -232,6 +232,7 @@ class Run:
         if model is None:
             raise RunError("the run has no model: no round was committed")
         card = {k: results[k] for k in ("version", "run_id", "digest", "study", "label", "finished", "selected_round")}
+        card["privacy"] = [statement.to_json() for statement in self.study.statements()]
         keys.write_private(self.folder / "model.safetensors", save({"model": np.ascontiguousarray(model)}))
         keys.write_private(self.folder / "card.json", json.dumps(card, indent=1).encode())
         keys.write_private(self.folder / "results.json", json.dumps(results).encode())

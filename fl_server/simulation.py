@@ -71,6 +71,11 @@ def simulate(study: Study, homes: dict[str, Path], patients: int, out: Path, tel
 
 def alone(study: Study, name: str, outcome: Outcome, tell: Tell) -> dict[str, Any]:
     """The same study trained at site `name` only and evaluated at every site of it: what the site could do by itself."""
+    if study.privacy != "none" and study.privacy.mode == "distributed":
+        raise StudyConflict(
+            "a site alone has nobody to share its noise with",
+            remedy="Leave --compare out, or compare a study with `privacy.mode: local`.",
+        )
     part = study.participation
     others = [site for site in study.all_sites if site != name]
     part = part.model_copy(update={"sites": [name], "evaluate_only": others, "quorum": 1})

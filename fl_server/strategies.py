@@ -6,17 +6,19 @@ the literature need no more, and under masks nothing else exists.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from models.study import Study
+from models.study import Study, Training
 from privacy.errors import MessageMalformed
 
 Float32 = NDArray[np.float32]
 State = Mapping[str, Float32]
-"""What a strategy carries from round to round, by name; it is stored in the checkpoint. FedAvg carries nothing."""
+"""What a strategy carries from round to round, by name; it is stored in the checkpoint. FedAvg carries nothing, FedSGD its
+velocity and the number of its steps."""
 
 
 class Aggregation(Protocol):
@@ -42,10 +44,39 @@ class FedAvg:
         return after, dict(state)
 
 
+@dataclass(frozen=True)
+class FedSGD:
+    """Gradient descent with momentum along the mean gradient of all sites (McMahan et al. 2017; Polyak 1964).
+
+    For `privacy.mode: distributed`: what arrives is the noisy sum of clipped gradients in units of the clip norm, divided by the
+    sites' public sizes; `gain` = clip norm / sampling rate makes a gradient of it. All of this happens after the noise.
+    """
+
+    training: Training
+    gain: float
+    momentum: float
+
+    def step(self, arrays: Float32, mean: Float32, state: State) -> tuple[Float32, State]:
+        """velocity = momentum * velocity + mean * gain; the next model is `arrays` less the rate of this step times velocity.
+
+        Raises MessageMalformed as `FedAvg.step` does.
+        """
+        _check_array("the model", arrays, arrays.shape)
+        _check_array("the mean gradient", mean, arrays.shape)
+        velocity, steps = state.get("velocity", np.zeros_like(arrays)), state.get("steps", np.zeros(1, np.float32)) + 1
+        _check_array("the velocity", velocity, arrays.shape)
+        with np.errstate(over="ignore"):
+            velocity = np.float32(self.momentum) * velocity + np.float32(self.gain) * mean
+            after = arrays - np.float32(self.training.rate(int(steps[0]))) * velocity
+        _check_array("the next model", after, arrays.shape)
+        return after, {"velocity": velocity, "steps": steps}
+
+
 def build(study: Study) -> Aggregation:
     """The strategy that the study names."""
-    kinds: dict[str, type[FedAvg]] = {"fedavg": FedAvg}
-    return kinds[study.strategy.name]()
+    if study.strategy.name == "fedavg" or study.privacy == "none":
+        return FedAvg()
+    return FedSGD(study.training, study.privacy.clip_norm / study.privacy.sampling_rate, study.strategy.momentum)
 
 
 def _check_array(what: str, array: Float32, shape: tuple[int, ...]) -> None:

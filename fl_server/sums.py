@@ -32,6 +32,7 @@ from privacy.errors import (
     ShareInvalid,
     TooFewSurvivors,
 )
+from privacy.noise import GRID_BITS
 from privacy.secagg import Aggregator, Place
 from privacy.sharing import Encoding, Vector
 from privacy.wire import (
@@ -358,8 +359,11 @@ def build(grid: Grid, run: Run, home: Home) -> Summing:
 def first_scale(study: Study) -> int:
     """The power of two of a run's first encoding, before anything is known of the values.
 
+    A sum of private gradients has whole numbers in it from the beginning: they are carried as they are.
     Leaves room for cases times change of one weight up to 2**(bits/2 - 2): 64 with 16 bits, 16,384 with 32.
     """
+    if study.strategy.name == "fedsgd":
+        return GRID_BITS
     return _fitting(study, 2.0 ** (study.encoding_bits // 2 - 2))
 
 
@@ -369,6 +373,8 @@ def next_scale(study: Study, total: Total, scale: int) -> int:
     It fits if one site alone made twice that value; then nothing is clipped unless sites pull against each other more than
     that, which the count of clipped values shows. Raised or lowered by one site's lies, it costs precision, never secrecy.
     """
+    if study.strategy.name == "fedsgd":
+        return scale
     if total.clipped:
         return max(-SCALE_MAX, scale - 4)
     return _fitting(study, 2 * total.peak) if total.peak else min(SCALE_MAX, scale + 4)

@@ -43,13 +43,22 @@ class Sheet:
 
 @dataclass(frozen=True, eq=False)
 class Contribution:
-    """One site's part of a sum, or the sum itself: then `update` is the mean over all cases, and `loss` likewise."""
+    """One site's part of a sum, or the sum itself: then `update` is the mean over all cases, and `loss` likewise.
+
+    `summed`: the update is a sum over its cases already, and is not weighted with them once more.
+    """
 
     ingested: int
     sheet: Sheet
     cases: int = 0
     loss: float = 0.0
     update: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+    summed: bool = False
+
+    @property
+    def weight(self) -> int:
+        """What the values are multiplied with on their way into the sum."""
+        return 1 if self.summed else self.cases
 
     def counts(self, kind: Kind) -> Int64:
         """The whole numbers of this contribution, in the order that `read` expects."""
@@ -58,6 +67,28 @@ class Contribution:
         if kind == "train":
             facts += [self.cases, _units(self.loss, self.cases)]
         return np.concatenate([np.array(facts, np.int64), sheet.histogram.to_array().astype(np.int64).ravel()])
+
+
+def suppressed(study: Study, sheet: Sheet) -> Sheet:
+    """What of an evaluation a site adds to a sum under differential privacy.
+
+    A target's histogram only if both classes have RELEASE_MIN images; with one class alone, the other would follow from the
+    number of images, so both go. Images are those of the largest histogram that stays. Nothing at all for fewer than
+    RELEASE_MIN patients.
+    """
+    counts = sheet.histogram.counts.copy()
+    for target in range(len(counts)):
+        if counts[target].sum(axis=1).min() < RELEASE_MIN:
+            counts[target] = 0
+    images = int(counts.sum(axis=(1, 2)).max())
+    if images == 0 or sheet.patients < RELEASE_MIN:
+        return empty_sheet(study)
+    return Sheet(min(sheet.patients, images), images, sheet.loss, ScoreHistogram(counts))
+
+
+def empty_sheet(study: Study) -> Sheet:
+    """An evaluation that says nothing."""
+    return Sheet(0, 0, 0.0, ScoreHistogram.empty(len(study.task.targets), study.evaluation.bins))
 
 
 def count_of(study: Study, kind: Kind) -> int:

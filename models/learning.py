@@ -1,11 +1,14 @@
 """The local loop: what one site does in one round, and how it scores images. Knows neither Flower nor hospitals.
 
-A round is reproducible: on one machine, with one number of threads, the same model, cohort, study and round give the
-same update bit for bit. Everything random comes from generators seeded by the study's seed, what it learns and the round;
-the process's own random state is neither used nor changed.
+A round without differential privacy is reproducible: on one machine, with one number of threads, the same model, cohort, study
+and round give the same update bit for bit. Everything random comes from generators seeded by the study's seed, what it learns
+and the round; the process's own random state is neither used nor changed. With differential privacy the draw of patients and the
+noise come from the operating system's entropy, because whoever knew their seed could take the noise away again; the study's seed
+then drives augmentation and dropout only.
 """
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,13 +21,15 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from models import networks, tasks
-from models.study import Study, Training
-from privacy.errors import CohortTooSmall, MessageMalformed, TrainingDiverged, TrainingStopped
+from models.study import Privacy, Study, Training
+from privacy import dpsgd, noise
+from privacy.errors import CohortTooSmall, MessageMalformed, PrivacyError, TrainingDiverged, TrainingStopped
 
 SEED_LABEL = b"isocenter/v1/seed"
+SAMPLES = 4  # patients on which engines are compared before the first private round
+log = logging.getLogger("isocenter.privacy")
 MOMENTUM = 0.9  # of sgd, with Nesterov's correction
 GRADIENT_NORM_MAX = 5.0  # a longer gradient is a single odd batch; ordinary ones of these losses stay below 3
-WARM_UP_ROUNDS = 2  # fresh GroupNorm networks take a full first step badly: half the rate in the first round
 
 
 class TrainingCohort(Protocol):
@@ -43,10 +48,12 @@ class Update:
     delta: NDArray[np.float32]
     """float32 (P,): weights after minus weights before, in the order of `networks.layout`."""
     cases: int
-    """Images with at least one known label: what the update weighs in the mean."""
+    """Images with at least one known label: what the update weighs in the mean. Private: the cohort's public size."""
     steps: int
     loss: float
-    """Mean training loss over all steps of the round, weighted by images."""
+    """Mean training loss over all steps of the round, weighted by images. Private: 0, because it is not released."""
+    summed: bool = False
+    """Whether `delta` is a sum over patients already, so that `cases` must not weigh it a second time."""
 
 
 def learn(
@@ -72,7 +79,7 @@ def learn(
         raise CohortTooSmall("no image of the training split has a known label")
     generator, torch_seed = _randomness(study, round_number, repeat)
     weights = tasks.class_weights(cohort.targets[labelled], cohort.known[labelled], balance=plan.balance)
-    optimizer = _optimizer(net, plan, learning_rate(plan, round_number))
+    optimizer = _optimizer(net, plan, plan.rate(round_number))
     total, steps, seen = 0.0, 0, 0
     net.train()
     with torch.random.fork_rng(devices=[]):
@@ -89,6 +96,83 @@ def learn(
     if not np.isfinite(delta).all():
         raise TrainingDiverged(f"a weight is not a finite number after {steps} steps of round {round_number}")
     return Update(delta, len(labelled), steps, total / seen)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Which round it is (from 1), and what sums over patients are divided by: fixed once for the study at a site."""
+
+    round: int
+    public_size: int
+
+
+def engine_of(net: nn.Module, cohort: TrainingCohort, study: Study) -> dpsgd.Engine:
+    """The fastest sound engine for `net` on this machine and these images; raises UnitsCoupled if patients meet in it."""
+    plan, generator = private(study), Generator().manual_seed(0)  # of views for a stop-watch, which nobody learns from
+    rows = labelled_patients(cohort)
+    samples = [unit(cohort, rows[place % len(rows)], study, generator) for place in range(SAMPLES)]
+    net.train()
+    return dpsgd.choose(net, patient_losses, samples, dpsgd.Clip(plan.clip_norm))
+
+
+def learn_privately(
+    engine: dpsgd.Engine,
+    net: nn.Module,
+    cohort: TrainingCohort,
+    study: Study,
+    turn: Turn,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> Update:
+    """One round with differential privacy of every patient; `engine` is that of `net`.
+
+    local: several steps of the study's optimizer on noisy gradients; the update is the change of the weights, and ε holds
+    for whoever sees it. distributed: no step here; the update is the noisy sum of clipped gradients of one draw, in
+    units of the clip norm, exact multiples of 2**-GRID_BITS, to be summed with those of other sites.
+
+    `stop` is asked before every patient. Raises TrainingStopped if it says so, TrainingDiverged if a weight is not finite,
+    CohortTooSmall if no patient has a label, PrivacyError if the network has values that no gradient moves.
+    """
+    plan, stream, before = private(study), noise.Keystream(), networks.to_vector(net)
+    rows, clip = labelled_patients(cohort), dpsgd.Clip(plan.clip_norm)
+    if sum(p.numel() for p in net.parameters() if p.requires_grad) != before.size:
+        raise PrivacyError("the network has weights that are not trained; a private update is made of gradients alone")
+    # A generator that others know, handed from patient to patient, would let the presence of one move the views of the next: the
+    # sum would change by more than one patient's gradient. Drawn in secret, everybody's views are the same lottery either way.
+    generator = Generator().manual_seed(int(stream.words(1)[0]) >> 1)
+    optimizer = _optimizer(net, study.training, study.training.rate(turn.round))
+    batch_max = plan.batch_max(len(rows))
+
+    def units() -> Iterator[dpsgd.Batch]:
+        for patient in noise.poisson_sample(len(rows), plan.sampling_rate, stream, batch_max):
+            if stop():
+                raise TrainingStopped(f"stopped in round {turn.round}")
+            yield unit(cohort, rows[patient], study, generator)
+
+    net.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(stream.words(1)[0]) >> 1)  # dropout draws from the process's generator
+        for step in range(plan.steps):
+            noisy, seen = dpsgd.private_gradient(engine, units(), clip, plan.noise_multiplier or 0.0, stream)
+            log.debug("step %d: %d patients, %d clipped, %d not finite", step, seen.units, seen.clipped, seen.nonfinite)
+            if seen.nonfinite:
+                log.warning("%d patients gave a gradient that is not finite; they count as zero", seen.nonfinite)
+            scaled = (noisy * 2.0**-clip.bits).astype(np.float32)
+            if plan.mode == "distributed":
+                return Update(scaled, turn.public_size, 1, 0.0, summed=True)
+            # The public size, never the number that was drawn or is there: a denominator says who takes part.
+            descend(net, optimizer, scaled * np.float32(plan.clip_norm / (plan.sampling_rate * turn.public_size)))
+    delta = networks.to_vector(net) - before
+    if not np.isfinite(delta).all():
+        raise TrainingDiverged(f"a weight is not a finite number after {plan.steps} steps of round {turn.round}")
+    return Update(delta, turn.public_size, plan.steps, 0.0)
+
+
+def private(study: Study) -> Privacy:
+    """The study's settings of differential privacy; raises PrivacyError if it has none."""
+    if study.privacy == "none":
+        raise PrivacyError("the study asks for no differential privacy")
+    return study.privacy
 
 
 def predict(net: nn.Module, cohort: TrainingCohort, batch: int = 64) -> NDArray[np.float32]:
@@ -114,15 +198,6 @@ def evaluation_loss(scores: NDArray[np.float32], cohort: TrainingCohort) -> floa
     return float(tasks.loss(logits, cohort.targets, cohort.known, plain))
 
 
-def learning_rate(plan: Training, round_number: int) -> float:
-    """The rate of a whole round: constant, or falling along half a cosine to almost 0, after a short warm-up."""
-    warm = min(1.0, round_number / WARM_UP_ROUNDS)
-    if plan.schedule == "constant":
-        return plan.learning_rate * warm
-    passed = (round_number - 1) / plan.rounds
-    return plan.learning_rate * warm * (1 + math.cos(math.pi * min(passed, 1.0))) / 2
-
-
 def augment(images: Tensor, generator: Generator) -> Tensor:
     """A copy of `images` float32 (B, 1, S, S), each moved and re-exposed a little, still within [0, 1]; S is kept.
 
@@ -143,6 +218,50 @@ def augment(images: Tensor, generator: Generator) -> Tensor:
     exposure = torch.exp(jitter(0.3)), torch.exp(jitter(0.2)), jitter(0.1)
     gamma, contrast, brightness = (part[:, None, None, None] for part in exposure)
     return ((moved.pow(gamma) - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
+
+
+def labelled_patients(cohort: TrainingCohort) -> list[Tensor]:
+    """For each patient with a known label, in order of number: the rows of its labelled images. CohortTooSmall if none has."""
+    labelled = torch.nonzero(cohort.known.sum(dim=1) > 0).flatten()
+    found: dict[int, list[int]] = {}
+    for row, patient in zip(labelled.tolist(), cohort.patients[labelled].tolist(), strict=True):
+        found.setdefault(patient, []).append(row)
+    if not found:
+        raise CohortTooSmall("no patient of the training split has a known label")
+    return [torch.tensor(found[patient]) for patient in sorted(found)]
+
+
+def unit(cohort: TrainingCohort, rows: Tensor, study: Study, generator: Generator) -> dpsgd.Batch:
+    """One patient: images (1, K, 1, S, S), targets (1, K, T), known (1, K, T).
+
+    K images of those in `rows`, without repetition while there are enough; then further views of the same.
+    """
+    plan = private(study)
+    order = rows[torch.randperm(len(rows), generator=generator)]
+    chosen = order.repeat(-(-plan.images_per_patient // len(order)))[: plan.images_per_patient]
+    images = cohort.images[chosen].to(torch.float32)
+    if study.training.augmentation == "light":
+        images = augment(images, generator)
+    return images[None], cohort.targets[chosen][None], cohort.known[chosen][None]
+
+
+def patient_losses(net: nn.Module, batch: dpsgd.Batch) -> Tensor:
+    """Loss (B,) of each patient of `batch`: the mean over its images."""
+    images, targets, known = batch
+    logits: Tensor = net(images.flatten(0, 1))
+    return tasks.unit_losses(logits.reshape(targets.shape), targets, known)
+
+
+def descend(net: nn.Module, optimizer: torch.optim.Optimizer, gradient: NDArray[np.float32]) -> None:
+    """One step of `optimizer` along `gradient` (P,), in the order of the network's parameters."""
+    start = 0
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            size = parameter.numel()
+            parameter.grad = torch.from_numpy(gradient[start : start + size]).reshape(parameter.shape)
+            start += size
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _step(

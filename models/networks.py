@@ -22,6 +22,7 @@ from privacy.errors import MessageMalformed, StudyConflict
 
 CHANNELS_PER_GROUP = 8  # between InstanceNorm (1) and LayerNorm (all) for the 16 to 128 channels of the small network
 DENSENET_GROUPS = 8  # every channel count of DenseNet121 is a multiple of 32, so 8 groups divide all of them
+CELLS = 8  # of the linear network; with 12, real radiographs at ε = 6 lost 0.1 of the AUROC that 8 keep
 SMALL_CHANNELS = (16, 16, 32, 64, 128)  # the stem, then one residual block each; 0.3 million parameters
 
 
@@ -102,12 +103,36 @@ class Radiograph121(nn.Module):
         return logits
 
 
+class LinearOnCells(nn.Module):
+    """Logistic regression on the picture reduced to CELLS x CELLS mean values.
+
+    65 weights for each target. Noise of differential privacy grows with the square root of the number of weights, and at sites of
+    a hundred patients it drowns a deep network that starts from nothing: there a few good features do better (Tramer and Boneh
+    2021). An opacity of the lungs is coarse enough to be seen in such a picture.
+    """
+
+    def __init__(self, network: Network, targets: int) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(network.dropout)
+        self.head = nn.Linear(CELLS * CELLS, targets)
+
+    def forward(self, images: Tensor) -> Tensor:
+        cells = functional.adaptive_avg_pool2d(_centred(images), CELLS).flatten(1)  # (B, CELLS * CELLS)
+        # Divided so that a picture, and with it a patient's gradient, has a norm of about 1 whatever the number of cells.
+        logits: Tensor = self.head(self.dropout(cells / CELLS))
+        return logits
+
+
 def build(study: Study) -> nn.Module:
     """The network of `study`, float32, on the CPU, its parameters a function of `study.training.seed` alone.
 
     The caller's random state is left as it was. Raises StudyConflict if any layer keeps or uses statistics of a batch.
     """
-    kinds: dict[str, type[SmallCNN | Radiograph121]] = {"small_cnn": SmallCNN, "densenet121": Radiograph121}
+    kinds: dict[str, type[SmallCNN | Radiograph121 | LinearOnCells]] = {
+        "small_cnn": SmallCNN,
+        "densenet121": Radiograph121,
+        "linear": LinearOnCells,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(study.training.seed)
         net = kinds[study.network.name](study.network, len(study.task.targets))

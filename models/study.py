@@ -8,17 +8,31 @@ an unknown key, a wrong type or a value out of range is a `DocumentError` that n
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
-from privacy.errors import DocumentError, StudyConflict
+from privacy.errors import DocumentError, PrivacyError, StudyConflict
+
+if TYPE_CHECKING:
+    from privacy.accounting import PrivacyEvent, Statement
 
 LABEL = b"isocenter/v1/study"
+WARM_UP_ROUNDS = 2  # fresh GroupNorm networks take a full first step badly: half the rate in the first round
 YAML_BYTES_MAX = 256 * 1024  # a study is a page; anything larger is a mistake or an attack on the parser
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
@@ -65,10 +79,11 @@ class Images(Document):
 
 
 class Network(Document):
-    """Which network of `models.networks` is trained; every one of them uses GroupNorm."""
+    """Which network of `models.networks` is trained; none keeps statistics of a batch."""
 
-    name: Literal["small_cnn", "densenet121"] = Field(
-        default="small_cnn", description="small_cnn for CPUs, densenet121 (MONAI) for GPUs"
+    name: Literal["small_cnn", "densenet121", "linear"] = Field(
+        default="small_cnn",
+        description="small_cnn for CPUs; densenet121 (MONAI) for GPUs; linear: for differential privacy with few patients",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="share of features dropped while training")
 
@@ -91,13 +106,93 @@ class Training(Document):
         default="light", description="light: small shifts, turns and exposures; never mirrored"
     )
     balance: bool = Field(default=True, description="weigh the two classes of a target equally in the local loss")
-    seed: int = Field(default=1, ge=0, lt=2**31, description="makes initial weights and every random choice repeatable")
+    seed: int = Field(
+        default=1,
+        ge=0,
+        lt=2**31,
+        description="makes initial weights and every random choice repeatable, but for those of differential privacy",
+    )
+
+    def rate(self, round_number: int) -> float:
+        """The rate of a whole round (from 1): constant, or falling along half a cosine to almost 0, after a short warm-up."""
+        warm = min(1.0, round_number / WARM_UP_ROUNDS)
+        if self.schedule == "constant":
+            return self.learning_rate * warm
+        passed = (round_number - 1) / self.rounds
+        return self.learning_rate * warm * (1 + math.cos(math.pi * min(passed, 1.0))) / 2
 
 
 class Strategy(Document):
-    """How updates become the next model. FedAvg: their mean, weighted by cases (McMahan et al. 2017)."""
+    """How what the sites send becomes the next model.
 
-    name: Literal["fedavg"] = Field(default="fedavg", description="how the sites' updates become the next model")
+    FedAvg: the mean of their updates, weighted by cases. FedSGD: the mean of their gradients, one step of gradient descent with
+    momentum at the coordinator (both McMahan et al. 2017; momentum Hsu et al. 2019).
+    """
+
+    name: Literal["fedavg", "fedsgd"] = Field(
+        default="fedavg",
+        description="fedavg: mean of updates; fedsgd: mean of gradients, for `privacy.mode: distributed`",
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of fedsgd's step at the coordinator")
+
+
+class Privacy(Document):
+    """Differential privacy of every patient in training: DP-SGD (Abadi et al. 2016) at each site, noise from each site.
+
+    Patients are drawn by Poisson sampling; the mean loss over a patient's images gives one gradient, clipped to `clip_norm`; the
+    sum gets Gaussian noise of `noise_multiplier` times `clip_norm`. Two sets of patients are neighbours if one has one more.
+    """
+
+    mode: Literal["local", "distributed"] = Field(
+        default="local",
+        description="local: several private steps a round, each with the site's full noise; distributed: one step a round, under "
+        "masks, so that the noise of all sites protects each patient from the coordinator",
+    )
+    epsilon: float = Field(
+        gt=0,
+        le=100,
+        description="most ε that this study may spend of any patient, against everybody else combined, spare rounds included",
+    )
+    delta: float = Field(default=1e-5, gt=0, lt=0.01, description="δ of that ε; below 1 / patients of every site")
+    clip_norm: float = Field(gt=0, le=1e6, description="longest gradient of a patient; a longer one is shortened to it")
+    noise_multiplier: float | None = Field(
+        default=None,
+        ge=0.05,
+        le=10_000,
+        description="standard deviation of a site's noise over clip_norm; `fl-study submit` fills in the least that keeps ε",
+    )
+    sampling_rate: float = Field(gt=0, le=1, description="chance of each patient of a site to be in a step")
+    steps: int = Field(default=1, ge=1, le=10_000, description="private steps in a round; distributed: 1")
+    images_per_patient: int = Field(
+        default=2, ge=1, le=16, description="images, or differently augmented views, of a patient in a step"
+    )
+    spare_rounds: int = Field(
+        default=2, ge=0, le=10_000, description="rounds that may be trained a second time, after a crash, within ε"
+    )
+    colluding: int = Field(
+        default=1,
+        ge=0,
+        le=999,
+        description="distributed: sites that may work with the coordinator, in what is said of ε",
+    )
+
+    def batch_max(self, patients: int) -> int:
+        """Most of `patients` in one step. Eight standard deviations above the expected number: a draw is cut about once in 10**15
+        steps, and the site's accounting knows of the cut (truncated Poisson sampling).
+        """
+        expected = patients * self.sampling_rate
+        spread = math.sqrt(expected * (1 - self.sampling_rate))
+        return max(1, min(patients, math.ceil(expected + 8 * spread + 8)))
+
+
+def _kind_of_privacy(given: Any) -> str:
+    return "[settings]" if isinstance(given, dict | Privacy) else "[none]"
+
+
+# With a tag, an error is about what was meant; `_explain` leaves parts of a place with a bracket out.
+PrivacyOrNone = Annotated[
+    Annotated[Literal["none"], Tag("[none]")] | Annotated[Privacy, Tag("[settings]")], Discriminator(_kind_of_privacy)
+]
 
 
 class Participation(Document):
@@ -156,7 +251,9 @@ class Study(Document):
     encoding_bits: Literal[16, 24, 32, 64] = Field(
         default=32, description="bits that one weight of an update takes on its way; fewer are faster and less exact"
     )
-    privacy: Literal["none"] = Field(description="none: no differential privacy")
+    privacy: PrivacyOrNone = Field(
+        description="none: no differential privacy; otherwise the settings of differential privacy, for each patient"
+    )
     participation: Participation
     evaluation: Evaluation = Evaluation()
     roster: dict[Name, Point] = Field(
@@ -206,6 +303,23 @@ class Study(Document):
         }
         return Study.model_validate(facts)
 
+    def with_noise(self) -> "Study":
+        """This study with the least noise that keeps its ε, if it does not say how much. Raises PrivacyError if none does."""
+        if self.privacy == "none" or self.privacy.noise_multiplier is not None:
+            return self
+        from privacy import accounting  # scipy takes a second to load, and most commands need no ε
+
+        plan = self.privacy
+        noise = accounting.noise_for(
+            plan.epsilon, plan.delta, sampling_rate=plan.sampling_rate, steps=plan.steps * self.budgeted_rounds
+        )
+        return self.model_copy(update={"privacy": plan.model_copy(update={"noise_multiplier": noise})})
+
+    @property
+    def budgeted_rounds(self) -> int:
+        """Rounds of training that ε has room for: those of the run, and spare ones."""
+        return self.training.rounds + (0 if self.privacy == "none" else self.privacy.spare_rounds)
+
     @property
     def learned(self) -> str:
         """Digest of the study without the sites' keys and its protection: seeds follow from it.
@@ -240,8 +354,77 @@ class Study(Document):
             )
         if self.roster and set(self.roster) != set(self.all_sites):
             found.append("the roster has keys of other sites than participation names")
+        found += self.private_conflicts()
         if found:
             raise StudyConflict("; ".join(found))
+
+    def private_conflicts(self) -> list[str]:
+        """One sentence for each setting that breaks the promise of `privacy`, or that it has no use for."""
+        plan, found = self.privacy, []
+        if plan == "none":
+            return ["strategy: fedsgd is for privacy.mode: distributed"] if self.strategy.name == "fedsgd" else []
+        if self.training.balance:
+            found.append(
+                "training.balance: true weighs by a site's class counts, which are data of its patients; say false with privacy"
+            )
+        if (plan.mode == "distributed") != (self.strategy.name == "fedsgd"):
+            found.append("privacy.mode: distributed and strategy: fedsgd belong together")
+        if plan.mode == "distributed":
+            found += self._distributed_conflicts(plan)
+        if plan.noise_multiplier is not None and not found:
+            spent = self.spends(self.budgeted_rounds)
+            if spent > plan.epsilon:
+                found.append(
+                    f"noise_multiplier {plan.noise_multiplier:g} spends an ε of {spent:.3f} over {self.budgeted_rounds} rounds, "
+                    f"more than privacy.epsilon {plan.epsilon:g}; leave it out to have it filled in"
+                )
+        return found
+
+    def _distributed_conflicts(self, plan: Privacy) -> list[str]:
+        found = []
+        if plan.steps != 1:
+            found.append(
+                "privacy.mode: distributed takes one step a round: with several, the noise of other sites protects nobody"
+            )
+        if self.protection != "masked":
+            found.append(
+                "privacy.mode: distributed needs protection: masked, or each site's share of the noise stands alone"
+            )
+        if self.encoding_bits < 32:
+            found.append("privacy.mode: distributed needs encoding_bits of 32 or 64, so that noise keeps its shape")
+        if self.participation.quorum <= plan.colluding:
+            found.append("privacy.colluding leaves no honest site in a sum of the quorum")
+        return found
+
+    def spends(self, rounds: int) -> float:
+        """ε at the study's own δ after so many rounds of training, against everybody else combined; 0 without privacy."""
+        from privacy import accounting
+
+        if self.privacy == "none":
+            return 0.0
+        return accounting.epsilon([self.event(rounds)], self.privacy.delta, fine=True)
+
+    def event(self, rounds: int) -> "PrivacyEvent":
+        """What `rounds` rounds of training do to the patients of a site. Raises PrivacyError if there is no noise yet."""
+        from privacy.accounting import PrivacyEvent
+
+        if self.privacy == "none" or self.privacy.noise_multiplier is None:
+            raise PrivacyError("the study says nothing of its noise; `fl-study submit` fills it in")
+        plan = self.privacy
+        return PrivacyEvent(plan.noise_multiplier or 0.0, plan.sampling_rate, plan.steps * rounds)
+
+    def statements(self) -> "list[Statement]":
+        """What can be said of a patient after the whole study, spare rounds included, tier by tier; none without privacy.
+
+        Raises PrivacyError if there is no noise yet.
+        """
+        from privacy import accounting
+
+        if self.privacy == "none":
+            return []
+        plan, part = self.privacy, self.participation
+        shared = accounting.Sites(len(part.sites), part.quorum, plan.colluding) if plan.mode == "distributed" else None
+        return accounting.statements(self.event(self.budgeted_rounds), plan.delta, shared)
 
 
 D = TypeVar("D", bound=Document)

@@ -44,6 +44,21 @@ def loss(logits: Tensor, targets: Tensor, known: Tensor, weights: Tensor) -> Ten
     return (each * weight).sum() / labelled.sum().clamp(min=1)
 
 
+def unit_losses(logits: Tensor, targets: Tensor, known: Tensor) -> Tensor:
+    """The loss of each unit by itself, (B,): mean binary cross-entropy over the known labels of its images, 0 without one.
+
+    logits, targets, known: (B, K, T), the K images of unit b in row b. No row enters another's loss, not even as a
+    denominator. Raises MessageMalformed when shapes differ.
+    """
+    if not logits.shape == targets.shape == known.shape or logits.ndim != 3:
+        shapes = ", ".join(str(tuple(part.shape)) for part in (logits, targets, known))
+        raise MessageMalformed(f"logits, targets and known do not fit together: {shapes}")
+    labelled = known > 0
+    target = torch.where(labelled, targets, torch.zeros_like(targets)).to(logits.dtype)
+    each = functional.binary_cross_entropy_with_logits(logits, target, reduction="none") * labelled
+    return each.sum(dim=(1, 2)) / labelled.sum(dim=(1, 2)).clamp(min=1)
+
+
 def activation(logits: Tensor) -> Tensor:
     """Scores in [0, 1] of the logits' shape: each target on its own (sigmoid), because several may occur together."""
     return torch.sigmoid(logits)

@@ -19,6 +19,7 @@
     │   ├── ImageLeftOut          one file, with one of the named reasons of `fl_client.ingest`
     │   ├── LabelTableError       a label table that cannot be read as mapped
     │   ├── CohortTooSmall        fewer patients than the site's or the study's minimum
+    │   ├── PatientInTwoSplits    the same image, under two patients, on both sides of a split
     │   └── CacheLost             the index names an image that is not in the cache, or there is no index
     ├── RunError
     │   ├── TooFewApprovals       fewer sites approved than the study's quorum
@@ -31,6 +32,16 @@
     │   ├── TooFewSurvivors       fewer sites than the threshold: no sum may be opened
     │   ├── MaskKeysLost          the process that held the keys of this sum is gone, and the keys with it
     │   └── SealBroken            a sealed update that does not open, or was sealed for something else
+    ├── PrivacyError              differential privacy: a promise that cannot be made, or not be kept
+    │   ├── UnitsCoupled          a layer or a loss in which one patient influences another's gradient
+    │   ├── SamplingRefused       batches that no accounting here covers: shuffled, of fixed size, by class
+    │   ├── DeltaTooLarge         δ at or above 1 / patients: a promise that allows publishing a patient
+    │   ├── BudgetExceeded        a study or an order that would spend more ε than site.yaml permits
+    │   ├── LedgerDamaged         the record of spent budgets is changed, cut off or missing
+    │   ├── LedgerBusy            another process holds the record of spent budgets
+    │   ├── ClockSetBack          the clock stands before the last entry of the record
+    │   ├── AuditFailed           noise, clipping, sampling, masks or isolation are not what they should be
+    │   └── ReleaseRefused        an attack on the model found more than the study claims
     ├── LearningError
     │   ├── TrainingDiverged      a loss or a weight is no longer a finite number
     │   └── TrainingStopped       the site was told to stop in the middle of a round
@@ -154,6 +165,11 @@ class CohortTooSmall(DataError):
     remedy = "Ingest more studies, or label more of them, or decline the study."
 
 
+class PatientInTwoSplits(DataError):
+    code = "patient-in-two-splits"
+    remedy = "Give both images the same patient in the label table, or remove the copy, then ingest again."
+
+
 class CacheLost(DataError):
     code = "cache-lost"
     remedy = "Run `fl-client ingest` again; it only reads what is missing."
@@ -212,6 +228,61 @@ class MaskKeysLost(ProtectionError):
 
 class SealBroken(ProtectionError):
     code = "seal-broken"
+
+
+class PrivacyError(IsocenterError):
+    code = "privacy"
+    remedy = "Correct the value named above; docs/privacy.md says what each of them means."
+
+
+class UnitsCoupled(PrivacyError):
+    code = "units-coupled"
+    remedy = "Use a network with GroupNorm or InstanceNorm only, and a loss that is computed patient by patient."
+
+
+class SamplingRefused(PrivacyError):
+    code = "sampling-refused"
+    remedy = "Draw patients by Poisson sampling; for other batches the accounting would claim too small an ε."
+
+
+class DeltaTooLarge(PrivacyError):
+    code = "delta-too-large"
+    remedy = "Ask the researcher for a smaller `privacy.delta`; a fifth of 1 / patients is usual."
+
+
+class BudgetExceeded(PrivacyError):
+    code = "budget-exceeded"
+    remedy = "See `fl-client budget`. Nothing was trained; a spent budget does not come back."
+
+
+class LedgerDamaged(PrivacyError):
+    code = "ledger-damaged"
+    remedy = (
+        "Nothing is trained until it is whole again: restore ledger.sqlite from a backup, or run `fl-client budget --rebuild`, "
+        "which charges everything in the journal to every patient of this site."
+    )
+
+
+class LedgerBusy(PrivacyError):
+    code = "ledger-busy"
+    remedy = "Stop the other process that uses this site's folder; one node serves all studies of a site."
+
+
+class ClockSetBack(PrivacyError):
+    code = "clock-set-back"
+    remedy = "Set the clock of this machine (time synchronisation), then start the node again."
+
+
+class AuditFailed(PrivacyError):
+    code = "audit-failed"
+    remedy = (
+        "The node does not start on this machine: report the finding with the versions of Isocenter, torch and numpy."
+    )
+
+
+class ReleaseRefused(PrivacyError):
+    code = "release-refused"
+    remedy = "Do not publish this model: find the cause with `fl-study attack`, mend it, and train again."
 
 
 class LearningError(IsocenterError):

@@ -16,12 +16,14 @@ import hashlib
 import json
 import logging
 import math
+import mmap
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from privacy.errors import JournalDamaged, MessageMalformed
 from privacy.keys import flush_folder
@@ -55,10 +57,7 @@ class Journal:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._locked() as file:
-            end = self._end(file)
-            torn = self._torn(file, end)
-            if torn:
-                self._set_aside(file, end, torn)
+            self._whole(file)
 
     @property
     def head(self) -> str:
@@ -66,15 +65,36 @@ class Journal:
         with self._locked() as file:
             return self._end(file).head
 
+    def last(self, kind: str) -> dict[str, Any] | None:
+        """The facts of the latest line of this kind, None if there is none. Searched from the end of the file."""
+        mark = f'"kind":"{kind}",'.encode()
+        with self._locked() as file:
+            size = self._end(file).size  # behind it there may be a torn line
+            if size == 0:
+                return None
+            with mmap.mmap(file, size, access=mmap.ACCESS_READ) as text:
+                # A fact is a number or an enumerated name, so no fact can look like this.
+                place = text.rfind(mark)
+                if place < 0:
+                    return None
+                line = text[text.rfind(b"\n", 0, place) + 1 : text.find(b"\n", place)]
+        _read_line(line, f"{self.path}, last line about {kind}")
+        facts: dict[str, Any] = json.loads(line)["facts"]
+        return facts
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        """The facts of every line of this kind, oldest first; raises JournalDamaged unless the whole chain is in place."""
+        with self._locked() as file:
+            self._whole(file)
+            verify(self.path)
+            entries = [json.loads(line) for line in self.path.read_bytes().splitlines()]
+        return [entry["facts"] for entry in entries if entry["kind"] == kind]
+
     def append(self, kind: str, **facts: Fact) -> str:
         """Write one line and return its hash, after it has reached the disk. Raises MessageMalformed for free text."""
-        _check(kind, facts)
+        check_facts(kind, facts)
         with self._locked() as file:
-            end = self._end(file)
-            torn = self._torn(file, end)
-            if torn:  # another process died in the middle of a line since this one opened the journal
-                end = self._set_aside(file, end, torn)
-            return _write(file, end, kind, facts).head
+            return _write(file, self._whole(file), kind, facts).head
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
@@ -102,6 +122,12 @@ class Journal:
         begin = tail.rfind(b"\n", 0, stop) + 1
         number, _, own = _read_line(tail[begin:stop], f"{self.path}, last line")
         return _End(start + stop + 1, number, own)
+
+    def _whole(self, file: int) -> _End:
+        """Where the chain stands, after a line in which some process died was set aside."""
+        end = self._end(file)
+        torn = self._torn(file, end)
+        return self._set_aside(file, end, torn) if torn else end
 
     @staticmethod
     def _torn(file: int, end: _End) -> bytes:
@@ -186,8 +212,8 @@ def _read_line(line: bytes, place: str) -> tuple[int, str, str]:
     return number, previous, own
 
 
-def _check(kind: str, facts: dict[str, Fact]) -> None:
-    """Only numbers and enumerated names may be written down."""
+def check_facts(kind: str, facts: dict[str, Fact]) -> None:
+    """Only numbers and enumerated names may be written down; raises MessageMalformed for anything else."""
     if not _WORD.fullmatch(kind):
         raise MessageMalformed("the kind of a journal line is a lower-case word")
     for key, value in facts.items():

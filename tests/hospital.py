@@ -49,11 +49,7 @@ def _ingested(name: str) -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     home = Path(folder) / name
     prepare(home, name, None, (16, len(name)), COORDINATOR.public_key())
-    text = (
-        (home / "site.yaml")
-        .read_text()
-        .replace("least_protection: plain", "least_protection: plain\n  minimum_patients: 2")
-    )
+    text = (home / "site.yaml").read_text().replace("minimum_patients: 10", "minimum_patients: 2")
     (home / "site.yaml").write_text(text)
     return home
 

@@ -143,12 +143,18 @@ def sections(schema: dict[str, Any], defs: dict[str, Any], above: str) -> Iterat
 
 def section_in(field: dict[str, Any], defs: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """The section that a field holds, and what stands between its key and the keys inside (".NAME" for a mapping)."""
-    for option in (field, *field.get("anyOf", [])):
+    for option in (field, *options(field)):
         if "$ref" in option:
             return defs[option["$ref"].rsplit("/", maxsplit=1)[1]], ""
         if "$ref" in (inside := entries(option)):
             return defs[inside["$ref"].rsplit("/", maxsplit=1)[1]], ".NAME"
     return None, ""
+
+
+def options(field: dict[str, Any]) -> list[dict[str, Any]]:
+    """The alternatives of a field that has some."""
+    found: list[dict[str, Any]] = field.get("anyOf", field.get("oneOf", []))
+    return found
 
 
 def entries(field: dict[str, Any]) -> dict[str, Any]:
@@ -160,8 +166,8 @@ def entries(field: dict[str, Any]) -> dict[str, Any]:
 
 def values(field: dict[str, Any], defs: dict[str, Any]) -> str:
     """What a field takes, in words: type, choices and bounds."""
-    if "anyOf" in field:
-        return " or ".join(values(option, defs) for option in field["anyOf"])
+    if options(field):
+        return " or ".join(values(option, defs) for option in options(field))
     if "const" in field or "enum" in field:
         return " or ".join(f"`{shown(value)}`" for value in field.get("enum", [field.get("const")]))
     kind = str(field.get("type", "section"))

@@ -271,12 +271,12 @@ def test_the_evaluation_loss_is_the_unweighted_cross_entropy() -> None:
 
 def test_the_rate_warms_up_and_falls_along_half_a_cosine() -> None:
     plan = made_study(rounds=10, learning_rate=1.0, schedule="cosine").training
-    rates = [learning.learning_rate(plan, r) for r in range(1, 11)]
+    rates = [plan.rate(r) for r in range(1, 11)]
     assert rates[0] == pytest.approx(0.5)
     assert rates[5] == pytest.approx(0.5)
     assert rates[1:] == sorted(rates[1:], reverse=True) and 0 < rates[-1] < 0.03
     flat = made_study(rounds=10, learning_rate=1.0, schedule="constant").training
-    assert [learning.learning_rate(flat, r) for r in (1, 2, 10)] == [0.5, 1.0, 1.0]
+    assert [flat.rate(r) for r in (1, 2, 10)] == [0.5, 1.0, 1.0]
 
 
 def test_augmentation_moves_a_little_keeps_the_range_and_never_mirrors() -> None:

@@ -31,7 +31,7 @@ def made_study(network: str = "small_cnn", targets: int = 1, seed: int = 1) -> S
     )
 
 
-@pytest.fixture(scope="module", params=["small_cnn", "densenet121"])
+@pytest.fixture(scope="module", params=["small_cnn", "densenet121", "linear"])
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -57,7 +57,8 @@ join_site() {
     local name=$1 labels=$2
     fl-client join "$(fl-server invite "$name" --home "$out/coordinator" 2>/dev/null)" --home "$out/sites/$name"
     # What a person would write into the commented site.yaml: the data section, and decisions about policy and the machine.
-    sed -i 's/minimum_patients: 10/minimum_patients: 5/; s/cpu_threads: 0/cpu_threads: 1/' \
+    sed -i 's/minimum_patients: 10/minimum_patients: 5/; s/cpu_threads: 0/cpu_threads: 1/
+            s/permit_without_privacy: false/permit_without_privacy: true/' \
         "$out/sites/$name/site.yaml"
     cat >> "$out/sites/$name/site.yaml" << YAML
 
