@@ -38,8 +38,8 @@ check: env ## everything that must hold before a commit: format, lint, types, te
 bench: env ## measure rounds, memory and start-up; writes bench.json
 	@$(PYTHON) deploy/bench.py
 
-acceptance: env ## train on real radiographs, where they are present (OUT=folder for the report)
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" tests/acceptance/real_radiographs.sh $(or $(OUT),demo/acceptance)
+acceptance: env ## train on real radiographs, where they are present (OUT=folder, TEMPLATE=opacity_private)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" tests/acceptance/real_radiographs.sh $(or $(OUT),demo/acceptance) $(TEMPLATE)
 
 docs: env ## make the reference pages of docs/ from the code
 	@$(PYTHON) tests/test_docs.py --write

@@ -213,7 +213,7 @@ def show_study(study: Study, site: Site, researcher: str, peers: list[enrol.Peer
         ),
         ("Others", _others(study, peers)),
         ("Stays", "images, identifiers, dates, file names, the score of any single image"),
-        ("Leaves", f"{masked}model updates, losses, numbers of patients and images, histograms of scores by label"),
+        ("Leaves", f"{masked}{_leaving(study)}"),
     ]
     if study.evaluation.site_figures:
         lines.append(
@@ -254,6 +254,17 @@ def _seen_by(study: Study) -> str:
     if study.protection == "sealed":
         return f"{own}; nobody can read them on the way to it"
     return f"{own}, and so does whoever can look into its server"
+
+
+def _leaving(study: Study) -> str:
+    """What leaves in a round, beside released figures."""
+    if study.privacy == "none":
+        return "model updates, losses, numbers of patients and images, histograms of scores by label"
+    what = "sums of gradients" if study.privacy.mode == "distributed" else "model updates"
+    return (
+        f"{what} with noise, your number of training patients in tens; histograms of scores by label, number and mean loss of "
+        "evaluated images, if both classes have 10 of them"
+    )
 
 
 def _privacy_lines(study: Study, site: Site) -> list[tuple[str, str]]:
@@ -324,9 +335,11 @@ def budget(
     plot: Annotated[Path | None, typer.Option(help="Also draw what was charged over time into this PNG file.")] = None,
     rebuild: Annotated[
         bool,
-        typer.Option(
-            "--rebuild", help="Make a damaged ledger anew from the journal: every charge then counts for every patient."
-        ),
+        typer.Option("--rebuild", help="Make a damaged ledger anew from what is left of it and the journal."),
+    ] = False,
+    accept_clock: Annotated[
+        bool,
+        typer.Option("--accept-clock", help="The clock is right now, and was wrong when the last entries were made."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -335,7 +348,12 @@ def budget(
 
     if rebuild:
         charges = Site.open(home).ledger.rebuild()
-        _tell(f"The ledger was made anew from the journal: {charges} charges, each on every patient of this site.")
+        _tell(
+            f"The ledger was made anew with {charges} charges. Those that could not be matched to patients any more count for "
+            "every patient of this site. The old file was kept beside it."
+        )
+    if accept_clock:
+        Site.open(home).ledger.accept_clock()
     found = spending.open_budget(home)
     if plot is not None:
         plot.write_bytes(spending.draw(home))

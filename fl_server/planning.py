@@ -74,7 +74,7 @@ def _changes(study: Study, privacy: Privacy) -> Iterator[tuple[str, Study]]:
     fresh: dict[str, Any] = {"noise_multiplier": None}
     if privacy.sampling_rate < 1:
         yield (
-            "twice as many patients in a step",
+            "2 x patients a step",
             _with(study, fresh | {"sampling_rate": min(1.0, 2 * privacy.sampling_rate)}),
         )
         yield "all patients a step", _with(study, fresh | {"sampling_rate": 1.0})
@@ -90,7 +90,7 @@ def _changes(study: Study, privacy: Privacy) -> Iterator[tuple[str, Study]]:
     if privacy.mode == "local":
         steps = privacy.steps * rounds
         yield (
-            "distributed, the same number of steps",
+            "distributed noise",
             _with(study, fresh | {"mode": "distributed", "steps": 1}, rounds=steps),
         )
 

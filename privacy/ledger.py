@@ -467,23 +467,25 @@ class _Remains:
         self.committed: set[tuple[Any, ...]] = set()
         self.unprotected: dict[tuple[Any, ...], int] = {}
         self._register = Register()
-        for note in notes:
-            try:
+        try:
+            noted = {(note["seq"], note["head"]) for note in notes}
+            for note in notes:
                 self._take_note(note)
-            except (KeyError, TypeError, PrivacyError):
-                raise JournalDamaged("a line of the journal about the budget cannot be read") from None
+        except (KeyError, TypeError, PrivacyError):
+            raise JournalDamaged("a line of the journal about the budget cannot be read") from None
         if path.exists():
             with suppress(sqlite3.Error), closing(sqlite3.connect(path, timeout=BUSY_S)) as connection:
-                self._take_file(connection, {(note["seq"], note["head"]) for note in notes})
+                self._take_file(connection, noted)
 
     def _take_note(self, note: dict[str, Any]) -> None:
-        name, at = tuple(note[key] for key in _NAMING if key in note), note["time"]
-        if note["entry"] == "reserve":
+        kind, at = note["entry"], note["time"]
+        name = tuple(note[key] for key in _FACTS[kind] if key in _NAMING)
+        if kind == "reserve":
             event = PrivacyEvent(**{key: note[key] for key in _MECHANISM if key in note})
             self.charges.setdefault(name, (at, EVERYBODY, event))
-        elif note["entry"] == "commit":
+        elif kind == "commit":
             self.committed.add(name)
-        elif note["entry"] == "unbounded":
+        elif kind == "unbounded":
             self.unprotected.setdefault(name, at)
 
     def _take_file(self, connection: sqlite3.Connection, noted: Set[tuple[int, str]]) -> None:

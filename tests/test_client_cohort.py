@@ -22,7 +22,7 @@ from fl_client.site import Source
 from models.imaging import to_grid
 from models.labels import LabelMap, LabelTable
 from models.study import Evaluation, Study
-from privacy.errors import CacheLost, CohortTooSmall, DataError, LabelTableError
+from privacy.errors import CacheLost, CohortTooSmall, DataError, LabelTableError, PatientInTwoSplits
 
 PATIENTS = 40
 
@@ -307,3 +307,59 @@ def test_placing_moves_nobody_and_fills_what_lacks(
     counts = Counter(placed[token] for token in tokens)
     if not set(before) & set(tokens):
         assert all(abs(counts[split] - share[split] * len(tokens)) <= 2 for split in SPLITS)
+
+
+# Splits of a private study.
+
+PRIVACY = {"mode": "local", "epsilon": 8, "clip_norm": 1, "sampling_rate": 0.5, "noise_multiplier": 5.0}
+
+
+def private(**changes: Any) -> Study:
+    return study(privacy=PRIVACY, participation={"sites": ["a"], "quorum": 1, "minimum_patients": 1}, **changes)
+
+
+def test_a_private_split_of_a_patient_depends_on_nobody_else(site: Site) -> None:
+    """One patient more or less must change one patient's place, or the guarantee is about many."""
+    everyone = {split: site.cohort(split, private()) for split in SPLITS}
+    before = {min(i): split for split, cohort in everyone.items() for i in cohort.identities}
+    site.pins.unlink()
+    gone = sorted((site.home / "dicom").rglob("IM*"))[::3]
+    for path in gone:
+        path.unlink()
+    site.ingest()
+    after = {split: site.cohort(split, private()) for split in SPLITS}
+    left = {identity: split for split, cohort in after.items() for i in cohort.identities for identity in i}
+    shared = set(before) & set(left)
+    assert len(shared) > 20 and all(before[identity] == left[identity] for identity in shared)
+
+
+def test_the_public_size_is_in_tens_and_does_not_follow_the_patients(site: Site) -> None:
+    first = site.cohort("train", private())
+    assert first.public_size == first.counts.patients // 10 * 10 > 0
+    assert {site.cohort(split, private()).public_size for split in SPLITS} == {first.public_size}
+    for path in sorted((site.home / "dicom").rglob("IM*"))[::2]:
+        path.unlink()
+    site.ingest()
+    later = site.cohort("train", private())
+    assert later.counts.patients < first.public_size == later.public_size
+
+
+def test_an_image_that_comes_back_under_a_patient_of_another_split_is_an_error(site: Site) -> None:
+    site.cohort("train", private())
+    pins = json.loads(site.pins.read_text())
+    content = next(iter(pins["images"]))
+    pins["images"][content] = "test" if pins["images"][content] != "test" else "train"
+    site.pins.write_text(json.dumps(pins))
+    with pytest.raises(PatientInTwoSplits, match="another patient"):
+        site.cohort("train", private())
+
+
+def test_identities_are_hashes_of_patient_and_pixels(site: Site) -> None:
+    cohort = site.cohort("train", private())
+    images = {image.content for image in Index.open(site.state).images()}
+    assert len(cohort.identities) == cohort.counts.patients
+    for number, identity in enumerate(cohort.identities):
+        assert len(identity & images) == int((cohort.patients == number).sum()) == len(identity) - 1
+        assert all(len(word) in (32, 64) and set(word) <= set("0123456789abcdef") for word in identity)
+    index, labels = Index.open(site.state), site.labels()
+    assert Cohort.identities_of(index, labels, private(), "train", site.pins) == cohort.identities

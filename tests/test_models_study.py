@@ -304,3 +304,126 @@ def test_any_value_in_any_place_is_read_or_refused_and_never_crashes(value: Any)
             parse(Study, json.dumps(facts), "study.yaml").check()
         except DocumentError as error:
             assert "study.yaml" in str(error) or isinstance(error, StudyConflict)
+
+
+# Differential privacy.
+
+PRIVATE = """
+name: private
+title: Private
+purpose: A test.
+task: {targets: [opacity]}
+training: {rounds: 10, balance: false}
+privacy: {mode: local, epsilon: 4, clip_norm: 1.0, sampling_rate: 0.25, steps: 2}
+participation: {sites: [north, south, east, west], quorum: 3}
+"""
+SHARED = PRIVATE.replace("mode: local", "mode: distributed").replace("steps: 2", "steps: 1")
+SHARED += "strategy: {name: fedsgd}\n"
+
+
+def test_no_privacy_still_has_to_be_said_and_nothing_else_counts_as_no() -> None:
+    with pytest.raises(DocumentError, match="privacy"):
+        study(TEXT.replace("privacy: none\n", ""))
+    for other in ("no", "false", "0", "{}", "[]", "{mode: local}"):
+        with pytest.raises(DocumentError):
+            study(TEXT.replace("privacy: none", f"privacy: {other}"))
+    with pytest.raises(DocumentError, match="line 7"):
+        study(PRIVATE.replace("epsilon: 4", "epsilonn: 4"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "epsilon: 0", "epsilon: -1", "epsilon: .nan", "epsilon: .inf", "delta: 0", "delta: 1", "delta: 0.01", "clip_norm: 0",
+        "clip_norm: -1", "clip_norm: .inf", "sampling_rate: 0", "sampling_rate: 1.1", "noise_multiplier: 0", "steps: 0",
+        "noise_multiplier: .nan", "images_per_patient: 0", "mode: central", "colluding: -1",
+    ],
+)  # fmt: skip
+def test_settings_of_privacy_out_of_range_are_refused(change: str) -> None:
+    key = change.split(":", maxsplit=1)[0]
+    text = (
+        PRIVATE.replace("epsilon: 4", change)
+        if key == "epsilon"
+        else PRIVATE.replace("clip_norm: 1.0", f"clip_norm: 1.0, {change}")
+    )
+    if key in ("clip_norm", "mode", "sampling_rate", "steps"):
+        old = {
+            "clip_norm": "clip_norm: 1.0",
+            "mode": "mode: local",
+            "sampling_rate": "sampling_rate: 0.25",
+            "steps": "steps: 2",
+        }
+        text = PRIVATE.replace(old[key], change)
+    with pytest.raises(DocumentError, match="line 7"):
+        study(text)
+
+
+def test_the_noise_that_is_filled_in_keeps_epsilon_and_is_the_least() -> None:
+    made = study(PRIVATE).with_noise()
+    assert made.privacy != "none" and made.privacy.noise_multiplier is not None
+    made.check()
+    assert 3.95 < made.spends(made.budgeted_rounds) <= 4 and made.budgeted_rounds == 12
+    assert made.with_noise() == made, "a noise that is said is kept"
+    assert study(TEXT).with_noise() == study(TEXT) and study(TEXT).spends(4) == 0
+    less = made.privacy.model_copy(update={"noise_multiplier": 0.95 * made.privacy.noise_multiplier})
+    with pytest.raises(StudyConflict, match=r"spends an ε of 4\.\d+ over 12 rounds, more than privacy\.epsilon 4"):
+        made.model_copy(update={"privacy": less}).check()
+
+
+def test_the_noise_belongs_to_the_identity_of_a_study_and_is_read_back() -> None:
+    made = study(PRIVATE).with_noise()
+    assert made.digest != study(PRIVATE).digest
+    assert Study.from_canonical(made.canonical()) == made
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("balance: false", "balance: true", "class counts"),
+        ("steps: 1", "steps: 2", "one step a round"),
+        ("strategy: {name: fedsgd}", "strategy: {name: fedavg}", "belong together"),
+        ("mode: distributed", "mode: local", "belong together"),
+        ("sampling_rate: 0.25", "sampling_rate: 0.25, colluding: 3", "no honest site"),
+        ("quorum: 3}", "quorum: 3}\nprotection: sealed", "needs protection: masked"),
+        ("quorum: 3}", "quorum: 3}\nencoding_bits: 16", "encoding_bits"),
+    ],
+)
+def test_what_would_break_the_promise_is_a_conflict(before: str, after: str, sentence: str) -> None:
+    """Pitfalls 3, 8: class weights from private counts, distributed noise credited to local steps."""
+    study(SHARED).check()
+    with pytest.raises(StudyConflict, match=sentence):
+        study(SHARED.replace(before, after)).check()
+
+
+def test_fedsgd_without_privacy_is_a_conflict() -> None:
+    with pytest.raises(StudyConflict, match="fedsgd"):
+        study(TEXT + "strategy: {name: fedsgd}\n").check()
+
+
+def test_statements_name_everything_that_an_epsilon_needs() -> None:
+    """Pitfall 13."""
+    local, shared = study(PRIVATE).with_noise().statements(), study(SHARED).with_noise().statements()
+    assert [s.tier for s in local] == ["everybody"]
+    assert [s.tier for s in shared] == ["everybody", "coordinator", "lying-coordinator"]
+    for statement in [*local, *shared]:
+        sentence = statement.sentence()
+        for word in (
+            "per patient",
+            "add or remove one patient",
+            "δ = 1e-05",
+            "Poisson sampling at the rate 0.25",
+            "against",
+        ):
+            assert word in sentence
+    assert shared[1].epsilon < shared[0].epsilon <= 4
+    assert study(TEXT).statements() == []
+
+
+@pytest.mark.parametrize(("patients", "rate"), [(1, 0.01), (50, 0.5), (2000, 0.032), (3, 1.0), (100_000, 0.001)])
+def test_the_cap_of_a_batch_is_eight_deviations_above_what_is_expected(patients: int, rate: float) -> None:
+    text = PRIVATE.replace("sampling_rate: 0.25", f"sampling_rate: {rate}")
+    plan = study(text).privacy
+    assert plan != "none"
+    cap = plan.batch_max(patients)
+    assert 1 <= cap <= patients
+    assert cap == patients or cap >= patients * rate + 8 * (patients * rate * (1 - rate)) ** 0.5

@@ -1,4 +1,4 @@
-"""FedAvg against exact fractions, and means that are none."""
+"""FedAvg and FedSGD against exact fractions, and means that are none."""
 
 from fractions import Fraction
 
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from fl_server import strategies
-from fl_server.strategies import FedAvg
-from models.study import Study
+from fl_server.strategies import FedAvg, FedSGD
+from models.study import Study, Training
 from privacy.errors import MessageMalformed
 
 UNHURRIED = settings(max_examples=100, deadline=None)  # a machine under load is no defect
@@ -97,3 +97,45 @@ def test_the_study_names_the_strategy() -> None:
         }
     )
     assert isinstance(strategies.build(study), FedAvg)
+
+
+# FedSGD.
+
+
+def fedsgd(momentum: float = 0.5, rate: float = 0.25, gain: float = 4.0) -> FedSGD:
+    plan = Training(rounds=8, learning_rate=rate, schedule="constant")
+    return FedSGD(plan, gain, momentum)
+
+
+def test_fedsgd_is_gradient_descent_with_momentum_after_a_warm_up() -> None:
+    """By hand, in fractions: the rate is halved in the first step, the velocity keeps half of itself."""
+    strategy, model, state = fedsgd(), vector(1.0, -2.0), {}
+    expected, velocity = [Fraction(1), Fraction(-2)], [Fraction(0), Fraction(0)]
+    for number, mean in enumerate((vector(0.5, 0.25), vector(-1.0, 2.0), vector(0.0, 0.125)), start=1):
+        model, state = strategy.step(model, mean, state)
+        rate = Fraction(1, 8) if number == 1 else Fraction(1, 4)
+        velocity = [v / 2 + 4 * exact(m) for v, m in zip(velocity, mean, strict=True)]
+        expected = [e - rate * v for e, v in zip(expected, velocity, strict=True)]
+        assert [exact(value) for value in model] == expected, "powers of two are exact in float32"
+        assert [exact(value) for value in state["velocity"]] == velocity and state["steps"].tolist() == [number]
+
+
+def test_fedsgd_changes_nothing_that_it_was_given() -> None:
+    model, mean, state = vector(1.0), vector(2.0), {"velocity": vector(3.0), "steps": vector(4.0)}
+    for array in (model, mean, *state.values()):
+        array.flags.writeable = False
+    first, second = fedsgd().step(model, mean, state), fedsgd().step(model, mean, state)
+    assert first[0].tolist() == second[0].tolist() and state["steps"].tolist() == [4.0]
+
+
+@pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
+def test_fedsgd_refuses_what_is_no_gradient_or_no_velocity(bad: Float32) -> None:
+    with pytest.raises(MessageMalformed, match="mean gradient"):
+        fedsgd().step(vector(0.0, 0.0), bad, {})
+    with pytest.raises(MessageMalformed, match="velocity"):
+        fedsgd().step(vector(0.0, 0.0), vector(1.0, 1.0), {"velocity": bad, "steps": vector(1.0)})
+
+
+def test_fedsgd_refuses_a_model_beyond_float32() -> None:
+    with pytest.raises(MessageMalformed, match="next model"):
+        fedsgd().step(vector(3e38), vector(-3e38), {})

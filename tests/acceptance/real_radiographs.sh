@@ -2,12 +2,15 @@
 # Four hospitals of real radiographs become one evaluated model, with the commands of the README, over four separate node
 # processes and real TLS.
 #
-#   tests/acceptance/real_radiographs.sh OUT     leaves OUT/report/report.html and OUT/report/metrics.json
+#   tests/acceptance/real_radiographs.sh OUT [TEMPLATE]     leaves OUT/report/report.html and OUT/report/metrics.json
+#
+# TEMPLATE: opacity (without differential privacy, the default) or opacity_private.
 #
 # The radiographs are not part of this project: they are looked for beside it, in ../shared (or where SHARED says).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-out=${1:?usage: real_radiographs.sh OUT}
+out=${1:?usage: real_radiographs.sh OUT [TEMPLATE]}
+template=${2:-opacity}
 shared=${SHARED:-$PWD/../shared}
 bin=${BIN:-$PWD/.venv/bin}
 if [ ! -f "$shared/tools/make_hospitals.py" ]; then
@@ -94,7 +97,7 @@ join_site west '    key: PatientID
 
 echo "== the researcher"
 fl-study join "$(fl-server invite researcher --researcher --home "$out/coordinator" 2>/dev/null)" --home "$out/researcher"
-fl-study new "$out/study.yaml" --template opacity
+fl-study new "$out/study.yaml" --template "$template"
 fl-study check "$out/study.yaml"
 fl-study submit "$out/study.yaml" --home "$out/researcher" | tee "$out/logs/submit.log"
 digest=$(grep -oE -m 1 '[0-9a-f]{64}' "$out/logs/submit.log")
@@ -108,4 +111,5 @@ done
 echo "== the run"
 fl-study run "$digest" --home "$out/researcher"
 fl-study report "$digest" --home "$out/researcher" --out "$out/report"
+for name in north south east west; do fl-client budget --home "$out/sites/$name" --plot "$out/budget-$name.png"; done
 fl-server runs --home "$out/coordinator"
