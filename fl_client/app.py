@@ -6,10 +6,11 @@ It runs in the node's worker process, in simulation and in tests. Whatever goes 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -20,12 +21,22 @@ from fl_client.ingest import Index
 from fl_client.protection import Vault
 from fl_client.site import Seen, Site
 from models import learning, networks
-from models.contributions import Contribution, Sheet, figures, suppressed
+from models.contributions import (
+    Contribution,
+    Float32,
+    Sheet,
+    empty_sheet,
+    figures,
+    noised,
+    noises_figures,
+    suppressed,
+    values_of,
+)
 from models.labels import LabelTable
 from models.learning import Turn
 from models.metrics import ScoreHistogram
 from models.study import Study
-from privacy import dpsgd
+from privacy import dpsgd, noise
 from privacy.errors import CohortTooSmall, IsocenterError, MessageMalformed, StepRefused
 from privacy.wire import (
     ORDERS,
@@ -190,6 +201,8 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: Order) -> 
     sending = desk.vault.begin(site, study, order, order.model.size)
     sheet = evaluate_on(net, cohort, study)
     contribution = Contribution(_archive(study, cohort.ingested), release(study, sheet))
+    if noises_figures(study):
+        contribution = replace(contribution, update=noisy_figures(site, study, order, net, cohort), summed=True)
     vector, vouch = sending.protect(contribution)
     return EvaluateReport(
         **order.naming(),
@@ -228,12 +241,34 @@ def evaluate_on(net: nn.Module, cohort: Cohort, study: Study) -> Sheet:
 
 
 def release(study: Study, sheet: Sheet) -> Sheet:
-    """What of an evaluation goes into a sum: all of it, or under differential privacy no small counts."""
-    return sheet if study.privacy == "none" else suppressed(study, sheet)
+    """What of an evaluation goes into a sum as it is: all of it; under differential privacy no small counts, or nothing."""
+    if study.privacy == "none":
+        return sheet
+    return empty_sheet(study) if noises_figures(study) else suppressed(study, sheet)
+
+
+def noisy_figures(site: Site, study: Study, order: EvaluateOrder, net: nn.Module, cohort: Cohort) -> Float32:
+    """The noisy counts of the test split, float32 (targets * 2 * bins,); of every other split as many zeros.
+
+    They are made, and charged to the test patients, once in a study: whoever asks again about the same model gets the same ones.
+    """
+
+    def make() -> bytes:
+        plan = learning.private(study)
+        rows = learning.first_images(cohort, plan.images_per_patient)
+        scores = learning.predict(net, cohort)[rows]
+        targets, known = cohort.targets.numpy()[rows], cohort.known.numpy()[rows]
+        histogram = ScoreHistogram.of(scores, targets, known, bins=study.evaluation.bins)
+        return noised(study, histogram, noise.Keystream()).tobytes()
+
+    stored = site.release_once(study, order, cohort.identities, make) if order.split == "test" else b""
+    return np.frombuffer(stored or bytes(4 * values_of(study, "evaluate", 0)), np.float32)
 
 
 def _archive(study: Study, ingested: int) -> int:
-    """Images in the site's archive; in tens under differential privacy."""
+    """Images in the site's archive; in tens under differential privacy, and not told at all where figures get noise."""
+    if noises_figures(study):
+        return 0
     return ingested if study.privacy == "none" else ingested // 10 * 10
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fl_client.site import Site
-from models.contributions import Contribution, Kind, count_of
+from models.contributions import Contribution, Kind, count_of, values_of
 from models.study import Study
 from privacy import keys
 from privacy.errors import MaskKeysLost, StepRefused
@@ -53,7 +53,7 @@ class Vault:
         kind = kind_of(order)
         named = study.participation.sites if kind == "train" else study.all_sites
         encoding = Encoding(
-            values=parameters if kind == "train" else 0,
+            values=values_of(study, kind, parameters),
             counts=count_of(study, kind),
             bits=study.encoding_bits,
             scale=order.scale,

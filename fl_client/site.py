@@ -19,7 +19,7 @@ Before training, `Site.reserve` charges the patients for it: what a policy's ε 
 """
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -353,6 +353,7 @@ class Site:
                 " round INTEGER, PRIMARY KEY (run, attempt, sum, kind))"
             )
             memory.execute("CREATE TABLE IF NOT EXISTS released (run TEXT PRIMARY KEY, model TEXT)")
+            memory.execute("CREATE TABLE IF NOT EXISTS noised (study TEXT PRIMARY KEY, model TEXT, counts BLOB)")
             yield memory
 
     def may_release(self, order: EvaluateOrder) -> bool:
@@ -367,6 +368,28 @@ class Site:
             memory.execute("INSERT OR IGNORE INTO released VALUES (?, ?)", (order.run, model))
             row = memory.execute("SELECT model FROM released WHERE run = ?", (order.run,)).fetchone()
         return bool(row[0] == model)
+
+    def release_once(
+        self, study: Study, order: EvaluateOrder, patients: "Patients", make: Callable[[], bytes]
+    ) -> bytes | None:
+        """What `make` gives, charged to `patients` and kept, the first time that `study` asks; afterwards the same bytes again.
+
+        None for another model than the first: figures of a second one would be a second release. Raises what `reserve` raises.
+        """
+        model, event = keys.digest(order.model.tobytes()), study.figures_event()
+        if event is None:
+            return None
+        with self._answered() as memory:
+            row = memory.execute("SELECT model, counts FROM noised WHERE study = ?", (study.digest,)).fetchone()
+        if row is not None:
+            return bytes(row[1]) if row[0] == model else None
+        self._check_delta(study, len(patients))
+        hold = self.ledger.reserve(self._charge(study, event, order), patients, self._caps(study))
+        made = make()
+        with self._answered() as memory:
+            memory.execute("INSERT INTO noised VALUES (?, ?, ?)", (study.digest, model, made))
+        self.commit(hold)
+        return made
 
     @property
     def key(self) -> keys.PrivateKey:

@@ -292,7 +292,10 @@ def _pooled_figures(test: Sample | None, study: Study) -> dict[str, Any]:
     """The figures of all tested sites: those of the first target flat, those of every target below `targets`."""
     absent = NO_IMAGES if test else NO_TEST
     sample = test or Sample([], 0, 0, None, ScoreHistogram.empty(len(study.task.targets), study.evaluation.bins))
-    targets = {name: _target_figures(sample.histogram, place, absent) for place, name in enumerate(study.task.targets)}
+    noise = study.figures_deviation * math.sqrt(max(1, len(sample.sites)))
+    targets = {
+        name: _target_figures(sample.histogram, place, absent, noise) for place, name in enumerate(study.task.targets)
+    }
     return {
         **targets[study.task.targets[0]],
         "sites": sample.sites,
@@ -304,9 +307,9 @@ def _pooled_figures(test: Sample | None, study: Study) -> dict[str, Any]:
     }
 
 
-def _target_figures(histogram: ScoreHistogram, place: int, absent: str) -> dict[str, Any]:
-    """AUROC with interval and binning bound; without both classes it is null and `why` says so."""
-    interval = histogram.interval(place)
+def _target_figures(histogram: ScoreHistogram, place: int, absent: str, noise: float) -> dict[str, Any]:
+    """AUROC with interval and binning bound; without both classes it is null and `why` says so. `noise`: of each count."""
+    interval = histogram.interval(place, noise)
     entry: dict[str, Any] = {
         "positives": histogram.positives(place),
         "negatives": histogram.negatives(place),

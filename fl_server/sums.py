@@ -158,7 +158,7 @@ class Summing:
         return self._order(task.kind, task, self.number, model=task.model, scale=task.scale, **more)
 
     def _encoding(self, task: Task, sites: int) -> Encoding:
-        values = task.model.size if task.name == "train" else 0
+        values = contributions.values_of(self.study, task.name, task.model.size)
         counts = contributions.count_of(self.study, task.name)
         return Encoding(values=values, counts=counts, bits=self.study.encoding_bits, scale=task.scale, sites=sites)
 
@@ -205,7 +205,7 @@ class OpenSumming(Summing):
         vector = encoding.vector_of(packed)
         alone = encoding.zeros()
         alone.add(vector)
-        contributions.read(self.study, task.name, np.zeros(0), encoding.decode(alone).counts)
+        contributions.read(self.study, task.name, np.zeros(encoding.values), encoding.decode(alone).counts)
         return vector
 
 

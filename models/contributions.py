@@ -1,6 +1,7 @@
 """What a site adds to a sum, as numbers: the change of the model, and counts. One form for every kind of protection.
 
-    values  float32 (P,)   what training changed; summed with the site's cases as weight. Empty for an evaluation
+    values  float32 (P,)   what training changed; summed with the site's cases as weight. Empty for an evaluation, but for the
+                           noisy counts of a study with `privacy.figures: noised`
     counts  int64          whole numbers that are summed as they are: cases, images, patients, losses, score histograms
 
 Everything a coordinator learns of a round stands in the sum of these. Beside it, and only if the study says so, a site
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from models.metrics import ScoreHistogram
 from models.study import Study
+from privacy import noise
 from privacy.errors import MessageMalformed
 
 Float32 = npt.NDArray[np.float32]
@@ -86,6 +88,28 @@ def suppressed(study: Study, sheet: Sheet) -> Sheet:
     return Sheet(min(sheet.patients, images), images, sheet.loss, ScoreHistogram(counts))
 
 
+def noised(study: Study, histogram: ScoreHistogram, stream: noise.Keystream) -> Float32:
+    """float32 (targets * 2 * bins,): the counts of `histogram` with discrete Gaussian noise of `study.figures_deviation`.
+
+    The histogram has to count at most `privacy.images_per_patient` images of each patient. Whole numbers throughout.
+    """
+    counts = histogram.counts.ravel().copy()
+    noise.gaussian(study.figures_deviation).add_to(counts, stream)
+    return counts.astype(np.float32)
+
+
+def values_of(study: Study, kind: Kind, parameters: int) -> int:
+    """How many values a contribution of this kind has, for a model of `parameters`."""
+    if kind == "train":
+        return parameters
+    return 2 * len(study.task.targets) * study.evaluation.bins if noises_figures(study) else 0
+
+
+def noises_figures(study: Study) -> bool:
+    """Whether nothing of an evaluation leaves but the noisy counts of the test split."""
+    return study.privacy != "none" and study.privacy.figures == "noised"
+
+
 def empty_sheet(study: Study) -> Sheet:
     """An evaluation that says nothing."""
     return Sheet(0, 0, 0.0, ScoreHistogram.empty(len(study.task.targets), study.evaluation.bins))
@@ -110,11 +134,18 @@ def read(study: Study, kind: Kind, values: npt.NDArray[np.float64], counts: Int6
         raise MessageMalformed("the summed counts of patients, images and scores contradict each other")
     sheet = Sheet(patients, images, _mean(loss, images), histogram)
     if kind == "evaluate":
-        return Contribution(ingested, sheet)
+        return Contribution(ingested, _sheet_of(study, values) if noises_figures(study) and values.any() else sheet)
     cases, train_loss = head[4:]
     if cases < 1:
         raise MessageMalformed("the sum of the updates rests on no cases")
     return Contribution(ingested, sheet, cases, _mean(train_loss, cases), (values / cases).astype(np.float32))
+
+
+def _sheet_of(study: Study, noisy: npt.NDArray[np.float64]) -> Sheet:
+    """The evaluation behind summed noisy counts. Patients are not told apart, so as many as images are said to be there."""
+    histogram = ScoreHistogram.nearest(noisy.reshape(len(study.task.targets), 2, study.evaluation.bins))
+    images = int(histogram.counts.sum(axis=(1, 2)).max())
+    return Sheet(images, images, histogram.cross_entropy() or 0.0, histogram)
 
 
 def figures(study: Study, histogram: ScoreHistogram, *, release: bool) -> Float32:

@@ -220,6 +220,17 @@ def augment(images: Tensor, generator: Generator) -> Tensor:
     return ((moved.pow(gamma) - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
 
 
+def first_images(cohort: TrainingCohort, most: int) -> NDArray[np.int64]:
+    """Rows of at most `most` images of each patient: which ones depends on this patient alone."""
+    taken: dict[int, int] = {}
+    rows = []
+    for row, patient in enumerate(cohort.patients.tolist()):
+        taken[patient] = taken.get(patient, 0) + 1
+        if taken[patient] <= most:
+            rows.append(row)
+    return np.array(rows, np.int64)
+
+
 def labelled_patients(cohort: TrainingCohort) -> list[Tensor]:
     """For each patient with a known label, in order of number: the rows of its labelled images. CohortTooSmall if none has."""
     labelled = torch.nonzero(cohort.known.sum(dim=1) > 0).flatten()

@@ -23,6 +23,7 @@ from privacy.errors import MessageMalformed
 
 Z_95 = 1.959963984540054  # two-sided 95 % of the standard normal distribution
 SCORE_EDGE = 2.0**-24  # float32 sigmoid is exactly 1 from here on; logits beyond +-16.6 share the outermost bins
+REPEATS = 400  # of noise, for its share in an interval: the deviation that they give is right to 4 %
 COUNT_MAX = 2**31 - 1  # counts cross the wire as int32
 
 Int64 = NDArray[np.int64]
@@ -98,6 +99,25 @@ class ScoreHistogram:
     def empty(cls, targets: int, bins: int) -> Self:
         """The histogram of no image: `empty + h` equals `h`."""
         return cls(np.zeros((targets, 2, bins), dtype=np.int64))
+
+    @classmethod
+    def nearest(cls, noisy: Float64) -> Self:
+        """A histogram for noisy counts float64 (T, 2, bins): none negative, each class with the total that its noisy counts have.
+
+        Negative counts become 0 and the others are lowered alike until the total is right ("norm-sub", Wang et al. 2020): cut off
+        alone, the noise of empty bins would add up to images that do not exist.
+        """
+        counts = np.zeros(noisy.shape, np.int64)
+        for place in np.ndindex(*noisy.shape[:2]):
+            total = round(float(noisy[place].sum()))
+            if total <= 0:
+                continue
+            falling = np.sort(noisy[place])[::-1]
+            excess = (falling.cumsum() - total) / np.arange(1, len(falling) + 1)
+            kept = int(np.flatnonzero(falling > excess)[-1])
+            exact = np.maximum(noisy[place] - excess[kept], 0)
+            counts[place] = np.diff(np.rint(np.concatenate([[0.0], exact.cumsum()]))).astype(np.int64)
+        return cls(counts)
 
     @classmethod
     def from_json(cls, value: object) -> Self:
@@ -176,9 +196,11 @@ class ScoreHistogram:
         curve = np.concatenate([np.zeros((2, 1)), falling / falling[:, -1:]], axis=1)
         return curve[0], curve[1]
 
-    def interval(self, target: int) -> tuple[float, float] | None:
+    def interval(self, target: int, noise: float = 0.0) -> tuple[float, float] | None:
         """95 % interval of the AUROC: DeLong's variance (DeLong 1988) of the binned scores, on the logit scale.
 
+        `noise`: standard deviation of Gaussian noise that was added to each count before `nearest`; what it does to the AUROC is
+        found by adding such noise once more, REPEATS times, and widens the interval.
         None if a class has fewer than two images. It takes images as independent: with several images of a patient the
         true interval is wider. Where every pair is ordered alike DeLong's variance is 0 and says nothing; then the
         exact binomial bound of no error among as many cases as the smaller class has stands in for it.
@@ -186,12 +208,20 @@ class ScoreHistogram:
         area, negatives, positives = self.auroc(target), self.negatives(target), self.positives(target)
         if area is None or min(negatives, positives) < 2:
             return None
-        error = math.sqrt(self._variance(target))
+        error = math.sqrt(self._variance(target) + (self._noise_variance(target, noise) if noise else 0.0))
         if area in (0.0, 1.0) or error == 0.0:
             reach = 1 - 0.025 ** (1 / min(negatives, positives))
             return max(0.0, area - reach), min(1.0, area + reach)
         centre, width = math.log(area / (1 - area)), Z_95 * error / (area * (1 - area))
         return _expit(centre - width), _expit(centre + width)
+
+    def _noise_variance(self, target: int, noise: float) -> float:
+        """Of the AUROC of counts with noise that are not made a histogram again: a little more than of those that are."""
+        generator = np.random.default_rng(0)  # for an interval, not for privacy
+        negative, positive = (self.counts[target] + generator.normal(0, noise, (REPEATS, 2, self.bins))).swapaxes(0, 1)
+        below = negative.cumsum(axis=1) - negative / 2
+        pairs = np.maximum(1.0, negative.sum(axis=1)) * np.maximum(1.0, positive.sum(axis=1))
+        return float(np.var(np.clip((positive * below).sum(axis=1) / pairs, 0, 1)))
 
     def _variance(self, target: int) -> float:
         """DeLong's variance: of the placements of the positives among the negatives, and the other way round."""
@@ -211,6 +241,15 @@ class ScoreHistogram:
         taken = (negative + positive).cumsum()
         precision = positive.cumsum() / np.maximum(taken, 1)
         return float((precision * positive).sum() / positive.sum())
+
+    def cross_entropy(self) -> float | None:
+        """Mean cross-entropy over all known labels, each score at the middle of its bin; None without an image."""
+        total = int(self.counts.sum())
+        if total == 0:
+            return None
+        middle = score_of((np.arange(self.bins) + 0.5) / self.bins)
+        costs = -np.log(np.clip(np.stack([1 - middle, middle]), SCORE_EDGE, 1))
+        return float((self.counts * costs).sum() / total)
 
     def brier(self, target: int) -> float | None:
         """Mean squared distance of score and label, each score at the middle of its bin; None without an image."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 LABEL = b"isocenter/v1/study"
 WARM_UP_ROUNDS = 2  # fresh GroupNorm networks take a full first step badly: half the rate in the first round
+NOISED_BINS_MAX = 100  # of a histogram whose every bin gets noise
 YAML_BYTES_MAX = 256 * 1024  # a study is a page; anything larger is a mistake or an attack on the parser
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
@@ -174,6 +175,15 @@ class Privacy(Document):
         ge=0,
         le=999,
         description="distributed: sites that may work with the coordinator, in what is said of ε",
+    )
+
+    figures: Literal["suppressed", "noised"] = Field(
+        default="suppressed",
+        description="evaluations. suppressed: histograms leave if both classes have 10 images, and are not in ε; noised: only "
+        "those of the test split leave, once, with noise of their own",
+    )
+    figures_epsilon: float = Field(
+        default=1.0, gt=0, le=100, description="noised: ε of each test patient at delta, from the figures alone"
     )
 
     def batch_max(self, patients: int) -> int:
@@ -371,6 +381,8 @@ class Study(Document):
             found.append("privacy.mode: distributed and strategy: fedsgd belong together")
         if plan.mode == "distributed":
             found += self._distributed_conflicts(plan)
+        if plan.figures == "noised":
+            found += self._noised_conflicts()
         if plan.noise_multiplier is not None and not found:
             spent = self.spends(self.budgeted_rounds)
             if spent > plan.epsilon:
@@ -394,6 +406,18 @@ class Study(Document):
             found.append("privacy.mode: distributed needs encoding_bits of 32 or 64, so that noise keeps its shape")
         if self.participation.quorum <= plan.colluding:
             found.append("privacy.colluding leaves no honest site in a sum of the quorum")
+        return found
+
+    def _noised_conflicts(self) -> list[str]:
+        split, found = self.evaluation, []
+        if split.select != "last":
+            found.append("privacy.figures: noised tells nothing of validation, so evaluation.select has to be last")
+        if split.site_figures:
+            found.append("privacy.figures: noised and evaluation.site_figures: true, which releases exact figures")
+        if split.bins > NOISED_BINS_MAX:
+            found.append(
+                f"privacy.figures: noised with {split.bins} bins: each gets noise, so {NOISED_BINS_MAX} are the most"
+            )
         return found
 
     def spends(self, rounds: int) -> float:
@@ -423,8 +447,32 @@ class Study(Document):
         if self.privacy == "none":
             return []
         plan, part = self.privacy, self.participation
+        figures = self.figures_event()
         shared = accounting.Sites(len(part.sites), part.quorum, plan.colluding) if plan.mode == "distributed" else None
-        return accounting.statements(self.event(self.budgeted_rounds), plan.delta, shared)
+        found = accounting.statements(self.event(self.budgeted_rounds), plan.delta, shared)
+        return found if figures is None else [*found, accounting.figures_statement(figures, plan.delta)]
+
+    def figures_event(self) -> "PrivacyEvent | None":
+        """What the noised release of test figures does to the patients of the test split; None if there is none."""
+        from privacy import accounting
+
+        plan = self.privacy
+        if plan == "none" or plan.figures == "suppressed":
+            return None
+        noise = accounting.noise_for(plan.figures_epsilon, plan.delta, sampling_rate=1.0, steps=1)
+        return accounting.PrivacyEvent(noise, 1.0, 1)
+
+    @property
+    def figures_deviation(self) -> float:
+        """Standard deviation of a site's noise on each count of its test figures; 0 if they have none.
+
+        A patient adds at most `images_per_patient` images to the counts of each target: their L2 norm is at most that times the
+        root of the number of targets, with all of them in one bin.
+        """
+        event, plan = self.figures_event(), self.privacy
+        if event is None or plan == "none":
+            return 0.0
+        return event.noise_multiplier * plan.images_per_patient * math.sqrt(len(self.task.targets))
 
 
 D = TypeVar("D", bound=Document)

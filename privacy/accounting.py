@@ -52,7 +52,7 @@ error of its sampler, takes 2e-7 of the target (measured for targets of 0.5 to 1
 NOISE_STEP = 1e-4  # relative, to which a noise is found: more would not show in two decimals of ε
 RELATION = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 
-Tier = Literal["everybody", "coordinator", "lying-coordinator"]
+Tier = Literal["everybody", "coordinator", "lying-coordinator", "test-figures"]
 
 
 @dataclass(frozen=True)
@@ -259,6 +259,12 @@ def statements(event: PrivacyEvent, delta: float, sites: Sites | None = None, *,
         )
         found.append(Statement(tier, epsilon([summed], delta, fine=fine), delta, how, adversary))
     return found
+
+
+def figures_statement(event: PrivacyEvent, delta: float) -> Statement:
+    """What can be said of a patient of a test split, who was not trained on, after the noised release of its figures."""
+    adversary = "everybody who sees the test figures; of a patient of the test split"
+    return Statement("test-figures", epsilon([event], delta, fine=True), delta, "no sampling, one release", adversary)
 
 
 def honest_following(sites: Sites) -> int:

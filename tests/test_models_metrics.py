@@ -249,3 +249,53 @@ def test_scores_and_labels_out_of_range_are_refused(scores: object, labels: obje
 def test_histograms_of_different_studies_cannot_be_added() -> None:
     with pytest.raises(MessageMalformed):
         ScoreHistogram.empty(1, 10) + ScoreHistogram.empty(1, 20)
+
+
+# Counts that had noise added.
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-50, 50), min_size=4, max_size=40), st.integers(0, 2**31))
+def test_the_nearest_histogram_has_no_negative_count_and_the_total_of_the_noisy_ones(
+    values: list[float], seed: int
+) -> None:
+    noisy = np.array([[values, values[::-1]]])
+    made = ScoreHistogram.nearest(noisy)
+    total = max(0, round(sum(values)))
+    assert made.counts.min() >= 0
+    assert abs(made.negatives(0) - total) <= 1 and abs(made.positives(0) - total) <= 1
+
+
+def test_counts_without_noise_are_their_own_nearest_histogram() -> None:
+    counts = np.random.default_rng(1).integers(0, 30, (2, 2, 25))
+    assert ScoreHistogram.nearest(counts.astype(np.float64)) == ScoreHistogram(counts)
+
+
+def test_empty_bins_with_noise_do_not_add_up_to_images() -> None:
+    """Cut off at zero alone, 200 empty bins of deviation 5 would make 400 images."""
+    generator = np.random.default_rng(2)
+    totals = [ScoreHistogram.nearest(generator.normal(0, 5, (1, 2, 200))).negatives(0) for _ in range(50)]
+    assert np.mean(totals) < 60
+
+
+def test_noise_widens_the_interval_by_what_it_does_to_the_auroc() -> None:
+    generator = np.random.default_rng(3)
+    counts = np.stack(
+        [generator.poisson(40 * np.exp(-np.linspace(0, 2, 20))), generator.poisson(40 * np.exp(-np.linspace(2, 0, 20)))]
+    )
+    exact = ScoreHistogram(counts[None].astype(np.int64))
+    seen = [ScoreHistogram.nearest(exact.counts + generator.normal(0, 8, (1, 2, 20))) for _ in range(200)]
+    inside = 0
+    for noisy in seen:
+        interval, narrow = noisy.interval(0, 8.0), noisy.interval(0)
+        assert interval is not None and narrow is not None and interval[0] < narrow[0] and narrow[1] < interval[1]
+        inside += interval[0] <= (exact.auroc(0) or 0) <= interval[1]
+    assert inside >= 190, "the sampling error comes on top, so 95 % is the least"
+
+
+def test_cross_entropy_of_bins_is_that_of_their_middles() -> None:
+    scores, targets = np.array([[0.2], [0.9], [0.7], [0.4]]), np.array([[0.0], [1.0], [0.0], [1.0]])
+    made = ScoreHistogram.of(scores, targets, np.ones((4, 1)), bins=10_000)
+    expected = -np.mean([np.log(0.8), np.log(0.9), np.log(0.3), np.log(0.4)])
+    assert made.cross_entropy() == pytest.approx(expected, rel=1e-3)
+    assert ScoreHistogram.empty(1, 10).cross_entropy() is None

@@ -7,6 +7,7 @@ import json
 import math
 import sqlite3
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from hospital import STUDY, Hospital, first_model
 from fl_client.cohort import Cohort
 from fl_client.consent import Consent
 from fl_client.site import Site
+from fl_server import report
 from fl_server.run import Run, read_facts
-from models import learning, networks
+from models import contributions, learning, networks
 from models.study import Study, parse
 from privacy import accounting, dpsgd, keys, noise, wire
-from privacy.errors import BudgetExceeded, DeltaTooLarge, PolicyForbids
+from privacy.errors import BudgetExceeded, DeltaTooLarge, PolicyForbids, StudyConflict
+from privacy.sharing import Encoding
 
 THREE = ["north", "south", "east"]
 LOCAL = "{mode: local, epsilon: 50, delta: 0.001, clip_norm: 0.5, sampling_rate: 0.5, steps: 3, spare_rounds: 1}"
@@ -487,3 +490,123 @@ def test_signatures_cover_the_noise(plain: Hospital) -> None:
     assert old in text
     keys.write_private(path, text.replace(old, '\\"noise_multiplier\\":0.05').encode())
     assert answer(plain) != ""
+
+
+# Figures with noise of their own.
+
+
+def noised(privacy: str = LOCAL, **change: str) -> Study:
+    text = privacy.replace("spare_rounds: 1", "spare_rounds: 1, figures: noised, figures_epsilon: 2")
+    last = {"bins__50": "bins: 20, select: last, site_figures: false"}
+    return private(text, **last, **change)
+
+
+@pytest.mark.parametrize("privacy", [LOCAL, DISTRIBUTED])
+def test_noised_figures_leave_once_for_the_test_split_and_are_charged_to_its_patients(
+    tmp_path: Path, privacy: str
+) -> None:
+    plan = noised(privacy)
+    found = federation(tmp_path, plan)
+    folder = found.run()
+    results = json.loads((folder / "results.json").read_text())
+    assert read_facts(folder)["label"] == "complete" and results["ingested"] == 0
+    for entry in results["rounds"]:
+        assert entry["validation"]["images"] == 0 and entry["validation"]["loss"] is None
+    counts = np.array(results["test"]["counts"])
+    assert counts.shape == (1, 2, 20) and counts.min() >= 0
+    assert results["test"]["patients"] == results["test"]["images"] == counts.sum()
+    for name, hospital in found.hospitals.items():
+        assert kinds(hospital) == ["reserve", "commit"] * 3
+        event = plan.figures_event()
+        assert event is not None and entries(hospital)[4]["event"]["noise_multiplier"] == event.noise_multiplier
+        charged = hospital.site.ledger.spendings(0.001)["total"]
+        alone = accounting.epsilon([event], 0.001)
+        # Nobody is in both splits: the most used patient is one that was trained on.
+        assert alone <= 2 < charged.charged <= 50
+        assert not set.union(*found.cohort(name, "train").identities) & set.union(
+            *found.cohort(name, "test").identities
+        )
+    page = report.write(results, tmp_path / "report").read_text()
+    assert "noise of their own" in page and "test figures" in page
+
+
+def test_the_sum_of_noisy_counts_is_the_exact_sum_and_the_noise_of_every_site(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without noise the pooled counts are those of the first images of each test patient, counted here by hand."""
+    monkeypatch.setattr(noise.DiscreteGaussian, "add_to", lambda self, total, stream: None)
+    plan = noised(LOCAL)
+    found = federation(tmp_path, plan)
+    folder = found.run()
+    run = Run.open(folder)
+    assert run.model is not None
+    net, expected = networks.build(plan), np.zeros((1, 2), np.int64)
+    networks.load_vector(net, run.model)
+    for name in THREE:
+        cohort = found.cohort(name, "test")
+        for patient in sorted(set(cohort.patients.tolist())):
+            rows = torch.nonzero(cohort.patients == patient).flatten()[:2]
+            for row in rows.tolist():
+                expected[0, int(cohort.targets[row, 0])] += 1
+    results = json.loads((folder / "results.json").read_text())
+    assert np.array(results["test"]["counts"]).sum(axis=2).tolist() == expected.tolist()
+
+
+def test_asked_again_a_site_sends_the_same_noise_and_for_another_model_nothing(tmp_path: Path) -> None:
+    """Fresh noise for the same counts could be averaged away, figures of a second model would be a second release."""
+    plan = noised(LOCAL, **{"protection__masked": "protection: plain"})
+    hospital = Hospital.open(tmp_path, "north", plan)
+    permissive(hospital)
+
+    def sent(**change: Any) -> np.ndarray:
+        order = hospital.order(wire.EvaluateOrder, split="test", scale=0, **change)
+        report = hospital.answer(order)
+        assert isinstance(report, wire.EvaluateReport)
+        encoding = Encoding(40, contributions.count_of(plan, "evaluate"), 32, 0, 3)
+        total = encoding.zeros()
+        total.add(encoding.vector_of(report.vector))
+        return encoding.decode(total).values
+
+    first, again = sent(run="run-1"), sent(run="run-2", attempt=4, sum=9)
+    assert np.array_equal(first, again) and np.count_nonzero(first) > 20
+    assert kinds(hospital) == ["reserve", "commit"]
+    other = first_model(plan) + np.float32(1)
+    assert not sent(run="run-3", model=other).any() and kinds(hospital) == ["reserve", "commit"]
+    validation = hospital.answer(hospital.order(wire.EvaluateOrder, split="validation", scale=0, run="run-4"))
+    assert isinstance(validation, wire.EvaluateReport)
+    assert not np.frombuffer(validation.vector, np.uint8).any(), "of validation nothing leaves at all"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("select: last", "select: best_validation", "select has to be last"),
+        ("site_figures: false", "site_figures: true", "exact figures"),
+        ("bins: 20", "bins: 500", "the most"),
+    ],
+)
+def test_noised_figures_beside_exact_ones_are_a_conflict(before: str, after: str, sentence: str) -> None:
+    with pytest.raises(StudyConflict, match=sentence):
+        noised(LOCAL, **{before.replace(": ", "__"): after})
+
+
+def test_the_noise_of_a_count_covers_all_images_that_a_patient_may_add() -> None:
+    plan = noised(LOCAL)
+    event = plan.figures_event()
+    assert event is not None
+    assert plan.figures_deviation == pytest.approx(event.noise_multiplier * 2)
+    assert (
+        accounting.epsilon([event], 0.001)
+        <= 2
+        < accounting.epsilon([replace(event, noise_multiplier=event.noise_multiplier * 0.97)], 0.001)
+    )
+    statement = plan.statements()[-1]
+    assert statement.tier == "test-figures" and statement.epsilon <= 2 and "test split" in statement.sentence()
+    assert private(LOCAL).figures_deviation == 0 and private(LOCAL).figures_event() is None
+
+
+def test_at_most_so_many_images_of_a_patient_are_counted() -> None:
+    cohort = Few(range(12))
+    cohort.patients = torch.tensor([0, 1, 0, 0, 2, 1, 1, 0])
+    assert learning.first_images(cohort, 2).tolist() == [0, 1, 2, 4, 5]
+    assert learning.first_images(cohort, 9).tolist() == list(range(8))
