@@ -218,25 +218,32 @@ class _Fleet(FleetHttpClient):
 
 
 class Worker:
-    """One resident process that runs the ClientApp. If it dies, the order is refused and a new one takes its place."""
+    """One resident process that runs the ClientApp. If it dies, the order is refused and a new one takes its place.
+
+    Each process tests its own noise, clip, draws, masks and isolation first; one that fails works on nothing.
+    """
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self.pool = self._start()
+        self._start()
 
-    def _start(self) -> ProcessPoolExecutor:
-        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin_worker)
-        pool.submit(_warm)  # imports torch once, before the first order comes
-        return pool
+    def _start(self) -> None:
+        self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin_worker)
+        self.ready: Future[None] = self.pool.submit(_warm)
+
+    def wait(self) -> None:
+        """Return when the process is ready; raises AuditFailed if its self-test fails."""
+        self.ready.result()
 
     def answer(self, message: Message) -> Message:
         """The reply to an order, a Refusal if it could not be worked on, Flower's bare error if the message is no order."""
         try:
+            self.wait()
             pending: Future[Message] = self.pool.submit(_work, str(self.site.home), message)
             return pending.result()
         except BrokenProcessPool:
             log.error("the worker process died while it worked on an order; a new one is started")
-            self.pool = self._start()
+            self._start()
             code = WorkerDied.code
         except IsocenterError as error:
             log.error("the order could not be worked on: %s", error)
@@ -272,12 +279,15 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _warm() -> None:
+    """Import what orders need, once, and have the privacy mechanism test itself; raises AuditFailed."""
     import torch
 
     import fl_client.app  # noqa: F401  the import is the work
+    from privacy import selftest
 
     # The first optimizer of a process imports a second's worth of modules; better now than in the first round.
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()
+    selftest.require()
 
 
 def _work(home: str, message: Message) -> Message:
@@ -297,7 +307,7 @@ def _work(home: str, message: Message) -> Message:
 def serve(home: Path, tell: Tell) -> None:
     """Answer orders until KeyboardInterrupt. A broken link is retried for ever; a finished reply is kept and sent again.
 
-    `tell` gets short sentences for people. Raises what no retry can mend: NotEnrolled, WrongAuthority, NodeRunning.
+    `tell` gets short sentences for people. Raises what no retry can mend: NotEnrolled, WrongAuthority, NodeRunning, AuditFailed.
     """
     site = Site.open(home)
     with only_one(site):
@@ -307,6 +317,8 @@ def serve(home: Path, tell: Tell) -> None:
 def _serve(site: Site, tell: Tell) -> None:
     worker, unsent, pause = Worker(site), deque[Message](), RETRY_FIRST_S
     try:
+        worker.wait()
+        tell("Self-test passed: noise, clip, draws, masks and isolation of patients are as they should be.")
         while True:
             try:
                 with connect(site) as connection:

@@ -37,11 +37,12 @@ COARSE, FINE = 1e-3, 1e-4
 """Width of the grid of privacy losses: for every order, and for what is printed."""
 NOISE_MIN, NOISE_MAX = 0.05, 10_000.0
 STEPS_MAX = 10**8
+COMPOSED_MAX = 2**20  # steps of one mechanism for which there is a finite ε: ten times as many take minutes to compose
 PATIENTS_MAX = 10**9
 ROUNDING = 3 / 2**GRID_BITS  # s of the argument above, in units of the clip norm
 FLOAT_ERROR = 2.0**-50
 """Taken off δ for each step. Measured against the closed form for a Gaussian: 2**-53 a step, for 100 steps to a million."""
-SHARES = (1e-6, 1e-3, 0.1, 0.5, 0.9)
+SHARES = (1e-6, 1e-4, 1e-3, 0.01, 0.1, 0.25, 0.5, 0.9)
 """Parts of δ that are set aside for errors, the least one that covers them: 1e-6 of δ changes ε by less than 1e-6."""
 LOSSES_NORMAL, LOSSES_MAX = 100.0, 3200.0
 """Privacy losses that range over no more than the first are computed on the grid asked for, those of up to twice the range on one
@@ -118,10 +119,10 @@ def epsilon(events: Iterable[PrivacyEvent], delta: float, *, fine: bool = False)
     """The smallest ε that dp-accounting can prove for all `events` together at `delta`, rounded up; 0 for no events.
 
     `fine` takes up to ten times as long, and is some thousandths lower; a per cent lower for thousands of steps that together
-    spend less than 1. Infinite where an ε in the thousands would be all that can be said. Raises PrivacyError for a δ outside
-    (0, 1), or one that the errors of the events use up.
+    spend less than 1. Infinite where noise is so small that losses go into the hundreds, and beyond COMPOSED_MAX steps. Raises
+    PrivacyError for a δ outside (0, 1), or one that the errors of the events use up.
     """
-    return _epsilon(*_merged(events), delta, FINE if fine else COARSE)
+    return _epsilon(*_merged(events), _probability(delta), FINE if fine else COARSE)
 
 
 def epsilon_rdp(events: Iterable[PrivacyEvent], delta: float) -> float:
@@ -129,15 +130,11 @@ def epsilon_rdp(events: Iterable[PrivacyEvent], delta: float) -> float:
 
     A cap on batches counts as an error: that a step draws more. Raises PrivacyError as `epsilon` does, so for tight caps as well.
     """
-    found = [_uncapped(event) for event in events]
-    accountant = _renyi()
+    found, accountant = [_uncapped(event) for event in events], _renyi()
     for event in found:
         accountant.compose(_step(event), event.steps)
-    return _with_errors(
-        lambda left: float(accountant.get_epsilon(left)) if found else 0.0,
-        delta,
-        sum(event.delta_extra for event in found),
-    )
+    error = math.fsum(event.delta_extra for event in found)
+    return _with_errors(lambda left: float(accountant.get_epsilon(left)) if found else 0.0, _probability(delta), error)
 
 
 def noise_for(target: float, delta: float, *, sampling_rate: float, steps: int) -> float:
@@ -146,8 +143,8 @@ def noise_for(target: float, delta: float, *, sampling_rate: float, steps: int) 
     To NOISE_STEP, and rounded up to four decimals. A site that does these steps with batches cut at eight standard deviations
     therefore finds, with all that it alone knows, no ε above `target`. Raises PrivacyError if no noise in range does.
     """
-    if not 0 < target < math.inf or not 0 < delta < 1:
-        raise PrivacyError(f"an ε of {target} at a δ of {delta}: there is noise for a positive ε and a δ in (0, 1)")
+    if not 0 < target < math.inf:
+        raise PrivacyError(f"an ε of {target}; it has to be a positive number")
     event, aim = PrivacyEvent(NOISE_MAX, sampling_rate, steps), target * (1 - ROOM)
     least, most = math.log(NOISE_MIN), math.log(NOISE_MAX)
 
@@ -157,7 +154,7 @@ def noise_for(target: float, delta: float, *, sampling_rate: float, steps: int) 
         return math.log(min(max(spent, 1e-12), 1e12) / aim)
 
     low, high, slope = -math.inf, math.inf, -1.3
-    x = min(max(math.log(_limit_noise(aim, delta, event)), least), most)
+    x = min(max(math.log(_limit_noise(aim, _probability(delta), event)), least), most)
     before: tuple[float, float] | None = None
     while high - low > NOISE_STEP:
         found = excess(x)
@@ -191,7 +188,7 @@ def selection_epsilon(event: PrivacyEvent, delta: float, mean_tries: float) -> f
     accountant.compose(dp_event.RepeatAndSelectDpEvent(composed, mean=mean_tries, shape=1.0))
     # What is shown has been disturbed with the probability that any try was: at most the sum over tries, on average.
     error = whole.delta_extra * mean_tries
-    return _with_errors(lambda left: float(accountant.get_epsilon(left)), delta, error)
+    return _with_errors(lambda left: float(accountant.get_epsilon(left)), _probability(delta), error)
 
 
 @dataclass(frozen=True)
@@ -281,8 +278,9 @@ def honest_min(sites: Sites) -> int:
 
     n members share each secret among h holders, t of whom open it, and a list has m survivors or more. Leaving an honest site
     out takes t - c honest ones that were told it dropped out; each of the n - c can be told that of h - t holders and of n - m
-    members at most. Beyond FULL_GRAPH_SITES, where not everybody masks with everybody, the rest does not come apart either as
-    long as a tenth collude at most (`sharing.degree`).
+    members at most. With h + c >= 2t, half of them are told that it dropped out and half that it did not, both its secrets are
+    known, and it stands alone. Beyond FULL_GRAPH_SITES, where not everybody masks with everybody, the rest does not come apart
+    either as long as a tenth collude at most (`sharing.degree`).
     """
     c, least = sites.colluding, honest_following(sites)
     if least == 1:
@@ -290,6 +288,8 @@ def honest_min(sites: Sites) -> int:
     for n in range(sites.quorum, sites.count + 1):
         holders, m = degree(n) + 1, max(threshold(n), sites.quorum)
         t = threshold(holders)
+        if m < n and holders + c >= 2 * t:
+            return 1
         left_out = max(n - m, (n - c) * min(holders - t, n - m) // (t - c))
         least = min(least, n - c - left_out)
     return max(1, least)
@@ -335,14 +335,18 @@ def _epsilon(events: tuple[PrivacyEvent, ...], error: float, delta: float, inter
     return _with_errors(answer, delta, error)
 
 
+def _probability(delta: float) -> float:
+    if not 0 < delta < 1:
+        raise PrivacyError(f"a δ of {delta}; it lies between 0 and 1")
+    return delta
+
+
 def _with_errors(answer: Callable[[float], float], delta: float, error: float) -> float:
     """ε at `delta` of mechanisms within a total variation of `error` from those whose ε at a δ `answer` gives.
 
     An (ε, δ') mechanism disturbed by that much is (ε, δ' + (1 + exp(ε)) * error): once for the data with the patient, and exp(ε)
     times for those without. So ε decides how much of δ is left for itself; SHARES are tried until one is enough.
     """
-    if not 0 < delta < 1:
-        raise PrivacyError(f"a δ of {delta}; it lies between 0 and 1")
     if error == 0:
         return answer(delta)
     for share in SHARES:
@@ -353,7 +357,7 @@ def _with_errors(answer: Callable[[float], float], delta: float, error: float) -
 
 
 def _width(events: tuple[PrivacyEvent, ...], interval: float) -> float | None:
-    """Width of the grid of privacy losses for `events`; None if they are too large for any.
+    """Width of the grid of privacy losses for `events`; None if they, or their steps, are too many for any.
 
     Their range, roughly: the Renyi divergence of order 2, log(1 + q² (exp(1/σ²) - 1)) a step, its spread, and the largest loss of
     one step. It only grows with steps and events and falls with noise, and a coarser grid only makes ε larger: so does ε.
@@ -365,7 +369,7 @@ def _width(events: tuple[PrivacyEvent, ...], interval: float) -> float | None:
         inverse *= 4 if event.capped else 1  # of a cut draw, one patient can replace another
         largest = max(largest, inverse / 2 + 10 * math.sqrt(inverse))
     size = total + 10 * math.sqrt(total) + largest
-    if size > LOSSES_MAX:
+    if size > LOSSES_MAX or any(event.steps > COMPOSED_MAX for event in events):
         return None
     return interval * 2.0 ** max(0, math.ceil(math.log2(max(size, 1.0) / LOSSES_NORMAL)))
 

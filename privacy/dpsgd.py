@@ -1,12 +1,12 @@
 """DP-SGD (Abadi et al. 2016) with the patient as unit: each patient's gradient is clipped, summed exactly, and noise added.
 
-What leaves `private_gradient` is a vector of whole numbers: clipped gradients in units of 2**-bits of the clip norm, plus discrete
-Gaussian noise. A patient changes the sum before the noise by a vector of whole numbers whose L2 norm is at most 2**bits: not up to
-rounding, but verified on the rounded vector itself. Sums of whole numbers are exact in any order, so with or without a
-patient the rest is the same to the last bit.
+What leaves `private_gradient` is a vector of whole numbers: clipped gradients in units of 2**-bits of the clip norm, plus
+discrete Gaussian noise. A patient changes the sum before the noise by a vector of whole numbers whose L2 norm is at most 2**bits:
+not up to rounding, but verified on the rounded vector itself. Sums of whole numbers are exact in any order, so with or without
+a patient the rest is the same to the last bit.
 
-The unit is everything of one patient: a `Batch` with B = 1 holds its K images, and its loss is their mean. Nothing of one unit may
-influence another's loss; `check_isolation` looks for that in gradients, not in the names of layers.
+The unit is everything of one patient: a `Batch` with B = 1 holds its K images, and its loss is their mean. Nothing of one unit
+may influence another's loss; `check_isolation` looks for that in gradients, not in the names of layers.
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class Clip:
 
 @dataclass
 class ClippedSum:
-    """`total` int64 (P,): the clipped gradients of `units` patients. `clipped` of them were too long, `nonfinite` counted as zero.
+    """`total` int64 (P,): clipped gradients of `units` patients. `clipped` of them were too long, `nonfinite` counted as zero.
 
     These numbers and norms are data of patients: they stay at the site.
     """
@@ -83,7 +83,7 @@ class Engine(Protocol):
 
 
 class LoopEngine:
-    """One forward and backward pass for each patient, into one flat buffer. Asks nothing of the network, and one patient's memory."""
+    """One forward and backward pass for each patient, into one flat buffer. Asks nothing of the network; one patient's memory."""
 
     def __init__(self, net: nn.Module, losses: Losses, *, bfloat16: bool = False) -> None:
         """`bfloat16`: forward pass in bfloat16 where torch does that (autocast); gradients and clipping stay in float32."""
@@ -122,7 +122,11 @@ class LoopEngine:
 
 
 class VmapEngine:
-    """Several patients at once through torch.func: for accelerators, and where a single image is slow (3-D convolutions)."""
+    """Several patients at once through torch.func: for accelerators, and where a single image is slow (3-D convolutions).
+
+    The last bits of a patient's gradient may depend on how many share its chunk, so one patient more can move others by a unit of
+    the grid here and there; the loop has nothing of the kind.
+    """
 
     name = "vmap"
 
@@ -230,8 +234,8 @@ def private_gradient(
 def choose(net: nn.Module, losses: Losses, samples: Sequence[Batch], clip: Clip) -> Engine:
     """The fastest sound engine for `net` on units shaped like `samples` (at least two).
 
-    Each takes one step to warm up and one against the clock. One whose norms differ from those of the float32 loop, or that fails, is
-    left out. Raises UnitsCoupled if patients meet in the network or the loss. Nothing of `net` is changed.
+    Each takes one step to warm up and one against the clock. One whose norms differ from those of the float32 loop, or that
+    fails, is left out. Raises UnitsCoupled if patients meet in the network or the loss. Nothing of `net` is changed.
     """
     with _without_dropout(net):
         check_isolation(net, losses, samples)
@@ -299,7 +303,7 @@ def _trained(net: nn.Module) -> list[nn.Parameter]:
 
 
 def _norm(vector: Tensor) -> float:
-    """L2 norm over the whole vector. Of whole numbers below 2**26 in all, its square is exact: every term and sum is below 2**53."""
+    """L2 norm over the whole vector. Its square is exact for whole numbers with a norm below 2**26: all sums are below 2**53."""
     return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
 
 

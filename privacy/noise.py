@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from privacy.errors import PrivacyError
 
 GRID_BITS = 18
-"""A clipped gradient is written in whole numbers with an L2 norm of at most 2**GRID_BITS: rounding 7 million values lengthens such
-a vector by 0.5 % at most, and 8192 patients of a site still fit into a word of 32 bits."""
+"""A clipped gradient is written in whole numbers with an L2 norm of at most 2**GRID_BITS: rounding 7 million values lengthens
+such a vector by 0.5 % at most, and 8192 patients of a site still fit into a word of 32 bits."""
 
 BLOCK = 64 * 1024  # samples at a time: words, columns and values of a block stay in the L2 cache
 FINE_SIGMA = 1024  # of the fine part of a wide Gaussian
@@ -95,8 +95,8 @@ class DiscreteGaussian:
 
     Up to TABLE_SIGMA_MAX from one table. Above, X = X1 + STRIDE * X2 with X1 of FINE_SIGMA and X2 such that the variances add up:
     completing the square, the probability of x is that of the Gaussian times a sum over the integers of a Gaussian of
-    variance t = (FINE_SIGMA / STRIDE)**2 * (1 - FINE_SIGMA**2 / sigma**2) > 15, which by Poisson summation is constant in x up to a
-    relative 4 * exp(-2 pi**2 t) < 2**-420.
+    variance t = (FINE_SIGMA / STRIDE)**2 * (1 - FINE_SIGMA**2 / sigma**2) > 15, which by Poisson summation is constant in x up to
+    a relative 4 * exp(-2 pi**2 t) < 2**-420.
     """
 
     def __init__(self, sigma: float) -> None:
@@ -112,7 +112,7 @@ class DiscreteGaussian:
             bound += 2.0**-420
         parts.append((stride, _table(variance)))
         self._parts = parts
-        # Each table: at most half a unit of rounding per entry and as much again for what is put right in the middle, and the tail.
+        # Each table: half a unit of rounding per entry at most, as much again for what is put right in the middle, and the tail.
         bound += sum((2 * table.radius + 1) * 2.0**-PROBABILITY_BITS + 2.0**-132 for _, table in parts)
         self.tv_bound = bound
 

@@ -133,20 +133,11 @@ def _grouped(event: PrivacyEvent, patients: int) -> PrivacyEvent:
         return event
     rate = -math.expm1(patients * math.log1p(-event.sampling_rate)) if event.sampling_rate < 1 else 1.0
     error = event.delta_extra
-    if event.batch_max is not None and event.patients is not None:
-        error += event.steps * _overflow(event.patients, event.sampling_rate, event.batch_max)
+    if event.capped:
+        # The larger of two neighbouring sets counts, and the site may be either of them.
+        most = (event.patients or 0) + patients
+        error += event.steps * accounting.overflow(most, event.sampling_rate, event.batch_max or 0)
     return PrivacyEvent(event.noise_multiplier / patients, rate, event.steps, delta_extra=min(1.0, error))
-
-
-def _overflow(patients: int, rate: float, batch_max: int) -> float:
-    """At least the probability that more than `batch_max` of so many patients are drawn (Chernoff's bound)."""
-    if batch_max >= patients:
-        return 0.0
-    part = (batch_max + 1) / patients
-    if part <= rate:
-        return 1.0
-    rest = (1 - part) * math.log((1 - part) / (1 - rate)) if part < 1 else 0.0
-    return math.exp(-patients * (part * math.log(part / rate) + rest))
 
 
 def _rounded_up(events: Iterable[PrivacyEvent]) -> Iterator[PrivacyEvent]:
@@ -160,7 +151,7 @@ def _rounded_up(events: Iterable[PrivacyEvent]) -> Iterator[PrivacyEvent]:
     for (noise, rate, cap, patients), count in steps.items():
         unit = 1 << max(0, count.bit_length() - 4)
         error = errors[noise, rate, cap, patients]
-        error = 2.0 ** math.ceil(math.log2(error)) if error else 0.0
+        error = math.ldexp(1.0, math.frexp(error)[1]) if error else 0.0
         yield PrivacyEvent(noise, rate, -(-count // unit) * unit, cap, patients, delta_extra=min(1.0, error))
 
 

@@ -184,6 +184,55 @@ def test_a_full_disk_leaves_the_chain_whole(path: Path, monkeypatch: pytest.Monk
     assert verify(path) == 7  # with the line that tells of the torn one
 
 
+def test_the_latest_line_of_a_kind_is_found_and_no_other(path: Path) -> None:
+    journal = Journal(path)
+    assert journal.last("budget") is None
+    journal.append("budget", seq=1)
+    journal.append("budget", seq=2, about="order", sites=["budget", "kind"])
+    journal.append("budgets", seq=3)
+    journal.append("order", budget=4)
+    assert journal.last("budget") == {"seq": 2, "about": "order", "sites": ["budget", "kind"]}
+    assert journal.lines("budget") == [{"seq": 1}, {"seq": 2, "about": "order", "sites": ["budget", "kind"]}]
+    assert [facts.get("round") for facts in journal.lines("order")] == [0, 1, 2, 3, 4, None]
+    assert journal.lines("budg") == []
+
+
+def test_an_empty_journal_has_no_latest_line(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    assert journal.last("budget") is None
+    assert journal.lines("budget") == []
+
+
+def test_a_torn_line_is_not_the_latest_one(path: Path) -> None:
+    journal = Journal(path)
+    journal.append("budget", seq=1)
+    with path.open("ab") as file:
+        file.write(b'{"n":7,"time":"2026-01-31T12:00:00Z","kind":"budget","facts":{"seq":2}')
+    assert journal.last("budget") == {"seq": 1}
+    assert journal.lines("budget") == [{"seq": 1}]  # which also sets the torn line aside
+    assert verify(path) == 7
+
+
+def test_a_changed_line_is_neither_the_latest_nor_one_of_many(path: Path) -> None:
+    journal = Journal(path)
+    journal.append("budget", seq=1)
+    journal.append("order", round=9)
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"seq":1', b'"seq":2'))
+    with pytest.raises(JournalDamaged, match="last line about budget"):
+        journal.last("budget")
+    with pytest.raises(JournalDamaged, match="line 6"):
+        journal.lines("budget")
+    path.write_bytes(whole.replace(b'"round":2', b'"round":7'))
+    assert journal.last("budget") == {"seq": 1}  # the whole chain is read only where all of it is used
+    with pytest.raises(JournalDamaged, match="line 3"):
+        journal.lines("budget")
+    path.write_bytes(whole.replace(b'"round":9', b'"round":8'))
+    for read in (journal.last, journal.lines):
+        with pytest.raises(JournalDamaged, match="last line"):
+            read("budget")
+
+
 def _append_many(path: Path, name: str) -> None:
     journal = Journal(path)
     for number in range(25):
@@ -261,4 +310,6 @@ def test_whatever_is_accepted_comes_back(tmp_path_factory: pytest.TempPathFactor
     read = [json.loads(line) for line in journal.path.read_bytes().splitlines()]
     assert [(entry["kind"], entry["facts"]) for entry in read] == entries
     assert verify(journal.path) == len(entries)
+    for kind, facts in dict(entries).items():  # the later of two of one kind
+        assert journal.last(kind) == facts == journal.lines(kind)[-1]
     shutil.rmtree(folder)

@@ -146,6 +146,17 @@ def test_an_entry_with_a_right_hash_that_says_nothing_is_damage(spent: Ledger, b
     refuses_everything(spent, LedgerDamaged, "entry 6")
 
 
+def test_an_entry_with_a_right_hash_and_a_wrong_number_is_damage(spent: Ledger) -> None:
+    def forged(connection: sqlite3.Connection) -> None:
+        last = connection.execute("SELECT hash FROM entries WHERE seq = 5").fetchone()[0]
+        text = '{"kind":"clock","time":1}'
+        own = hashlib.sha256(b"isocenter/v1/ledger\n" + f"7 {last} {text}".encode()).hexdigest()
+        connection.execute("INSERT INTO entries VALUES (7, ?, ?)", (text, own))
+
+    forge(spent.path, forged)
+    refuses_everything(spent, LedgerDamaged, "entry 6")
+
+
 @pytest.mark.parametrize("content", [b"", b"SQLite format 3\0", b"\0" * 8192, b"not a database" * 1000])
 def test_a_file_that_is_no_ledger_any_more_is_damage(spent: Ledger, content: bytes) -> None:
     spent.path.write_bytes(content)
