@@ -72,10 +72,10 @@ class Desk:
     vault: Vault = field(default_factory=Vault)
     engines: dict[str, dpsgd.Engine] = field(default_factory=dict)
 
-    def engine(self, net: nn.Module, cohort: Cohort, study: Study) -> dpsgd.Engine:
-        """The engine of private training for the study's network, chosen on the site's own images when first asked for."""
+    def engine(self, net: nn.Module, study: Study) -> dpsgd.Engine:
+        """The engine of private training for the study's network, chosen when first asked for."""
         if study.digest not in self.engines:
-            self.engines = {study.digest: learning.engine_of(net, cohort, study)}
+            self.engines = {study.digest: learning.engine_of(net, study)}
         return self.engines[study.digest]
 
     def net(self, study: Study, order: WorkOrder) -> nn.Module:
@@ -174,7 +174,7 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: Order) -> Tr
     if study.privacy == "none":
         update = learning.learn(net, cohort, study, round_number=order.round, repeat=repeat)
     else:
-        engine = desk.engine(net, cohort, study)
+        engine = desk.engine(net, study)
         update = learning.learn_privately(engine, net, cohort, study, Turn(order.round, cohort.public_size))
     site.commit(hold)
     contribution = Contribution(

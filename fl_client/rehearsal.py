@@ -10,10 +10,12 @@ from pathlib import Path
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fl_client.cohort import Cohort, Split
 from fl_client.consent import Consent, Offer
-from fl_client.ingest import ingest
+from fl_client.ingest import Index, ingest
 from fl_client.phantom import VENDORS, make_hospital
 from fl_client.site import Policy, Site, Source
+from models.labels import LabelTable
 from models.study import Study
 from privacy import keys
 from privacy.calls import Statement
@@ -70,3 +72,10 @@ def approve(home: Path, study: Study, coordinator_signature: bytes) -> None:
     signature = keys.sign(keys.load_key(home / "keys" / "site.key"), keys.STUDY_DECISION, statement.body())
     offer = Offer(study, "simulation", b"", b"", coordinator_signature, "", "approved")
     Consent(offer, statement, signature).store(home)
+
+
+def cohort(home: Path, study: Study, split: Split) -> Cohort:
+    """One split of `study` at the rehearsal's site, as its node saw it."""
+    site = Site.open(home)
+    labels = LabelTable.read(home / site.source.labels.table, site.source.labels)
+    return Cohort.open(Index.open(site.state), labels, study, split, site.pins(study))

@@ -17,6 +17,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 DPI = 160  # two device pixels for each CSS pixel of the page, and sharp in print
 NAMED_MAX = 42  # more sites than this are drawn without their names, which would run into each other
@@ -196,3 +197,41 @@ def _png(figure: Figure) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
+
+
+def canaries(inside: Sequence[float], outside: Sequence[float], caption: str) -> bytes:
+    """Scores of the canaries that were in a run and of those that were not; where they lie apart, presence can be told."""
+    figure, (axes,) = _canvas(1, 7.4, 3.2)
+    edges = np.histogram_bin_edges(np.concatenate([inside, outside]), 40).tolist()
+    axes.hist(outside, edges, color=_GREY, alpha=0.55, label=f"out ({len(outside)})")
+    axes.hist(inside, edges, histtype="step", color=_INK, linewidth=2, label=f"in ({len(inside)})")
+    axes.set(xlabel="score: log likelihood ratio over all steps", ylabel="canaries")
+    axes.set_title(caption, fontsize=9, color=_INK, loc="left")
+    axes.legend(frameon=False, fontsize=8.5)
+    return _png(figure)
+
+
+def membership(rates: Sequence[tuple[float, float]], caption: str) -> bytes:
+    """(false, true positive rate) of telling members by their loss, on logarithmic axes, beside chance."""
+    figure, (axes,) = _canvas(1, 4.6, 4.2)
+    least = min(0.5, *(rate for point in rates for rate in point if rate > 0)) / 1.5
+    axes.plot([least, 1], [least, 1], color=_GREY, linestyle=":", linewidth=1.2, label="chance")
+    shown = [(x, y) for x, y in rates if x > 0 and y > 0]
+    axes.plot([x for x, _ in shown], [y for _, y in shown], color=_INK, linewidth=2.2, label="by loss")
+    axes.set(xscale="log", yscale="log", xlim=(least, 1.1), ylim=(least, 1.1))
+    axes.set(xlabel="false positive rate", ylabel="true positive rate")
+    axes.set_title(caption, fontsize=9, color=_INK, loc="left")
+    axes.legend(frameon=False, fontsize=8.5, loc="lower right")
+    return _png(figure)
+
+
+def pictures(rows: Sequence[tuple[str, NDArray[np.float32]]]) -> bytes:
+    """Pictures (S, S) in [0, 1] side by side, each under its caption."""
+    figure, grid = _grid(len(rows), 2.4, 2.75)
+    for axes, (caption, picture) in zip(grid, rows, strict=False):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(caption, fontsize=8, color=_INK)
+        axes.set(xticks=[], yticks=[])
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+    return _png(figure)

@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -349,6 +350,74 @@ def _say_matrix(matrix: dict[str, dict[str, float | None]]) -> None:
         table.add_row(trained, *("-" if value is None else f"{value:.3f}" for value in values))
     console.print("Test AUROC by where the model was trained and where it is evaluated:")
     console.print(table)
+
+
+@app.command()
+def attack(
+    file: StudyFile,
+    site: Annotated[
+        list[str] | None,
+        typer.Option("--site", help="NAME=FOLDER of a site's home (site.yaml, ingested); repeat. Default: phantoms."),
+    ] = None,
+    patients: Annotated[int, typer.Option(min=30, max=2000, help="Patients of each phantom hospital.")] = 120,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for attack.json and the plots.")] = Path("attack"),
+    as_json: AsJson = False,
+) -> None:
+    """Rehearse a study and attack it: canaries against its ε, membership inference, reconstruction of pictures."""
+    from fl_server import evidence, simulation
+
+    study = _read_study(file)
+    out.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(filename=out / "attack.log", level=logging.WARNING)
+    with progress() as tell:
+        outcome = simulation.simulate(study, dict(_pair(text) for text in site or []), patients, out, tell)
+    with Console(stderr=True).status("attacking") as status:
+        found = evidence.attack(study, outcome, out, status.update)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        for sentence in found["sentences"]:
+            _line(sentence)
+        _line(f"Plots and figures: {out}")
+    if found["audit"] is not None and found["audit"]["faults"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def release(
+    run_id: Annotated[
+        str, typer.Argument(help="A finished run, or a study's digest or file (its latest finished run).")
+    ],
+    home: Home = Path(),
+    attack_file: Annotated[
+        Path | None, typer.Option("--attack", help="attack.json of `fl-study attack`; needed for a private study.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model and its card.")] = Path("release"),
+) -> None:
+    """Write the model of a finished run with what may be said of it, unless an attack found more than the study claims."""
+    from fl_server import evidence
+
+    found = _read_attack(attack_file) if attack_file else None
+    with calls.Caller.open(home / "keys") as caller, tempfile.TemporaryDirectory() as scratch:
+        files = {file.name: file for file in caller.results(_run_id(caller, run_id), Path(scratch))}
+        if not {"card.json", "model.safetensors"} <= set(files):
+            raise RunUnknown(f"run {run_id} has no model yet", remedy="Watch it with `fl-study watch`.")
+        card = json.loads(files["card.json"].read_bytes())
+        evidence.release_gate(Study.model_validate(card["study"]), found)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "model.safetensors").write_bytes(files["model.safetensors"].read_bytes())
+        card["attack"] = found
+        (out / "card.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
+    _line(f"Released {out / 'model.safetensors'} with {out / 'card.json'}.")
+
+
+def _read_attack(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        raise DocumentError(
+            f"{file}: no attack.json can be read there", remedy="Run `fl-study attack` first."
+        ) from None
 
 
 def _pair(text: str) -> tuple[str, Path]:

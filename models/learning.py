@@ -26,7 +26,7 @@ from privacy import dpsgd, noise
 from privacy.errors import CohortTooSmall, MessageMalformed, PrivacyError, TrainingDiverged, TrainingStopped
 
 SEED_LABEL = b"isocenter/v1/seed"
-SAMPLES = 4  # patients on which engines are compared before the first private round
+SAMPLES = 4  # stand-ins for patients on which engines are compared before the first private round
 log = logging.getLogger("isocenter.privacy")
 MOMENTUM = 0.9  # of sgd, with Nesterov's correction
 GRADIENT_NORM_MAX = 5.0  # a longer gradient is a single odd batch; ordinary ones of these losses stay below 3
@@ -106,11 +106,21 @@ class Turn:
     public_size: int
 
 
-def engine_of(net: nn.Module, cohort: TrainingCohort, study: Study) -> dpsgd.Engine:
-    """The fastest sound engine for `net` on this machine and these images; raises UnitsCoupled if patients meet in it."""
-    plan, generator = private(study), Generator().manual_seed(0)  # of views for a stop-watch, which nobody learns from
-    rows = labelled_patients(cohort)
-    samples = [unit(cohort, rows[place % len(rows)], study, generator) for place in range(SAMPLES)]
+def engine_of(net: nn.Module, study: Study) -> dpsgd.Engine:
+    """The fastest sound engine for `net` on this machine and pictures of this shape; raises UnitsCoupled if patients meet in it.
+
+    It is chosen on stand-ins: engines round differently, so a patient must not have a say in which of them computes the others.
+    """
+    plan, generator = private(study), Generator().manual_seed(0)
+    size, targets, images = study.images.size_px, len(study.task.targets), plan.images_per_patient
+    samples = [
+        (
+            torch.rand(1, images, 1, size, size, generator=generator),
+            (torch.rand(1, images, targets, generator=generator) > 0.5).float(),
+            torch.ones(1, images, targets),
+        )
+        for _ in range(SAMPLES)
+    ]
     net.train()
     return dpsgd.choose(net, patient_losses, samples, dpsgd.Clip(plan.clip_norm))
 

@@ -2,8 +2,8 @@
 
 What leaves `private_gradient` is a vector of whole numbers: clipped gradients in units of 2**-bits of the clip norm, plus
 discrete Gaussian noise. A patient changes the sum before the noise by a vector of whole numbers whose L2 norm is at most 2**bits:
-not up to rounding, but verified on the rounded vector itself. Sums of whole numbers are exact in any order, so with or without
-a patient the rest is the same to the last bit.
+not up to rounding, but verified on the rounded vector itself. Sums of whole numbers are exact in any order, so with or without a
+patient the rest is the same to the last bit, as long as nobody's gradient depends on who else is there.
 
 The unit is everything of one patient: a `Batch` with B = 1 holds its K images, and its loss is their mean. Nothing of one unit
 may influence another's loss; `check_isolation` looks for that in gradients, not in the names of layers.
@@ -13,7 +13,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,30 +32,35 @@ Losses = Callable[[nn.Module, Batch], Tensor]
 """The loss of each unit, (B,): the mean over its images."""
 Int64 = NDArray[np.int64]
 
+CLIP_MIN, CLIP_MAX = 1e-9, 1e9  # within these, no factor between a gradient and the grid leaves the range of float32
 ISOLATED = 1e-3  # relative difference of gradients that rounding makes; a BatchNorm makes 1e-1
-AGREE = {
-    "vmap": 1e-3,
-    "loop-bf16": 1e-2,
-}  # relative difference of norms to the float32 loop at which an engine is rejected
+AGREE = {"vmap": 1e-3, "loop-bf16": 1e-2}  # relative difference of a norm to the float32 loop's that rejects an engine
+ALONG = (
+    0.9  # least cosine between sums of an engine and the float32 loop: bfloat16 has 0.95, a wrong order of weights 0
+)
 VMAP_CHUNK = 8
+PIECE = 64 * 1024  # values that are widened to float64 at a time: 512 KiB stay in the L2 cache
 log = logging.getLogger("isocenter.privacy")
 
 
 @dataclass(frozen=True)
 class Clip:
-    """The longest gradient of a patient, and the grid: a gradient of norm `norm` has 2**bits in whole numbers."""
+    """The longest gradient of a patient, and the grid: a gradient of norm `norm` has 2**bits in whole numbers.
+
+    Raises PrivacyError for a norm outside CLIP_MIN..CLIP_MAX or bits outside 8..24.
+    """
 
     norm: float
     bits: int = GRID_BITS
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.norm) or self.norm <= 0:
-            raise PrivacyError(f"a clip norm of {self.norm}; it has to be a positive number")
+        if not CLIP_MIN <= self.norm <= CLIP_MAX:
+            raise PrivacyError(f"a clip norm of {self.norm}; it lies in {CLIP_MIN:g}..{CLIP_MAX:g}")
         if not 8 <= self.bits <= 24:
             raise PrivacyError(f"a grid of 2**{self.bits}; float32 holds whole numbers to 2**24")
 
 
-@dataclass
+@dataclass(repr=False)  # a log or a traceback that shows variables must not show these
 class ClippedSum:
     """`total` int64 (P,): clipped gradients of `units` patients. `clipped` of them were too long, `nonfinite` counted as zero.
 
@@ -74,7 +79,10 @@ class Engine(Protocol):
     name: str
 
     def clipped_sum(self, units: Iterable[Batch], clip: Clip) -> ClippedSum:
-        """The sum over `units`, each a Batch with B = 1, for the parameters that require a gradient, in their order."""
+        """The sum over `units`, each a Batch with B = 1, for the parameters that require a gradient, in their order.
+
+        Raises PrivacyError for a unit of several patients, UnitsCoupled for a loss that is not one value for one patient.
+        """
         ...
 
     def norms(self, units: Iterable[Batch]) -> list[float]:
@@ -82,70 +90,84 @@ class Engine(Protocol):
         ...
 
 
-class LoopEngine:
-    """One forward and backward pass for each patient, into one flat buffer. Asks nothing of the network; one patient's memory."""
+class _Gradients:
+    """What engines share: they differ in how they make the gradients of units, one after the other."""
 
-    def __init__(self, net: nn.Module, losses: Losses, *, bfloat16: bool = False) -> None:
-        """`bfloat16`: forward pass in bfloat16 where torch does that (autocast); gradients and clipping stay in float32."""
-        self.name = "loop-bf16" if bfloat16 else "loop"
-        self.net, self.losses, self.bfloat16 = net, losses, bfloat16
-        self.parameters = _trained(net)
+    def __init__(self, net: nn.Module, losses: Losses) -> None:
+        self.net, self.losses = net, losses
 
     def clipped_sum(self, units: Iterable[Batch], clip: Clip) -> ClippedSum:
-        found = _Accumulator(sum(p.numel() for p in self.parameters), clip)
-        for flat in self._gradients(units):
-            found.add(flat)
+        trained = _trained(self.net)
+        found = _Accumulator(sum(p.numel() for p in trained), clip, trained[0].device)
+        with contextlib.closing(self._gradients(units)) as gradients:
+            for flat in gradients:
+                found.add(flat)
         return found.result()
 
     def norms(self, units: Iterable[Batch]) -> list[float]:
-        return [_norm(flat) for flat in self._gradients(units)]
+        with contextlib.closing(self._gradients(units)) as gradients:
+            return [_norm(flat) for flat in gradients]
 
-    def _gradients(self, units: Iterable[Batch]) -> Iterator[Tensor]:
-        """The gradient float32 (P,) of each unit, always in the same memory."""
-        flat = torch.zeros(sum(p.numel() for p in self.parameters))
-        kept = [parameter.grad for parameter in self.parameters]
+    def _gradients(self, units: Iterable[Batch]) -> Generator[Tensor, None, None]:
+        """The gradient float32 (P,) of each unit, which may be overwritten, and is by the next one."""
+        raise NotImplementedError
+
+
+class LoopEngine(_Gradients):
+    """One forward and backward pass for each patient, into one flat buffer. Asks nothing of the network; one patient's memory.
+
+    A patient's gradient is computed alone, so it is the same to the last bit whoever else is there.
+    """
+
+    def __init__(self, net: nn.Module, losses: Losses, *, bfloat16: bool = False) -> None:
+        """`bfloat16`: forward pass in bfloat16 where torch does that (autocast); gradients and clipping stay in float32."""
+        super().__init__(net, losses)
+        self.name = "loop-bf16" if bfloat16 else "loop"
+        self.bfloat16 = bfloat16
+
+    def _gradients(self, units: Iterable[Batch]) -> Generator[Tensor, None, None]:
+        trained = _trained(self.net)
+        flat = torch.zeros(sum(p.numel() for p in trained), device=trained[0].device)
+        kept = [parameter.grad for parameter in trained]
         try:
             for unit in units:
                 flat.zero_()
                 start = 0
-                for parameter in self.parameters:
+                for parameter in trained:
                     # The backward pass adds into what is there: no copy of the gradient is ever made.
                     parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
                     start += parameter.numel()
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
-                    loss = self.losses(self.net, unit)
-                torch.autograd.backward(loss.float().sum())
+                with torch.autocast(flat.device.type, torch.bfloat16, enabled=self.bfloat16):
+                    loss = self.losses(self.net, _one(unit))
+                torch.autograd.backward(_loss_of_one(loss).float())
                 yield flat
         finally:
-            for parameter, before in zip(self.parameters, kept, strict=True):
+            for parameter, before in zip(trained, kept, strict=True):
                 parameter.grad = before
 
 
-class VmapEngine:
+class VmapEngine(_Gradients):
     """Several patients at once through torch.func: for accelerators, and where a single image is slow (3-D convolutions).
 
-    The last bits of a patient's gradient may depend on how many share its chunk, so one patient more can move others by a unit of
-    the grid here and there; the loop has nothing of the kind.
+    Arithmetic of several patients at once may round one patient's gradient differently beside others: libraries choose by the
+    size of a batch how they add up. Then one patient more or less would move the last bits of others, and the sum by
+    a little more than 2**bits. So every chunk is filled up to one size, and `choose` takes this engine only if on its samples
+    the sum without one of them is the same to the last bit, each of the others in another place and chunk. That is a test on
+    some units, not a proof for all; in the loop engines there is nothing to prove.
+
+    Units have to have one shape.
     """
 
     name = "vmap"
 
     def __init__(self, net: nn.Module, losses: Losses, chunk: int = VMAP_CHUNK) -> None:
-        self.net, self.losses, self.chunk = net, losses, chunk
+        super().__init__(net, losses)
+        self.chunk = chunk
 
-    def clipped_sum(self, units: Iterable[Batch], clip: Clip) -> ClippedSum:
-        found = _Accumulator(sum(p.numel() for p in _trained(self.net)), clip)
-        for flat in self._gradients(units):
-            found.add(flat)
-        return found.result()
-
-    def norms(self, units: Iterable[Batch]) -> list[float]:
-        return [_norm(flat) for flat in self._gradients(units)]
-
-    def _gradients(self, units: Iterable[Batch]) -> Iterator[Tensor]:
+    def _gradients(self, units: Iterable[Batch]) -> Generator[Tensor, None, None]:
         held: list[Batch] = []
         for unit in units:
-            held.append(unit)
+            held.append(_one(unit))
             if len(held) == self.chunk:
                 yield from self._of(held)
                 held = []
@@ -158,40 +180,42 @@ class VmapEngine:
         rest |= dict(self.net.named_buffers())
         bound = _Bound(self.net, rest)
 
-        def loss(parameters: dict[str, Tensor], *unit: Tensor) -> Tensor:
-            bound.parameters = parameters
-            return self.losses(bound, tuple(part[None] for part in unit))[0]
+        def loss(weights: dict[str, Tensor], *unit: Tensor) -> Tensor:
+            bound.weights = weights
+            return _loss_of_one(self.losses(bound, tuple(part[None] for part in unit)))
 
-        batch = tuple(torch.cat(parts) for parts in zip(*units, strict=True))
+        filled = units + units[-1:] * (self.chunk - len(units))
+        batch = tuple(torch.cat(parts) for parts in zip(*filled, strict=True))
         gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, *[0] * len(batch)), randomness="different")(
             trained, *batch
         )
         for place in range(len(units)):
-            yield torch.cat([gradients[name][place].reshape(-1) for name in trained])
+            yield torch.cat([gradients[name][place].reshape(-1).float() for name in trained])
 
 
 class _Bound(nn.Module):
-    """`net` with other parameters, to be called like it."""
+    """`net` with other weights, to be called like it."""
 
     def __init__(self, net: nn.Module, rest: dict[str, Tensor]) -> None:
         super().__init__()
         self._net, self._rest = [net], rest  # in a list, so that it is no submodule
-        self.parameters: dict[str, Tensor] = {}  # type: ignore[assignment]  # not asked for while it is called
+        self.weights: dict[str, Tensor] = {}
 
     def forward(self, *arguments: Any) -> Any:
-        return torch.func.functional_call(self._net[0], self.parameters | self._rest, arguments)
+        return torch.func.functional_call(self._net[0], self.weights | self._rest, arguments)
 
 
 class _Accumulator:
     """Adds gradients up after each was brought onto the grid, inside the clip norm."""
 
-    def __init__(self, parameters: int, clip: Clip) -> None:
+    def __init__(self, parameters: int, clip: Clip, device: torch.device | None = None) -> None:
         self.grid, self.clip = 2.0**clip.bits, clip
         # Rounding P values moves a vector by sqrt(P) / 2 at most: what is shortened to this is on the safe side after it.
         self.target = self.grid - math.sqrt(parameters) / 2
         if self.target < self.grid / 2:
             raise PrivacyError(f"a grid of 2**{clip.bits} is too coarse for {parameters} parameters")
-        self.total = torch.zeros(parameters, dtype=torch.float64)  # whole numbers up to 2**53 are exact in it
+        # Whole numbers up to 2**53 are exact in it.
+        self.total = torch.zeros(parameters, dtype=torch.float64, device=device)
         self.units = self.clipped = self.nonfinite = 0
 
     def add(self, gradient: Tensor) -> None:
@@ -202,17 +226,22 @@ class _Accumulator:
             # min(1, C / nan) is 1 in many a language: without this line a NaN would pass the clip.
             self.nonfinite += 1
             return
-        wanted = self.grid / self.clip.norm
-        if norm * wanted > self.target:
+        factor = self.grid / self.clip.norm
+        if norm * factor > self.target:
             self.clipped += norm > self.clip.norm
-            wanted = self.target / norm
-        gradient.mul_(wanted).round_()
-        while (length := _norm(gradient)) > self.grid:
-            gradient.mul_(self.target / length * (1 - 2.0**-20)).round_()
-        self.total.add_(gradient)
+            factor = self.target / norm
+        length = _norm(gradient.mul_(factor).round_())
+        if length > self.grid:
+            # Only the rounding of float32 products can lead here, with a hair's breadth too much.
+            length = _norm(gradient.mul_(self.target / length * (1 - 2.0**-20)).round_())
+        if not length <= self.grid:
+            self.nonfinite += 1  # nothing is known to lead here; whatever does, it does not pass
+            return
+        for total, part in zip(torch.split(self.total, PIECE), torch.split(gradient, PIECE), strict=True):
+            total.add_(part)
 
     def result(self) -> ClippedSum:
-        return ClippedSum(self.total.numpy().astype(np.int64), self.units, self.clipped, self.nonfinite)
+        return ClippedSum(self.total.cpu().numpy().astype(np.int64), self.units, self.clipped, self.nonfinite)
 
 
 def private_gradient(
@@ -221,103 +250,157 @@ def private_gradient(
     """(noisy sum int64 (P,) in units of 2**-bits of the clip norm, what must stay at the site).
 
     The sum of the clipped gradients of `units` plus discrete Gaussian noise of noise_multiplier * 2**bits for each value. No unit
-    at all is a draw like any other: then it is noise. Raises PrivacyError for a noise multiplier that is not positive.
+    at all is a draw like any other: then it is noise. Raises PrivacyError, before a unit is asked for, for a noise multiplier
+    that is not positive or out of the sampler's range.
     """
     if not math.isfinite(noise_multiplier) or noise_multiplier <= 0:
         raise PrivacyError(f"a noise multiplier of {noise_multiplier}; it has to be a positive number")
+    sampler = noise.gaussian(noise_multiplier * 2.0**clip.bits)
     seen = engine.clipped_sum(units, clip)
     noisy = seen.total.copy()
-    noise.gaussian(noise_multiplier * 2.0**clip.bits).add_to(noisy, stream)
+    sampler.add_to(noisy, stream)
     return noisy, seen
 
 
 def choose(net: nn.Module, losses: Losses, samples: Sequence[Batch], clip: Clip) -> Engine:
     """The fastest sound engine for `net` on units shaped like `samples` (at least two).
 
-    Each takes one step to warm up and one against the clock. One whose norms differ from those of the float32 loop, or that
-    fails, is left out. Raises UnitsCoupled if patients meet in the network or the loss. Nothing of `net` is changed.
+    `samples` are stand-ins with the shapes of patients and nothing else of them: engines round differently, and if a
+    patient decided which of them computes everybody's gradient, it would move the sum by more than its own.
+
+    Each engine takes a step to warm up, one against the clock, and one in two parts. Left out is one that fails, whose norms or
+    direction differ from those of the float32 loop, or in which the parts do not add up to the whole to the last bit. Raises as
+    `check_isolation` does. Nothing of `net` is changed, nor the process's random state.
     """
-    with _without_dropout(net):
-        check_isolation(net, losses, samples)
-        loop: Engine = LoopEngine(net, losses)
-        truth, best, least = loop.norms(samples), loop, _seconds(loop, samples, clip)
+    check_isolation(net, losses, samples)
+    with _without_dropout(net), torch.random.fork_rng(devices=[]):
+        best: Engine = LoopEngine(net, losses)
+        norms = best.norms(samples)
+        truth, least = _timed(best, samples, clip)
         for engine in (LoopEngine(net, losses, bfloat16=True), VmapEngine(net, losses)):
             try:
-                off = _difference(truth, engine.norms(samples))
-                if off > AGREE[engine.name]:
-                    log.info("engine %s is not used: its norms differ by %.2g", engine.name, off)
-                    continue
-                seconds = _seconds(engine, samples, clip)
-            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+                near = _near(engine.norms(samples), norms, AGREE[engine.name])
+                total, seconds = _timed(engine, samples, clip)
+                sound = near and _along(total, truth) and _parts(engine, samples, clip, total)
+            except Exception as error:  # whatever a network does not bear: the loop asks nothing of it
                 log.info("engine %s is not used: %s", engine.name, type(error).__name__)
                 continue
-            if seconds < least:
+            if not sound:
+                log.info("engine %s is not used: it computes something else than the loop", engine.name)
+            elif seconds < least:
                 best, least = engine, seconds
     log.info("engine %s: %.0f ms a patient", best.name, 1000 * least / len(samples))
     return best
 
 
 def check_isolation(net: nn.Module, losses: Losses, samples: Sequence[Batch]) -> None:
-    """Raise UnitsCoupled if a unit's gradient in a batch with another is not its gradient alone, or if `net` remembers a unit.
+    """Raise UnitsCoupled if one unit of a batch can influence another's gradient, or if `net` remembers a unit.
 
-    Catches what mixes patients whatever it is called: batch statistics, a Dice loss over the batch, a common denominator,
-    attention between rows, running averages.
+    Two things are looked at, whatever layers and losses are called. The derivative of a unit's loss by the values of the other
+    has to be exactly zero: batch statistics, a Dice loss over the batch and attention between rows make it something else, also
+    for two units that are equal. And a unit's gradient has to be the same in a batch, alone, and alone again: a common
+    denominator, running averages and memories change it. `net` is looked at in its present mode, which is to be that of training,
+    but without dropout, whose draws are no patient's. Raises PrivacyError if the gradient of a unit is zero or not finite,
+    because then nothing can be told from it. Nothing of `net` is changed, nor the process's random state.
     """
     if len(samples) < 2:
         raise PrivacyError("whether patients are isolated cannot be told from fewer than two of them")
-    trained = _trained(net)
-    buffers = [buffer.clone() for buffer in net.buffers()]
-    try:
-        joint = tuple(torch.cat([a, b]) for a, b in zip(samples[0], samples[1], strict=True))
-        together = losses(net, joint)
-        if together.shape != (2,):
-            raise UnitsCoupled(
-                f"the loss of two patients has the shape {tuple(together.shape)}, not one value for each"
-            )
-        for place, sample in enumerate(samples[:2]):
-            inside = _gradient(together[place], trained)
-            alone = _gradient(losses(net, sample)[0], trained)
-            size = max(_norm(alone), _norm(inside))
-            if size > 0 and _norm(inside - alone) > ISOLATED * size:
-                raise UnitsCoupled("a patient's gradient depends on who else is in the batch")
-        if any(not torch.equal(now, before) for now, before in zip(net.buffers(), buffers, strict=True)):
+    trained, pair = _trained(net), samples[:2]
+    with _without_dropout(net), _kept(list(net.buffers())), torch.random.fork_rng(devices=[]):
+        before = [buffer.clone() for buffer in net.buffers()]
+        alone = [_gradient(_loss_of_one(losses(net, _one(sample))), trained) for sample in pair]
+        _check_influence(net, losses, pair, alone)
+        for sample, gradient in zip(pair, alone, strict=True):
+            if not _close(_gradient(_loss_of_one(losses(net, sample)), trained), gradient):
+                raise UnitsCoupled("a patient's gradient is another the second time: the network draws or remembers")
+        after = list(net.buffers())
+        if len(after) != len(before) or not all(map(torch.equal, after, before)):
             raise UnitsCoupled("the network keeps statistics of the patients that it sees")
-    finally:
-        with torch.no_grad():
-            for now, before in zip(net.buffers(), buffers, strict=True):
-                now.copy_(before)
+
+
+def _check_influence(net: nn.Module, losses: Losses, pair: Sequence[Batch], alone: Sequence[Tensor]) -> None:
+    """The part of `check_isolation` that looks at two units in one batch; `alone`: their gradients by themselves."""
+    joint = [torch.cat([a, b]) for a, b in zip(*pair, strict=True)]
+    inputs = [part.detach().requires_grad_() for part in joint if part.is_floating_point()]
+    # Networks may write into what they are given, which autograd does not allow for the inputs themselves.
+    together = losses(net, tuple(part.clone() for part in joint))
+    if together.shape != (2,):
+        raise UnitsCoupled(f"the loss of two patients has the shape {tuple(together.shape)}, not one value for each")
+    for place, gradient in enumerate(alone):
+        if not 0 < _norm(gradient) < math.inf:
+            raise PrivacyError("a patient's gradient is zero or not finite; isolation cannot be told from it")
+        if inputs:
+            reached = torch.autograd.grad(together[place], inputs, retain_graph=True, allow_unused=True)
+            if any(part is not None and bool(part[1 - place].any()) for part in reached):
+                raise UnitsCoupled("a patient's loss depends on the images or labels of another in the batch")
+        if not _close(_gradient(together[place], _trained(net)), gradient):
+            raise UnitsCoupled("a patient's gradient depends on who else is in the batch")
 
 
 def _gradient(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
     return torch.cat(
         [
-            torch.zeros(p.numel()) if part is None else part.reshape(-1).float()
+            torch.zeros_like(p).reshape(-1) if part is None else part.reshape(-1).float()
             for p, part in zip(parameters, found, strict=True)
         ]
     )
 
 
 def _trained(net: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in net.parameters() if parameter.requires_grad]
+    found = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    if not found:
+        raise PrivacyError("the network has no weights to train")
+    return found
+
+
+def _one(unit: Batch) -> Batch:
+    if any(len(part) != 1 for part in unit):
+        # Clipped together, one of them could turn the gradient of all the others.
+        raise PrivacyError("a unit has to be one patient: every tensor of it has one row")
+    return unit
+
+
+def _loss_of_one(loss: Tensor) -> Tensor:
+    """() of (1,)."""
+    if loss.shape != (1,):
+        raise UnitsCoupled(f"the loss of one patient has the shape {tuple(loss.shape)}, not one value for each patient")
+    return loss[0]
 
 
 def _norm(vector: Tensor) -> float:
     """L2 norm over the whole vector. Its square is exact for whole numbers with a norm below 2**26: all sums are below 2**53."""
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64))
+    square = 0.0
+    for part in torch.split(vector, PIECE):
+        wide = part.double()
+        square += float(wide @ wide)
+    return math.sqrt(square)
 
 
-def _difference(truth: list[float], other: list[float]) -> float:
-    return max(
-        (abs(a - b) / max(a, 1e-12) if math.isfinite(b) else math.inf for a, b in zip(truth, other, strict=True))
-    )
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two gradients differ by no more than rounding; never if one of them is not finite."""
+    return _norm(found - expected) <= ISOLATED * max(_norm(found), _norm(expected))
 
 
-def _seconds(engine: Engine, samples: Sequence[Batch], clip: Clip) -> float:
-    engine.clipped_sum(samples, clip)
+def _near(found: list[float], expected: list[float], tolerance: float) -> bool:
+    return all(abs(a - b) <= tolerance * b for a, b in zip(found, expected, strict=True))
+
+
+def _along(found: Int64, expected: Int64) -> bool:
+    a, b = found.astype(np.float64), expected.astype(np.float64)
+    return float(a @ b) >= ALONG * float(np.linalg.norm(a) * np.linalg.norm(b))
+
+
+def _parts(engine: Engine, samples: Sequence[Batch], clip: Clip, total: Int64) -> bool:
+    """Whether one sample and all the others add up to `total`, to the last bit."""
+    first, others = (engine.clipped_sum(part, clip).total for part in (samples[:1], samples[1:]))
+    return np.array_equal(first + others, total)
+
+
+def _timed(engine: Engine, samples: Sequence[Batch], clip: Clip) -> tuple[Int64, float]:
     began = time.perf_counter()
-    engine.clipped_sum(samples, clip)
-    return time.perf_counter() - began
+    total = engine.clipped_sum(samples, clip).total
+    return total, time.perf_counter() - began
 
 
 @contextlib.contextmanager
@@ -332,3 +415,15 @@ def _without_dropout(net: nn.Module) -> Iterator[None]:
     finally:
         for module, p in zip(dropouts, before, strict=True):
             module.p = p
+
+
+@contextlib.contextmanager
+def _kept(buffers: list[Tensor]) -> Iterator[None]:
+    """Afterwards `buffers` hold what they held before."""
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for now, value in zip(buffers, before, strict=True):
+                now.copy_(value)

@@ -24,7 +24,9 @@ GRID_BITS = 18
 """A clipped gradient is written in whole numbers with an L2 norm of at most 2**GRID_BITS: rounding 7 million values lengthens
 such a vector by 0.5 % at most, and 8192 patients of a site still fit into a word of 32 bits."""
 
-BLOCK = 64 * 1024  # samples at a time: words, columns and values of a block stay in the L2 cache
+BLOCK = (
+    32 * 1024
+)  # samples at a time: words, columns and values of a block stay in the L2 cache; 16 to 64 Ki do as well
 FINE_SIGMA = 1024  # of the fine part of a wide Gaussian
 STRIDE = 256  # steps of its coarse part; FINE_SIGMA is four of them
 TABLE_SIGMA_MAX = 4096  # a table of 111,000 entries; wider ones are put together from two
@@ -55,7 +57,9 @@ class Keystream:
         return np.frombuffer(self._cipher.update(bytes(8 * count)), "<u8").astype(np.uint64, copy=False)
 
     def below(self, limit: int) -> int:
-        """A uniform whole number from 0 to limit - 1, without the bias of a remainder."""
+        """A uniform whole number from 0 to limit - 1, without the bias of a remainder. Raises PrivacyError beyond 1..2**64."""
+        if not 1 <= limit <= 2**64:
+            raise PrivacyError(f"a whole number below {limit}; a word holds those below 1 to 2**64")
         whole = 2**64 // limit * limit
         while (word := int(self.words(1)[0])) >= whole:
             pass
@@ -64,30 +68,29 @@ class Keystream:
 
 @dataclass(frozen=True, eq=False)
 class _Table:
-    """A discrete Gaussian on -radius .. radius by Walker's alias method (1974), probabilities in units of 2**-128.
+    """A discrete Gaussian on a finite range by Walker's alias method (1974), probabilities in units of 2**-128.
 
-    Column c is drawn by the top bits of a word. It holds the value c with the share (high, low) of its width, read as one
-    number of 128 - bits bits, and the value alias[c] with the rest.
+    Column c is drawn by the top `bits` of a word. It holds its own value, values[2c + 1], with the share (high[c], low[c]) of its
+    width, read as one number of 128 - bits bits, and values[2c], its alias, with the rest.
     """
 
-    radius: int
     bits: int
     high: Uint64
     low: Uint64
-    alias: Int64
+    values: Int64
 
     def sample(self, count: int, stream: Keystream) -> Int64:
         words = stream.words(count)
-        columns = (words >> np.uint64(64 - self.bits)).astype(np.int64)
+        columns = (words >> np.uint64(64 - self.bits)).view(np.int64)
         rest = words & np.uint64((1 << 64 - self.bits) - 1)
-        high = self.high[columns]
-        values = np.where(rest < high, columns, self.alias[columns])
+        high = self.high.take(columns)
+        own = rest < high
         if (tied := np.flatnonzero(rest == high)).size:
-            # Once in 2**49 samples the upper half of the number does not decide, and 64 more bits do.
-            own = stream.words(tied.size) < self.low[columns[tied]]
-            values[tied] = np.where(own, columns[tied], self.alias[columns[tied]])
-        values -= self.radius
-        return values
+            # Once in 2**47 samples, or less often, the upper half of the share does not decide, and its lower half has to.
+            own[tied] = stream.words(tied.size) < self.low[columns[tied]]
+        columns *= 2
+        columns += own
+        return self.values.take(columns)
 
 
 class DiscreteGaussian:
@@ -113,7 +116,7 @@ class DiscreteGaussian:
         parts.append((stride, _table(variance)))
         self._parts = parts
         # Each table: half a unit of rounding per entry at most, as much again for what is put right in the middle, and the tail.
-        bound += sum((2 * table.radius + 1) * 2.0**-PROBABILITY_BITS + 2.0**-132 for _, table in parts)
+        bound += sum(len(table.high) * 2.0**-PROBABILITY_BITS + 2.0**-132 for _, table in parts)
         self.tv_bound = bound
 
     def sample(self, count: int, stream: Keystream) -> Int64:
@@ -123,7 +126,10 @@ class DiscreteGaussian:
         return total
 
     def add_to(self, total: Int64, stream: Keystream) -> None:
-        """Add a sample to each number of `total`, in place."""
+        """Add a sample to each number of `total`, int64 (count,), in place. Raises PrivacyError for another type or shape."""
+        if total.dtype != np.int64 or total.ndim != 1:
+            # Another type would wrap or truncate, and rows of a matrix would all get the same noise.
+            raise PrivacyError(f"noise for {total.dtype} {total.shape}; it is added to one row of int64")
         for start in range(0, len(total), BLOCK):
             block = total[start : start + BLOCK]
             for stride, table in self._parts:
@@ -135,7 +141,7 @@ class DiscreteGaussian:
 
 @lru_cache(maxsize=16)
 def gaussian(sigma: float) -> DiscreteGaussian:
-    """The sampler for `sigma`, kept: its tables take some tenths of a second."""
+    """The sampler for `sigma`, kept: its tables take a tenth of a second."""
     return DiscreteGaussian(sigma)
 
 
@@ -159,9 +165,7 @@ def poisson_sample(units: int, rate: float, stream: Keystream, cap: int | None =
 @lru_cache(maxsize=16)
 def _table(variance: Fraction) -> _Table:
     weights = _probabilities(variance)
-    radius = len(weights) // 2
-    bits = (len(weights) - 1).bit_length()
-    return _alias(weights, radius, bits)
+    return _alias(weights, (len(weights) - 1).bit_length())
 
 
 def _probabilities(variance: Fraction) -> list[int]:
@@ -184,8 +188,9 @@ def _probabilities(variance: Fraction) -> list[int]:
     return rounded[:0:-1] + rounded
 
 
-def _alias(weights: list[int], radius: int, bits: int) -> _Table:
+def _alias(weights: list[int], bits: int) -> _Table:
     """Walker's columns (Vose 1991), in whole numbers: the share of each value is exactly its weight."""
+    radius = len(weights) // 2
     columns, width = 1 << bits, 1 << PROBABILITY_BITS - bits
     left = [*weights, *[0] * (columns - len(weights))]
     share, alias = [width] * columns, list(range(columns))
@@ -198,7 +203,7 @@ def _alias(weights: list[int], radius: int, bits: int) -> _Table:
         if left[rich] < width:
             small.append(large.pop())
     # A full column needs no comparison: its upper half lies above whatever the rest of a word can be.
-    mask = 2**64 - 1
     high = np.array([s >> 64 for s in share], np.uint64)
-    low = np.array([s & mask for s in share], np.uint64)
-    return _Table(radius, bits, high, low, np.array(alias, np.int64))
+    low = np.array([s & 2**64 - 1 for s in share], np.uint64)
+    values = np.stack([np.array(alias, np.int64), np.arange(columns)], axis=1).ravel() - radius
+    return _Table(bits, high, low, values)

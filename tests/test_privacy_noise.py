@@ -14,7 +14,6 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import noise
 from privacy.errors import PrivacyError
 from privacy.noise import DiscreteGaussian, Keystream, _probabilities, _table, gaussian, poisson_sample
 
@@ -75,14 +74,18 @@ def test_the_probabilities_of_a_table_are_those_of_the_discrete_gaussian(varianc
 
 
 def encoded(table: Any) -> list[int]:
-    """The probability of each value, in units of 2**-128, that the columns of an alias table add up to."""
-    columns, width = 1 << table.bits, 1 << 128 - table.bits
-    found = [0] * columns
+    """The probability of each value, in units of 2**-128, that the columns of an alias table add up to, from the least value up.
+
+    Word by word as `sample` reads it: of the 2**(64 - bits) words of a column those below `high` give the column's own value,
+    the one that equals it gives it for `low` of 2**64 further words, the others give the alias.
+    """
+    columns, words = 1 << table.bits, 1 << 64 - table.bits
+    least, found = int(table.values.min()), [0] * columns
     for column in range(columns):
-        share = (int(table.high[column]) << 64) + int(table.low[column])
-        share = width if int(table.high[column]) >> (64 - table.bits) else min(share, width)
-        found[column] += share
-        found[int(table.alias[column])] += width - share
+        high, low = int(table.high[column]), int(table.low[column])
+        share = (min(high, words) << 64) + (low if high < words else 0)
+        found[int(table.values[2 * column + 1]) - least] += share
+        found[int(table.values[2 * column]) - least] += (words << 64) - share
     return found
 
 
@@ -150,7 +153,7 @@ def test_noise_out_of_range_is_refused(sigma: Any) -> None:
 
 
 def test_a_word_that_the_upper_half_cannot_decide_takes_sixty_four_bits_more() -> None:
-    """Once in 2**49 samples; here every word is made such a one."""
+    """Once in 2**47 samples at most; here every word is made such a one."""
     table = _table(Fraction(9))
     undecided = [c for c in range(1 << table.bits) if 0 < int(table.high[c]) < 1 << (64 - table.bits)]
     column = undecided[0]
@@ -165,7 +168,7 @@ def test_a_word_that_the_upper_half_cannot_decide_takes_sixty_four_bits_more() -
             return self.answers.pop(0)[:count]
 
     values = table.sample(3, Scripted([low - 1, low, low + 1]))  # type: ignore[arg-type]
-    own, other = column - table.radius, int(table.alias[column]) - table.radius
+    other, own = table.values[2 * column : 2 * column + 2].tolist()
     assert values.tolist() == [own, other, other]
 
 
@@ -272,5 +275,3 @@ def test_rates_that_are_none_are_refused(rate: Any) -> None:
         poisson_sample(10, rate, Keystream())
     with pytest.raises(PrivacyError):
         poisson_sample(10, 0.5, Keystream(), cap=0)
-
-
