@@ -553,7 +553,8 @@ def _invert_once(
     def distance() -> Tensor:
         found = _gradient(net, losses, (images, *known), twice=True)
         cosine = (found @ direction) / torch.linalg.vector_norm(found).clamp(min=1e-20)
-        return 1 - cosine + SMOOTHNESS * _variation(images)
+        left: Tensor = 1 - cosine + SMOOTHNESS * _variation(images)
+        return left
 
     def closure() -> Tensor:
         left = distance()

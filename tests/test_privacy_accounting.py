@@ -4,12 +4,11 @@ The integration knows nothing of dp-accounting: it puts the privacy loss of one 
 it with itself by a Fourier transform. It is held against the closed form of the Gaussian mechanism (Balle and Wang 2018) first.
 """
 
-import json
 import logging
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -38,7 +37,7 @@ from privacy.accounting import (
     selection_epsilon,
     statements,
 )
-from privacy.errors import MessageMalformed, PrivacyError, SamplingRefused
+from privacy.errors import PrivacyError
 from privacy.noise import GRID_BITS
 
 Float64 = NDArray[np.float64]
@@ -648,73 +647,3 @@ def test_a_selection_among_more_costs_more_and_multiplies_the_errors_of_a_try() 
 def test_a_selection_has_more_than_one_try(tries: float) -> None:
     with pytest.raises(PrivacyError):
         selection_epsilon(USUAL, DELTA, tries)
-
-
-# Events as values ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sampling", ["shuffled", "fixed-size", "Poisson", "", "balanced", None, 1, ["poisson"]])
-def test_batches_that_are_not_drawn_by_poisson_sampling_are_refused(sampling: Any) -> None:
-    """Accounted for as Poisson, a shuffled loader at σ = 1 would be said to spend 8.4 where only 54 can be proven."""
-    with pytest.raises(SamplingRefused):
-        PrivacyEvent(1.0, RATE, STEPS, sampling=sampling)
-    with pytest.raises(MessageMalformed):
-        PrivacyEvent.from_json(USUAL.to_json() | {"sampling": sampling})
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"unit": "image"}, {"unit": "site"}, {"relation": "replace-one"}, {"relation": "zero-out"}, {"unit": None}],
-)
-def test_units_and_relations_that_epsilon_would_not_be_about_are_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(PrivacyError):
-        replace(USUAL, **change)
-
-
-@settings(max_examples=60)
-@given(
-    st.floats(0.05, 10_000),
-    st.floats(1e-300, 1),
-    st.integers(1, 10**8),
-    st.none() | st.tuples(st.integers(1, 10**9), st.integers(1, 10**9)),
-    st.floats(0, 1),
-)
-def test_an_event_comes_back_from_json(
-    noise: float, rate: float, steps: int, cap: tuple[int, int] | None, error: float
-) -> None:
-    event = PrivacyEvent(noise, rate, steps, *(cap or (None, None)), delta_extra=error)
-    assert PrivacyEvent.from_json(json.loads(json.dumps(event.to_json()))) == event
-    assert event.to_json() == asdict(event)
-
-
-BAD = [
-    *[{"noise_multiplier": x} for x in (0, 0.049, -1, 1e5, math.nan, math.inf, True, "1", None, [1], {}, 10**400)],
-    *[{"sampling_rate": x} for x in (0, 0.0, -0.1, 1.0001, math.nan, True, "0.1", None, 1e400, -0.0)],
-    *[{"steps": x} for x in (0, -1, 1.0, 1.5, True, "1", None, 10**8 + 1, 10**400, math.nan)],
-    *[{"delta_extra": x} for x in (-1e-30, 1.1, math.nan, False, "0", None)],
-    *[{"batch_max": x} for x in (5, 0, -1)],
-    *[{"patients": x} for x in (5, 0)],
-    *[{"batch_max": 5, "patients": x} for x in (0, -1, 5.0, True, "5", 10**9 + 1, 10**400)],
-    *[{"patients": 5, "batch_max": x} for x in (0, -1, 5.0, True, "5", 10**400)],
-    {"more": 1},
-    {7: 1},
-]
-
-
-@pytest.mark.parametrize("change", BAD, ids=lambda change: repr(change)[:40])
-def test_json_of_what_cannot_have_happened_is_malformed(change: dict[str, Any]) -> None:
-    with pytest.raises(MessageMalformed):
-        PrivacyEvent.from_json(USUAL.to_json() | change)
-    if all(isinstance(key, str) and key != "more" for key in change):
-        with pytest.raises(PrivacyError):
-            replace(USUAL, **change)
-
-
-@pytest.mark.parametrize("facts", [None, 1, "event", [], [USUAL.to_json()], {}, True])
-def test_json_that_is_no_event_is_malformed(facts: object) -> None:
-    with pytest.raises(MessageMalformed):
-        PrivacyEvent.from_json(facts)
-    for name in USUAL.to_json():
-        less = {key: value for key, value in USUAL.to_json().items() if key != name}
-        with pytest.raises(MessageMalformed):
-            PrivacyEvent.from_json(less)
