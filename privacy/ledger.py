@@ -96,7 +96,8 @@ _UNUSABLE = {
 class Caps:
     """Most ε of any patient at `delta`: over all time, of one study, in the last 365 days.
 
-    `orders`: most orders of this study, in whatever run or attempt, that may be charged.
+    `orders`: most orders of this study, in whatever run or attempt, that may be charged for the same mechanism: rounds of
+    training have one, a noised release of test figures has another.
     """
 
     total: float
@@ -155,7 +156,12 @@ class Ledger:
             self._check_time(book)
             if any(entry.name == charge.name for entry in book.charges):
                 raise PrivacyError(f"sum {charge.sum}, attempt {charge.attempt} of run {charge.run} was charged before")
-            orders = sum(entry.study == charge.study for entry in book.charges)
+            orders = sum(
+                entry.study == charge.study
+                and entry.event is not None
+                and _mechanism(entry.event) == _mechanism(charge.event)
+                for entry in book.charges
+            )
             if orders >= caps.orders:
                 raise BudgetExceeded(f"{orders} orders of this study were charged, and it has room for {caps.orders}")
             cohort = Cohort.of(patients)
@@ -542,6 +548,10 @@ def _check_caps(register: Register, charged: list[_Entry], charge: Charge, cohor
                     ". Some patients of the cohort are one person by their numbers or images: give them one number"
                 )
             raise BudgetExceeded(sentence)
+
+
+def _mechanism(event: PrivacyEvent) -> tuple[float, float]:
+    return (event.noise_multiplier, event.sampling_rate)
 
 
 def _naming(name: tuple[Any, ...]) -> dict[str, Any]:

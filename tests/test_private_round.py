@@ -610,3 +610,13 @@ def test_at_most_so_many_images_of_a_patient_are_counted() -> None:
     cohort.patients = torch.tensor([0, 1, 0, 0, 2, 1, 1, 0])
     assert learning.first_images(cohort, 2).tolist() == [0, 1, 2, 4, 5]
     assert learning.first_images(cohort, 9).tolist() == list(range(8))
+
+
+def test_a_release_of_figures_takes_no_round_of_training_away_and_gives_none(tmp_path: Path) -> None:
+    plan = noised(LOCAL, **{"protection__masked": "protection: plain"})
+    hospital = Hospital.open(tmp_path, "north", plan)
+    permissive(hospital)
+    released = hospital.answer(hospital.order(wire.EvaluateOrder, split="test", scale=0))
+    assert isinstance(released, wire.EvaluateReport)
+    assert [answer(hospital, run=f"run-{n}", attempt=n, sum=n) for n in (2, 3, 4)] == ["", "", ""]
+    assert answer(hospital, run="run-5") == "budget-exceeded"
