@@ -268,20 +268,22 @@ def choose(net: nn.Module, losses: Losses, samples: Sequence[Batch], clip: Clip)
     `samples` are stand-ins with the shapes of patients and nothing else of them: engines round differently, and if a
     patient decided which of them computes everybody's gradient, it would move the sum by more than its own.
 
-    Each engine takes a step to warm up, one against the clock, and one in two parts. Left out is one that fails, whose norms or
-    direction differ from those of the float32 loop, or in which the parts do not add up to the whole to the last bit. Raises as
-    `check_isolation` does. Nothing of `net` is changed, nor the process's random state.
+    Each engine takes a step to warm up, one against the clock, and, if it is fast, one in two parts. Left out is one that fails,
+    whose norms or direction differ from those of the float32 loop, or in which the parts do not add up to the whole to the last
+    bit. Raises as `check_isolation` does. Nothing of `net` is changed, nor the process's random state.
     """
     check_isolation(net, losses, samples)
+    # As many as a chunk holds, or the clock would charge them for empty places.
+    many = [samples[place % len(samples)] for place in range(max(len(samples), VMAP_CHUNK))]
     with _without_dropout(net), torch.random.fork_rng(devices=[]):
         best: Engine = LoopEngine(net, losses)
         norms = best.norms(samples)
-        truth, least = _timed(best, samples, clip)
+        truth, least = _timed(best, many, clip)
         for engine in (LoopEngine(net, losses, bfloat16=True), VmapEngine(net, losses)):
             try:
                 near = _near(engine.norms(samples), norms, AGREE[engine.name])
-                total, seconds = _timed(engine, samples, clip)
-                sound = near and _along(total, truth) and _parts(engine, samples, clip, total)
+                total, seconds = _timed(engine, many, clip)
+                sound = near and _along(total, truth) and (seconds >= least or _parts(engine, many, clip, total))
             except Exception as error:  # whatever a network does not bear: the loop asks nothing of it
                 log.info("engine %s is not used: %s", engine.name, type(error).__name__)
                 continue
@@ -289,7 +291,7 @@ def choose(net: nn.Module, losses: Losses, samples: Sequence[Batch], clip: Clip)
                 log.info("engine %s is not used: it computes something else than the loop", engine.name)
             elif seconds < least:
                 best, least = engine, seconds
-    log.info("engine %s: %.0f ms a patient", best.name, 1000 * least / len(samples))
+    log.info("engine %s: %.0f ms a patient", best.name, 1000 * least / len(many))
     return best
 
 
@@ -320,8 +322,8 @@ def check_isolation(net: nn.Module, losses: Losses, samples: Sequence[Batch]) ->
 
 def _check_influence(net: nn.Module, losses: Losses, pair: Sequence[Batch], alone: Sequence[Tensor]) -> None:
     """The part of `check_isolation` that looks at two units in one batch; `alone`: their gradients by themselves."""
-    joint = [torch.cat([a, b]) for a, b in zip(*pair, strict=True)]
-    inputs = [part.detach().requires_grad_() for part in joint if part.is_floating_point()]
+    joint = [torch.cat([a, b]).detach() for a, b in zip(*pair, strict=True)]
+    inputs = [part.requires_grad_() for part in joint if part.is_floating_point()]
     # Networks may write into what they are given, which autograd does not allow for the inputs themselves.
     together = losses(net, tuple(part.clone() for part in joint))
     if together.shape != (2,):

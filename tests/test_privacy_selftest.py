@@ -118,6 +118,13 @@ def fixed_size(units: int, rate: float, stream: noise.Keystream, cap: int | None
     return np.sort(np.random.default_rng().permutation(units)[: math.floor(units * rate)])
 
 
+def rate_times(factor: float) -> Patch:
+    def more(units: int, rate: float, stream: noise.Keystream, cap: int | None = None) -> Any:
+        return poisson_sample(units, factor * rate, stream, cap)
+
+    return lambda patch: patch.setattr(noise, "poisson_sample", more)
+
+
 def all_or_nobody(units: int, rate: float, stream: noise.Keystream, cap: int | None = None) -> Any:
     """The right rate for each patient, but one coin for all of them."""
     return np.arange(units if stream.below(1000) < 1000 * rate else 0)
@@ -158,6 +165,17 @@ def nan_passes(patch: pytest.MonkeyPatch) -> None:
         add(self, gradient.nan_to_num_(1e-6))
 
     patch.setattr(dpsgd._Accumulator, "add", passes)
+
+
+def nan_uncounted(patch: pytest.MonkeyPatch) -> None:
+    """Left out, but without a word: then nobody notices a network that has diverged for some patients."""
+    add = dpsgd._Accumulator.add
+
+    def silent(self: Any, gradient: Any) -> None:
+        add(self, gradient)
+        self.nonfinite = 0
+
+    patch.setattr(dpsgd._Accumulator, "add", silent)
 
 
 def infinity_passes(patch: pytest.MonkeyPatch) -> None:
@@ -233,18 +251,15 @@ SABOTAGE: dict[str, tuple[str, Patch]] = {
     "noise from a seed": ("noise", repeated_noise),
     "no clip": ("clip", unclipped),
     "NaN lets through": ("clip", nan_passes),
+    "NaN is not counted": ("clip", nan_uncounted),
     "infinity lets through": ("clip", infinity_passes),
     "the norm of half a gradient": ("clip", clipped_by_layer),
     "a clip that is a hundredth loose": ("clip", clipped_loosely),
     "batches of a fixed size": ("draws", lambda patch: patch.setattr(noise, "poisson_sample", fixed_size)),
     "shuffled epochs": ("draws", lambda patch: patch.setattr(noise, "poisson_sample", Epochs())),
     "one coin for all": ("draws", lambda patch: patch.setattr(noise, "poisson_sample", all_or_nobody)),
-    "twice the rate": (
-        "draws",
-        lambda patch: patch.setattr(
-            noise, "poisson_sample", lambda n, rate, s, cap=None: poisson_sample(n, 2 * rate, s, cap)
-        ),
-    ),
+    "twice the rate": ("draws", rate_times(2.0)),
+    "a fifth more than the rate": ("draws", rate_times(1.2)),
     "never the last patient": (
         "draws",
         lambda patch: patch.setattr(
