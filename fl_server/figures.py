@@ -7,6 +7,7 @@ told apart by line style or marker as well, so that a grey print and any common 
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -225,13 +226,22 @@ def membership(rates: Sequence[tuple[float, float]], caption: str) -> bytes:
     return _png(figure)
 
 
-def pictures(rows: Sequence[tuple[str, NDArray[np.float32]]]) -> bytes:
-    """Pictures (S, S) in [0, 1] side by side, each under its caption."""
-    figure, grid = _grid(len(rows), 2.4, 2.75)
-    for axes, (caption, picture) in zip(grid, rows, strict=False):
+def pictures(rows: Sequence[tuple[str, Sequence[tuple[str, NDArray[np.float32]]]]]) -> bytes:
+    """Rows of pictures (S, S) in [0, 1], each picture under its caption and each row with its name at the left."""
+    columns = max(len(row) for _, row in rows)
+    figure, grid = _canvas(columns, 1.75 * columns, 2.15 * len(rows), len(rows))
+    for place, axes in enumerate(grid):
+        name, row = rows[place // columns]
+        number = place % columns
+        if number >= len(row):
+            axes.set_visible(False)
+            continue
+        caption, picture = row[number]
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_title(caption, fontsize=8, color=_INK)
+        axes.set_title(caption, fontsize=7.5, color=_INK)
         axes.set(xticks=[], yticks=[])
         axes.grid(False)
         axes.spines[:].set_visible(False)
+        if number == 0:
+            axes.set_ylabel(textwrap.fill(name, 24), fontsize=8, color=_INK)
     return _png(figure)

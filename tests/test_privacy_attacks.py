@@ -224,8 +224,17 @@ def test_the_claim_is_of_exactly_the_audited_run() -> None:
 def test_each_canary_is_in_or_out_by_a_coin_that_falls_anew() -> None:
     found = sound(SAMPLED)
     assert len(found.inside) + len(found.outside) == 400 and 150 < len(found.inside) < 250
-    again = audit(key=b"b")
-    assert len(again.inside) != len(found.inside) or not np.array_equal(again.inside, found.inside)
+    counts = {len(audit(replace(SAMPLED, steps=1), key=key).inside) for key in (b"b", b"c", b"d", b"e")}
+    assert len(counts) > 1 and all(150 < count < 250 for count in counts)
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.4, 1.0])
+def test_a_score_is_the_log_likelihood_ratio_of_the_sampled_gaussian(rate: float) -> None:
+    seen = np.linspace(-4, 9, 50)
+    inside = (1 - rate) * stats.norm.pdf(seen, 0, 1.4) + rate * stats.norm.pdf(seen, 1, 1.4)
+    found = attacks._log_ratio(seen, replace(SAMPLED, sampling_rate=rate))
+    assert found == pytest.approx(np.log(inside / stats.norm.pdf(seen, 0, 1.4)))
+    assert np.isfinite(attacks._log_ratio(np.array([-1e6, 1e6]), replace(SAMPLED, sampling_rate=rate))).all()
 
 
 Sabotage = Callable[[pytest.MonkeyPatch], None]
