@@ -91,6 +91,8 @@ def test_json_of_what_cannot_have_happened_is_malformed(change: dict[str, Any]) 
 def test_json_that_is_no_event_is_malformed(facts: object) -> None:
     with pytest.raises(MessageMalformed):
         PrivacyEvent.from_json(facts)
+    with pytest.raises(MessageMalformed):
+        PrivacyEvent.from_json(USUAL.to_json() | {"steps": 10**5000})
     for name in USUAL.to_json():
         less = {key: value for key, value in USUAL.to_json().items() if key != name}
         with pytest.raises(MessageMalformed):
