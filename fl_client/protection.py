@@ -13,6 +13,7 @@ from models.contributions import Contribution, Kind, count_of, values_of
 from models.study import Study
 from privacy import keys
 from privacy.errors import MaskKeysLost, StepRefused
+from privacy.noise import GRID_BITS
 from privacy.secagg import Member, Place
 from privacy.sharing import Encoding
 from privacy.wire import KeysOrder, Order, TrainOrder, UnmaskOrder, WorkOrder
@@ -62,6 +63,14 @@ class Vault:
         if not set(order.participants) <= set(named):
             # A site that only evaluates would count towards the quorum of the training sites, and not train.
             raise StepRefused("the order names sites for its sum that the study does not name for this work")
+        if (
+            kind == "train"
+            and study.privacy != "none"
+            and study.privacy.mode == "distributed"
+            and order.scale != GRID_BITS
+        ):
+            # At another scale each site's noise would be rounded or cut off before the sum, and the sum would not have all of it.
+            raise StepRefused(f"noise of all sites adds up at the scale {GRID_BITS} only, not at {order.scale}")
         if study.protection != "masked":
             return Sending(site, study, order, encoding)
         member = self._open(site, study, order)

@@ -32,8 +32,18 @@ from fl_client.consent import approved
 from models.labels import LabelMap
 from models.study import PROTECTIONS, Document, Name, Protection, Study, read
 from privacy import keys
-from privacy.errors import DataError, DeltaTooLarge, NotEnrolled, OrderReplayed, PolicyForbids, StudyNotApproved
+from privacy.errors import (
+    DataError,
+    DeltaTooLarge,
+    NotEnrolled,
+    OrderReplayed,
+    PolicyForbids,
+    PrivacyError,
+    StudyNotApproved,
+)
 from privacy.journal import Journal
+from privacy.noise import GRID_BITS
+from privacy.sharing import Encoding
 from privacy.wire import (
     EvaluateOrder,
     EvaluateReport,
@@ -49,6 +59,10 @@ from privacy.wire import (
 if TYPE_CHECKING:
     from privacy.accounting import PrivacyEvent
     from privacy.ledger import Caps, Charge, Ledger, Patients
+
+
+FIGURES_ERROR = 2.0**-90  # total variation of all draws of a release: 10**6 tables' worth of 2**-110 each
+NOISE_DEVIATIONS = 14  # noise beyond is drawn with a chance of 10**-44 a value
 
 
 class Coordinator(Document):
@@ -253,6 +267,7 @@ class Site:
             self.ledger.unbounded(study.digest, order.run)
             return None
         self._check_delta(study, len(patients))
+        _check_room(study, len(patients), len(order.participants))
         event = self.terms(study, 1, len(patients), order.model.size)
         return self.ledger.reserve(self._charge(study, event, order), patients, self._caps(study))
 
@@ -384,6 +399,7 @@ class Site:
         if row is not None:
             return bytes(row[1]) if row[0] == model else None
         self._check_delta(study, len(patients))
+        event = replace(event, delta_extra=FIGURES_ERROR)
         hold = self.ledger.reserve(self._charge(study, event, order), patients, self._caps(study))
         made = make()
         with self._answered() as memory:
@@ -412,3 +428,21 @@ class Site:
             if isinstance(report, EvaluateReport):
                 facts |= {"split": report.split, "figures": int((report.figures[:, 0] >= 0).sum())}
         self.journal.append(report.kind, **facts)
+
+
+def _check_room(study: Study, patients: int, sites: int) -> None:
+    """Raise PrivacyError unless any sum of a step and its noise fits into a site's share of a word of a distributed sum.
+
+    What does not fit is cut off at the site, after its own noise and before that of the others, and what that leaves is not
+    covered by the noise of all.
+    """
+    plan = study.privacy
+    if plan == "none" or plan.mode != "distributed" or plan.noise_multiplier is None:
+        return
+    limit = Encoding(values=0, counts=0, bits=study.encoding_bits, scale=GRID_BITS, sites=max(1, sites)).limit
+    largest = (plan.batch_max(patients) + NOISE_DEVIATIONS * plan.noise_multiplier) * 2.0**GRID_BITS
+    if largest > limit:
+        raise PrivacyError(
+            f"a step of {plan.batch_max(patients)} patients and its noise may not fit into {study.encoding_bits} bits",
+            remedy="Ask the researcher for `encoding_bits: 64`, or a smaller sampling_rate.",
+        )

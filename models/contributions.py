@@ -9,7 +9,7 @@ releases figures of its own test split, and only for targets of which both class
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +54,7 @@ class Contribution:
     sheet: Sheet
     cases: int = 0
     loss: float = 0.0
-    update: Float32 = field(default_factory=lambda: np.zeros(0, np.float32))
+    update: npt.NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.float32))
     summed: bool = False
 
     @property
@@ -91,11 +91,13 @@ def suppressed(study: Study, sheet: Sheet) -> Sheet:
 def noised(study: Study, histogram: ScoreHistogram, stream: noise.Keystream) -> Float32:
     """float32 (targets * 2 * bins,): the counts of `histogram` with discrete Gaussian noise of `study.figures_deviation`.
 
-    The histogram has to count at most `privacy.images_per_patient` images of each patient. Whole numbers throughout.
+    The histogram has to count at most `privacy.images_per_patient` images of each patient. The noise is drawn on the fine grid
+    for which it is accounted as a Gaussian, a few whole counts would not be; what is rounded to counts then is private already.
     """
-    counts = histogram.counts.ravel().copy()
-    noise.gaussian(study.figures_deviation).add_to(counts, stream)
-    return counts.astype(np.float32)
+    fine = histogram.counts.ravel() << noise.GRID_BITS
+    noise.gaussian(study.figures_deviation * 2.0**noise.GRID_BITS).add_to(fine, stream)
+    released: Float32 = np.rint(fine * 2.0**-noise.GRID_BITS).astype(np.float32)
+    return released
 
 
 def values_of(study: Study, kind: Kind, parameters: int) -> int:

@@ -45,8 +45,8 @@ class TrainingCohort(Protocol):
 class Update:
     """What one round of local training amounts to."""
 
-    delta: NDArray[np.float32]
-    """float32 (P,): weights after minus weights before, in the order of `networks.layout`."""
+    delta: NDArray[np.float32] | NDArray[np.float64]
+    """(P,): weights after minus weights before, in the order of `networks.layout`, float32; a private sum is float64."""
     cases: int
     """Images with at least one known label: what the update weighs in the mean. Private: the cohort's public size."""
     steps: int
@@ -167,11 +167,13 @@ def learn_privately(
             log.debug("step %d: %d patients, %d clipped, %d not finite", step, seen.units, seen.clipped, seen.nonfinite)
             if seen.nonfinite:
                 log.warning("%d patients gave a gradient that is not finite; they count as zero", seen.nonfinite)
-            scaled = (noisy * 2.0**-clip.bits).astype(np.float32)
+            scaled = noisy * 2.0**-clip.bits
             if plan.mode == "distributed":
+                # In float64, which holds these numbers exactly: rounding each site's before the sum is not rounding the sum.
                 return Update(scaled, turn.public_size, 1, 0.0, summed=True)
             # The public size, never the number that was drawn or is there: a denominator says who takes part.
-            descend(net, optimizer, scaled * np.float32(plan.clip_norm / (plan.sampling_rate * turn.public_size)))
+            factor = plan.clip_norm / (plan.sampling_rate * turn.public_size)
+            descend(net, optimizer, (scaled * factor).astype(np.float32))
     delta = networks.to_vector(net) - before
     if not np.isfinite(delta).all():
         raise TrainingDiverged(f"a weight is not a finite number after {plan.steps} steps of round {turn.round}")

@@ -258,8 +258,8 @@ class BudgetExceeded(PrivacyError):
 class LedgerDamaged(PrivacyError):
     code = "ledger-damaged"
     remedy = (
-        "Nothing is trained until it is whole again: restore ledger.sqlite from a backup, or run `fl-client budget --rebuild`, "
-        "which charges everything in the journal to every patient of this site."
+        "Nothing is trained until it is whole again: put back the newest backup of ledger.sqlite, leave journal.jsonl as it is, "
+        "and run `fl-client budget --rebuild`, which charges what the backup does not know to every patient of this site."
     )
 
 

@@ -267,10 +267,12 @@ class Encoding:
         """The sum of no contributions."""
         return Vector(np.zeros(self.values, self._word), np.zeros(self.counts + 1, "<u8"))
 
-    def encode(self, values: NDArray[np.float32], weight: int, counts: NDArray[np.int64]) -> Vector:
+    def encode(
+        self, values: NDArray[np.float32] | NDArray[np.float64], weight: int, counts: NDArray[np.int64]
+    ) -> Vector:
         """One site's contribution as words.
 
-        values: float32 (values,), weight: 0..2**31 - 1, counts: int64 (counts,), each 0..COUNT_MAX. A value's word is
+        values: float32 or float64 (values,), weight: 0..2**31 - 1, counts: int64 (counts,), each 0..COUNT_MAX. A value's word is
         value * weight * 2**scale as a float64, rounded half to even, in two's complement. Words beyond ±limit are
         clipped to it, and their number follows the caller's counts as one more count. Raises MessageMalformed for
         another length or type, a value that is not finite, a weight or a count out of range.
@@ -295,10 +297,12 @@ class Encoding:
         made.counts[-1] = clipped
         return made
 
-    def _check_contribution(self, values: NDArray[np.float32], weight: int, counts: NDArray[np.int64]) -> None:
-        if values.dtype != np.float32 or values.shape != (self.values,):
+    def _check_contribution(
+        self, values: NDArray[np.float32] | NDArray[np.float64], weight: int, counts: NDArray[np.int64]
+    ) -> None:
+        if values.dtype not in (np.float32, np.float64) or values.shape != (self.values,):
             raise MessageMalformed(
-                f"values of shape {values.shape} and type {values.dtype}, not float32 ({self.values},)"
+                f"values of shape {values.shape} and type {values.dtype}, not float32 or float64 ({self.values},)"
             )
         if counts.dtype != np.int64 or counts.shape != (self.counts,):
             raise MessageMalformed(

@@ -102,6 +102,16 @@ def test_the_most_charged_person_decides() -> None:
     assert worst([], register.profiles(), DELTA) == 0
 
 
+def test_a_cap_holds_for_each_of_those_who_took_part_in_different_things() -> None:
+    register, (first, second, third) = registered([{"01"}], [{"02"}], [{"01"}, {"02"}])
+    dear = PrivacyEvent(1.0, 0.2, 20)
+    happened = [(first, EVENT), (second, dear), (third, OTHER)]
+    cap = direct(*map(as_dp_event, (dear, OTHER)))
+    for order in (happened, happened[::-1], [(first, dear), (second, EVENT), (third, OTHER)]):
+        assert within(cap + 1e-3, order, register.profiles(third), DELTA)
+        assert not within(cap - 1e-3, order, register.profiles(third), DELTA)
+
+
 def test_charges_of_everybody_are_composed_with_those_of_each() -> None:
     register, (name,) = registered([{"01"}])
     happened = [(EVERYBODY, OTHER), (name, EVENT)]
@@ -121,6 +131,7 @@ def test_one_person_counted_as_several_patients_has_spent_at_least_the_mixture_o
     mixture = dp_event.MixtureOfGaussiansDpEvent(3.0, list(range(patients + 1)), chances)
     exact = direct(dp_event.SelfComposedDpEvent(mixture, event.steps))
     assert worst([(name, event)], register.profiles(), DELTA) >= exact - 1e-3 > accounting.epsilon([event], DELTA)
+    assert persons._grouped(event, patients).sampling_rate == pytest.approx(1 - chances[0])
     every_time = PrivacyEvent(3.0, 1.0, 2)
     summed = direct(dp_event.SelfComposedDpEvent(dp_event.GaussianDpEvent(3.0 / patients), 2))
     assert worst([(name, every_time)], register.profiles(), DELTA) == pytest.approx(summed, abs=1e-6)

@@ -550,7 +550,7 @@ OK_VALUES, OK_COUNTS = np.zeros(3, np.float32), np.zeros(2, np.int64)
         (np.zeros(2, np.float32), 1, OK_COUNTS),
         (np.zeros(4, np.float32), 1, OK_COUNTS),
         (np.zeros((3, 1), np.float32), 1, OK_COUNTS),
-        (np.zeros(3, np.float64), 1, OK_COUNTS),
+        (np.zeros(3, np.float16), 1, OK_COUNTS),
         (np.zeros(3, np.int32), 1, OK_COUNTS),
         (np.array([0, np.nan, 0], np.float32), 1, OK_COUNTS),
         (np.array([np.inf, 0, 0], np.float32), 1, OK_COUNTS),

@@ -19,13 +19,13 @@ from hospital import STUDY, Hospital, first_model
 
 from fl_client.cohort import Cohort
 from fl_client.consent import Consent
-from fl_client.site import Site
+from fl_client.site import Site, _check_room
 from fl_server import report
 from fl_server.run import Run, read_facts
 from models import contributions, learning, networks
 from models.study import Study, parse
 from privacy import accounting, dpsgd, keys, noise, wire
-from privacy.errors import BudgetExceeded, DeltaTooLarge, PolicyForbids, StudyConflict
+from privacy.errors import BudgetExceeded, DeltaTooLarge, PolicyForbids, PrivacyError, StudyConflict
 from privacy.sharing import Encoding
 
 THREE = ["north", "south", "east"]
@@ -623,3 +623,43 @@ def test_a_release_of_figures_takes_no_round_of_training_away_and_gives_none(tmp
     assert isinstance(released, wire.EvaluateReport)
     assert [answer(hospital, run=f"run-{n}", attempt=n, sum=n) for n in (2, 3, 4)] == ["", "", ""]
     assert answer(hospital, run="run-5") == "budget-exceeded"
+
+
+# What a distributed sum needs of each site, so that it has all of the noise.
+
+
+@pytest.mark.parametrize("scale", [17, 19, 0, 30])
+def test_an_order_at_another_scale_is_refused_before_anything_is_charged(tmp_path: Path, scale: int) -> None:
+    """At a large scale a lying coordinator would have every site's noise cut off before it could add up."""
+    plan = private(DISTRIBUTED)
+    hospital = Hospital.open(tmp_path, "north", plan)
+    permissive(hospital)
+    assert answer(hospital, scale=scale, participants=tuple(sorted(THREE))) == "step-refused"
+    assert not (hospital.home / "ledger.sqlite").exists() or kinds(hospital) == []
+
+
+def test_a_noisy_sum_reaches_the_words_without_a_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 holds whole numbers to 2**24: 64 clip norms."""
+    plan, seen = private(DISTRIBUTED), []
+    honest = dpsgd.private_gradient
+
+    def watched(*given: Any) -> Any:
+        noisy, rest = honest(*given)
+        noisy += 2**28 + 1
+        seen.append(noisy.copy())
+        return noisy, rest
+
+    monkeypatch.setattr(dpsgd, "private_gradient", watched)
+    update = learned(Few(range(12)), plan)
+    encoding = Encoding(len(update.delta), 0, 32, noise.GRID_BITS, 3)
+    words = encoding.encode(update.delta, 1, np.zeros(0, np.int64)).values.view("<i4")
+    assert np.array_equal(words, seen[0])
+
+
+def test_a_step_that_might_be_cut_off_is_refused() -> None:
+    shared = private(DISTRIBUTED)
+    _check_room(shared, 3000, 3)
+    with pytest.raises(PrivacyError, match="may not fit into 32 bits"):
+        _check_room(shared, 10_000, 3)
+    _check_room(shared.model_copy(update={"encoding_bits": 64}), 10_000_000, 3)
+    _check_room(private(LOCAL), 10_000_000, 3)
