@@ -70,6 +70,7 @@ an answer within HELD_S says that it was not held, and then looks become seldom 
 RETRY_FIRST_S, RETRY_MOST_S = 0.5, 15.0
 OBJECT_BACKOFF_S = 0.02  # a message is visible before its objects are; Flower's own first wait is a second
 CALL_TIMEOUT_S = 60.0
+STARTS_MAX = 3  # of a worker in a row: once may be an accident, and so may the memory of another program
 Tell = Callable[[str], None]
 log = logging.getLogger("isocenter.node")
 
@@ -232,8 +233,17 @@ class Worker:
         self.ready: Future[None] = self.pool.submit(_warm)
 
     def wait(self) -> None:
-        """Return when the process is ready; raises AuditFailed if its self-test fails."""
-        self.ready.result()
+        """Return when the process is ready; one that dies before is replaced.
+
+        Raises AuditFailed if its self-test fails, WorkerDied if it dies again and again.
+        """
+        for _ in range(STARTS_MAX):
+            try:
+                return self.ready.result()
+            except BrokenProcessPool:
+                log.error("the worker process died while it started; a new one is started")
+                self._start()
+        raise WorkerDied(f"the worker process died {STARTS_MAX} times while it started")
 
     def answer(self, message: Message) -> Message:
         """The reply to an order, a Refusal if it could not be worked on, Flower's bare error if the message is no order."""

@@ -36,6 +36,11 @@ SEEN = {
 
 Home = Annotated[Path, typer.Option("--home", "-H", help="Folder with your keys; made by `fl-study join`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+SiteHomes = Annotated[
+    list[str] | None,
+    typer.Option("--site", help="NAME=FOLDER of a site's home (site.yaml, ingested); repeat. Default: phantoms."),
+]
+Phantoms = Annotated[int, typer.Option(min=30, max=2000, help="Patients of each phantom hospital.")]
 StudyFile = Annotated[Path, typer.Argument(help="The study, a YAML file.")]
 
 
@@ -308,11 +313,8 @@ def say_report(page: Path, as_json: bool) -> None:
 @app.command()
 def simulate(
     file: StudyFile,
-    site: Annotated[
-        list[str] | None,
-        typer.Option("--site", help="NAME=FOLDER of a site's home (site.yaml, ingested); repeat. Default: phantoms."),
-    ] = None,
-    patients: Annotated[int, typer.Option(min=30, max=2000, help="Patients of each phantom hospital.")] = 120,
+    site: SiteHomes = None,
+    patients: Phantoms = 120,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("simulation"),
     compare: Annotated[
         bool, typer.Option("--compare", help="Also train at each site alone and evaluate everywhere.")
@@ -355,11 +357,8 @@ def _say_matrix(matrix: dict[str, dict[str, float | None]]) -> None:
 @app.command()
 def attack(
     file: StudyFile,
-    site: Annotated[
-        list[str] | None,
-        typer.Option("--site", help="NAME=FOLDER of a site's home (site.yaml, ingested); repeat. Default: phantoms."),
-    ] = None,
-    patients: Annotated[int, typer.Option(min=30, max=2000, help="Patients of each phantom hospital.")] = 120,
+    site: SiteHomes = None,
+    patients: Phantoms = 120,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for attack.json and the plots.")] = Path("attack"),
     as_json: AsJson = False,
 ) -> None:

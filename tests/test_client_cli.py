@@ -4,6 +4,8 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from coordinator import Coordinator, coordinator, study
@@ -14,11 +16,14 @@ from fl_client import enrol
 from fl_client.cli import app
 from fl_client.consent import Consent, Offer
 from fl_client.readiness import findings
+from fl_client.site import Site
 from models.study import Study
 from privacy import consortium_pb2 as pb
 from privacy import keys
+from privacy.accounting import PrivacyEvent
 from privacy.calls import Caller
 from privacy.errors import IsocenterError, TrustError
+from privacy.ledger import Caps, Charge
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +223,70 @@ def test_a_declined_study_teaches_no_keys(served: Coordinator, site: Path, appro
     enrol.decide(site, Offer(hostile, "rosa", b"", b"", b"", ""), "declined")
     assert approve(masked(served, site, "Good again"), "--yes")[0] == 0
     assert approve(masked(served, site, "Bad again", south=hostile.roster["south"]), "--yes")[0] == 1
+
+
+def private(served: Coordinator, site: Path, **change: Any) -> Study:
+    """A masked study with distributed noise, as `fl-study submit` leaves it."""
+    asked = masked(served, site, "Private")
+    plan = {"mode": "distributed", "epsilon": 5, "clip_norm": 1, "sampling_rate": 1, "noise_multiplier": 9.0} | change
+    facts = asked.model_dump(mode="json") | {"privacy": plan, "strategy": {"name": "fedsgd"}}
+    facts["training"] |= {"balance": False}
+    return Study.model_validate(facts)
+
+
+def test_approving_a_private_study_says_what_it_promises_and_what_was_spent(
+    served: Coordinator, site: Path, approve: Approve
+) -> None:
+    path = site / "site.yaml"
+    path.write_text(path.read_text().replace("permit_without_privacy: true", "permit_without_privacy: false"))
+    asked = private(served, site)
+    code, screen, _ = approve(asked, "--yes")
+    assert code == 0 and decided(site, asked) == "approved"
+    for words in (
+        "noise of 9 times the clip norm in each step, distributed",
+        "per patient (add or remove one patient)",
+        "against everybody else combined",
+        "the coordinator and 1 of the 3 sites",
+        "sums of gradients with noise",
+        "was spent before; site.yaml permits 8 for one study",
+        "Not in ε",
+        "cannot be told yet",  # this site has no images: the first order checks
+    ):
+        assert words in screen, words
+
+
+def test_a_private_study_that_breaks_its_word_or_the_policy_cannot_be_approved(
+    served: Coordinator, site: Path, approve: Approve
+) -> None:
+    lying = private(served, site, noise_multiplier=0.5)
+    assert "RunUnknown" in approve(lying, "--yes")[2], "a contradictory offer is left out"
+    path = site / "site.yaml"
+    path.write_text(path.read_text().replace("epsilon_per_study: 8 ", "epsilon_per_study: 0.1 "))
+    asked = private(served, site)
+    code, _, error = approve(asked, "--yes")
+    assert code == 1 and error.startswith("PolicyForbids: ") and "epsilon_per_study in site.yaml is 0.1" in error
+    assert decided(site, asked) is None
+
+
+def test_a_study_that_the_patients_have_no_budget_for_cannot_be_approved(
+    served: Coordinator, site: Path, approve: Approve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fl_client.cohort import Cohort
+    from fl_client.ingest import Index
+    from models.labels import LabelTable
+
+    asked = private(served, site)
+    patients = [{f"{n:032x}"} for n in range(50)]
+    ledger = Site.open(site).ledger
+    before = Charge("ab" * 32, "run-1", 1, 1, PrivacyEvent(1.0, 1.0, 8))
+    ledger.reserve(before, patients, Caps(100, 100, 100, 1e-5, 10))
+    monkeypatch.setattr(Index, "open", classmethod(lambda cls, state: None))
+    monkeypatch.setattr(
+        Site, "source", property(lambda self: SimpleNamespace(labels=SimpleNamespace(table="t", targets={})))
+    )
+    monkeypatch.setattr(LabelTable, "read", classmethod(lambda cls, *given: None))
+    monkeypatch.setattr(Cohort, "identities_of", staticmethod(lambda *given: patients))
+    monkeypatch.setattr("fl_client.cli._own_data", lambda *given: "")
+    code, screen, error = approve(asked, "--yes")
+    assert code == 1 and error.startswith("BudgetExceeded: ") and decided(site, asked) is None
+    assert "of your most used patient was spent before" in screen

@@ -1,5 +1,6 @@
 """The node's worker: whatever happens in it, the coordinator gets an answer, and it says nothing but a code."""
 
+import functools
 import os
 import signal
 import threading
@@ -12,8 +13,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from hospital import Hospital, study
 
+from fl_client import node
 from fl_client.node import Worker
 from privacy import wire
+from privacy.errors import AuditFailed, WorkerDied
 from privacy.secagg import BUNDLE_BYTES
 
 
@@ -107,3 +110,60 @@ def test_a_site_yaml_broken_while_the_node_runs_is_a_refusal(
         assert isinstance(report, wire.Refusal) and report.code == "bad-document"
     finally:
         path.write_text(good)
+
+
+def _fails_its_test() -> None:
+    raise AuditFailed("the self-test of this node failed: noise: half of it")
+
+
+def _dies_at_first(mark: Path) -> None:
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _dies() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_node_whose_self_test_fails_stops_before_it_connects(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "_warm", _fails_its_test)
+    monkeypatch.setattr(node, "connect", lambda site: pytest.fail("connected"))
+    said: list[str] = []
+    with pytest.raises(AuditFailed, match="half of it"):
+        node.serve(hospital.home, said.append)
+    assert said == []
+
+
+def test_a_worker_whose_self_test_fails_works_on_nothing(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "_warm", _fails_its_test)
+    made = Worker(hospital.site)
+    try:
+        report = wire.decode(made.answer(message(hospital.order(run="red"))), *wire.REPORTS)
+    finally:
+        made.stop()
+    assert isinstance(report, wire.Refusal) and report.code == "audit-failed"
+
+
+def test_a_worker_killed_while_it_starts_is_replaced_and_the_order_is_worked_on(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(node, "_warm", functools.partial(_dies_at_first, tmp_path / "died"))
+    made = Worker(hospital.site)
+    try:
+        report = wire.decode(made.answer(message(hospital.order(run="again"))), *wire.REPORTS)
+    finally:
+        made.stop()
+    assert isinstance(report, wire.TrainReport)
+
+
+def test_a_worker_that_always_dies_is_named(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "_warm", _dies)
+    made = Worker(hospital.site)
+    try:
+        with pytest.raises(WorkerDied, match="3 times"):
+            made.wait()
+    finally:
+        made.stop()

@@ -283,7 +283,7 @@ def test_killed_at_any_moment_again_and_again_no_promise_is_lost(home: Path) -> 
         # At most one is charged that nobody was told of: the one at which the child died.
         assert len(set(charges)) == len(charges) <= len(promised) + 1
         promised |= set(charges)
-    assert len(promised) > 5
+    assert len(promised) > 30  # each turn waits for its share, so a slow machine has them as well
     assert charged(ledger) == pytest.approx(epsilon_of([EVENT] * (len(promised) - 1)), abs=1e-6)  # of patient 8
 
 
