@@ -4,6 +4,7 @@ The same function runs in production (Grid over the SuperLink), in simulation an
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from flwr.app import Context
@@ -14,7 +15,7 @@ from fl_server.roster import Home
 from fl_server.run import Float32, Round, Run, Test, score_sheet
 from fl_server.sums import Nodes, Task, Total
 from models.contributions import read_figures
-from privacy.errors import IsocenterError, MessageMalformed
+from privacy.errors import CertificateRevoked, IsocenterError, MessageMalformed
 from privacy.wire import EvaluateOrder, TrainOrder
 
 app = ServerApp()
@@ -54,19 +55,29 @@ class Desk:
     """
 
     def __init__(self, home: Home, run: Run, grid: Grid) -> None:
-        self.run, self.summing = run, sums.build(grid, run, home)
-        part, consenting = run.study.participation, set(run.facts["sites"])
-        nodes = {site.name: site.node_id for site in home.roster.sites() if site.node_id is not None}
-        self.trainers = {name: nodes[name] for name in part.sites if name in nodes and name in consenting}
-        self.evaluators = {name: nodes[name] for name in run.study.all_sites if name in nodes and name in consenting}
+        self.run, self.summing, self.roster = run, sums.build(grid, run, home), home.roster
+
+    @property
+    def trainers(self) -> Nodes:
+        return self._consenting(self.run.study.participation.sites)
+
+    @property
+    def evaluators(self) -> Nodes:
+        return self._consenting(self.run.study.all_sites)
+
+    def _consenting(self, named: Sequence[str]) -> Nodes:
+        """Asked before each sum: who withdrew, or was revoked, since the launch gets no further order."""
+        consenting = set(self.run.facts["sites"]) & set(self.roster.approvals(self.run.study.digest))
+        nodes = {site.name: site.node_id for site in self.roster.sites() if site.node_id is not None}
+        return {name: nodes[name] for name in named if name in nodes and name in consenting}
 
     def train(self, model: Float32, number: int) -> Total:
         """One round's sum: the validation of `model` and the mean of what the sites learned from it."""
         if self.run.scale is None:
             self.run.scale = sums.first_scale(self.run.study)
         quorum = self.run.study.participation.quorum
-        task = Task(TrainOrder, model, number, self.run.scale, self.trainers, quorum, self.trainers)
-        return self.summing.carry_out(task)
+        trainers = self.trainers
+        return self.summing.carry_out(Task(TrainOrder, model, number, self.run.scale, trainers, quorum, trainers))
 
     def evaluate(self, model: Float32, number: int, split: str) -> Total:
         """The summed scores of `model` on one split: the training sites' validation, or everybody's test."""
@@ -79,14 +90,15 @@ class Desk:
 
     def score(self, total: Total) -> None:
         """Note the validation of the model that the sites were sent."""
-        self.run.score(score_sheet(total.contributors, total.mean.sheet), self.absent(total, self.trainers))
+        named = self.run.study.participation.sites
+        self.run.score(score_sheet(total.contributors, total.mean.sheet), self.absent(total, named))
 
     def test(self, model: Float32) -> Test:
         """The test evaluation of the selected model: everybody's sum, and what each site releases of its own."""
         total = self.evaluate(model, max(1, self.run.best_round), "test")
         released = {site: self._released(total, rows) for site, rows in sorted(total.figures.items())}
         sheet = score_sheet(total.contributors, total.mean.sheet)
-        return Test(sheet, self.absent(total, self.evaluators), released, total.mean.ingested)
+        return Test(sheet, self.absent(total, self.run.study.all_sites), released, total.mean.ingested)
 
     def _released(self, total: Total, rows: Float32) -> list[dict[str, float | int] | None]:
         """What one site says of itself, target by target; nothing where it contradicts itself or the sum it is in."""
@@ -102,10 +114,11 @@ class Desk:
             for n, figure in enumerate(found)
         ]
 
-    def absent(self, total: Total, sites: Nodes) -> dict[str, str]:
-        """Who of the study is not in `total`, and why."""
-        named = self.run.study.all_sites if sites is self.evaluators else self.run.study.participation.sites
-        return total.missing | {name: "not-consenting" for name in named if name not in sites}
+    def absent(self, total: Total, named: Sequence[str]) -> dict[str, str]:
+        """Who of `named` is not in `total`, and why."""
+        told = {name: "not-consenting" for name in named if name not in total.contributors} | total.missing
+        revoked = self.roster.revoked()
+        return {name: CertificateRevoked.code if name in revoked else why for name, why in told.items()}
 
     def summary(self, number: int, began: float, total: Total) -> Round:
         before = self.run.scale or 0
@@ -117,7 +130,7 @@ class Desk:
             attempt=self.run.attempt,
             seconds=time.monotonic() - began,
             contributors=total.contributors,
-            missing=self.absent(total, self.trainers),
+            missing=self.absent(total, self.run.study.participation.sites),
             cases=total.mean.cases,
             train_loss=total.mean.loss if public else None,
             site_seconds=total.seconds if public else {},

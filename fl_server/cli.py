@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.table import Table
 from fl_server.roster import Home, Party, ServerFile
 from models.study import parse
 from privacy import console, keys
+
+if TYPE_CHECKING:
+    from fl_server.authority import Request
 
 app = typer.Typer(
     name="fl-server",
@@ -103,7 +106,7 @@ def sites(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
         return
     table = _table("name", "role", "joined", "last seen", "certificate until")
     for party in parties:
-        until = f"{party.certificate.not_valid_after_utc:%Y-%m-%d}"
+        until = f"revoked {party.revoked[:10]}" if party.revoked else _until(party)
         table.add_row(party.name, party.role, _minute(party.joined), _minute(party.last_seen), until)
     for each in waiting:
         table.add_row(each.name, each.role, "invited", "", f"(invitation) {each.expires[:10]}")
@@ -111,6 +114,99 @@ def sites(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
     typer.echo("Authority (sites compare this over the telephone):")
     grouped = keys.grouped(opened.ca_fingerprint)
     typer.echo(f"  {grouped[:39]}\n  {grouped[40:]}")
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="Name of the hospital or researcher.")],
+    home: HomeOption = Path(),
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Believe nothing of one hospital or researcher any more; a running coordinator refuses its connections in seconds."""
+    opened = Home.open(home)
+    party = opened.roster.party(name)
+    if not yes:
+        typer.confirm(f"Revoke the {party.role} {name}? Its key can never be used here again.", abort=True)
+    opened.revoke(name)
+    typer.echo(f"Revoked {name}. Runs go on without it. A new key for the same name: fl-server invite {name}")
+
+
+@app.command()
+def offline(
+    folder: Annotated[Path, typer.Argument(help="New folder, for example on a USB stick.")], home: HomeOption = Path()
+) -> None:
+    """Move the authority's key to another place; from then on each certificate is signed by hand with `fl-server sign`."""
+    from fl_server import authority
+
+    authority.move(Home.open(home), folder)
+    typer.echo(
+        f"The authority's key is in {folder} and no longer in {home / 'keys'}. Keep two copies of it, both locked away."
+    )
+    typer.echo(
+        "To sign what waits: fl-server requests --out LIST here, fl-server sign LIST there, fl-server accept here."
+    )
+
+
+@app.command()
+def requests(
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also write them to this file, for `fl-server sign`.")
+    ] = None,
+    home: HomeOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """List the certificates that wait for the offline authority's signature."""
+    from fl_server import authority
+
+    opened = Home.open(home)
+    waiting = authority.waiting(opened)
+    if out is not None:
+        keys.write_public(out, authority.signing_list(opened))
+    if as_json:
+        rows = [
+            {"name": each.name, "role": each.role, "asked": each.asked, "key": each.fingerprint} for each in waiting
+        ]
+        typer.echo(json.dumps({"requests": rows}, indent=2))
+        return
+    _show(_requests_table(waiting), "Nothing waits for a signature.")
+    if out is not None:
+        typer.echo(f"Written to {out}. On the authority's machine: fl-server sign {out.name} --authority FOLDER")
+
+
+@app.command()
+def sign(
+    listed: Annotated[Path, typer.Argument(help="File of `fl-server requests --out`.")],
+    authority_folder: Annotated[Path, typer.Option("--authority", "-a", help="Folder made by `fl-server offline`.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the certificates go.")] = Path("certificates.json"),
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask; the requests are still shown.")] = False,
+) -> None:
+    """On the authority's machine, without a network: show what a coordinator asks for, and sign it."""
+    from fl_server import authority
+
+    wanted = authority.read_list(listed.read_bytes(), authority_folder)
+    _show(_requests_table(wanted), "The list is empty.")
+    if not wanted:
+        return
+    if not yes:
+        typer.confirm("Sign these certificates?", abort=True)
+    keys.write_public(out, authority.sign(wanted, authority_folder))
+    typer.echo(f"Signed {len(wanted)}. Carry {out} back, and there: fl-server accept {out.name}")
+
+
+@app.command()
+def accept(
+    signed: Annotated[Path, typer.Argument(help="File of `fl-server sign`.")], home: HomeOption = Path()
+) -> None:
+    """Take in certificates that the offline authority signed; those who wait for them get them when they ask again."""
+    from fl_server import authority
+
+    parties, refused = authority.accept(Home.open(home), signed.read_bytes())
+    for party in parties:
+        typer.echo(f"{party.name} has a certificate until {_until(party)}.")
+    for name, why in refused.items():
+        typer.echo(f"{name} was left out: {why}", err=True)
+    if refused or not parties:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -144,7 +240,20 @@ def _party_json(party: Party) -> dict[str, str | None]:
         "joined": party.joined,
         "last_seen": party.last_seen,
         "certificate_until": party.certificate.not_valid_after_utc.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "revoked": party.revoked,
     }
+
+
+def _until(party: Party) -> str:
+    until = f"{party.certificate.not_valid_after_utc:%Y-%m-%d}"
+    return f"{until} (ended)" if keys.ended(party.certificate) else until
+
+
+def _requests_table(waiting: "list[Request]") -> Table:
+    table = _table("name", "role", "asked", "days", "key (compare over the telephone)")
+    for each in waiting:
+        table.add_row(each.name, each.role, _minute(each.asked), str(each.days), each.fingerprint)
+    return table
 
 
 def _minute(moment: str | None) -> str:

@@ -1,8 +1,9 @@
 """The consortium service: what sites and researchers may ask of the coordinator, over TLS 1.3, each call signed.
 
 What the gate refuses before any method runs: a call without a whole signature, by a name that is not enrolled, with a
-signature that does not fit method and request, with a clock more than two minutes off, made before, or by a party
-whose role the call is not for. Enrol alone is open: its token is its proof. Names of files never come from a caller,
+signature that does not fit method and request, by a party that was revoked or whose certificate has ended, with a clock
+more than two minutes off, made before, or by a party whose role the call is not for. Enrol alone is open: its token is
+its proof. Names of files never come from a caller,
 and a researcher sees the runs of own studies only.
 """
 
@@ -21,6 +22,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from fl_server import authority
 from fl_server.roster import Home, Offered, Party
 from models.study import Study
 from privacy import consortium_pb2 as pb
@@ -36,6 +38,7 @@ from privacy.calls import (
     details_of,
 )
 from privacy.errors import (
+    CertificateRevoked,
     ClockSkewed,
     DocumentError,
     IsocenterError,
@@ -61,15 +64,17 @@ RECORD_BYTES_MAX = 4 * 1024 * 1024
 ENDED = ("complete", "partial", "failed", "stopped")
 RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 
-CALLERS: dict[str, PartyRole] = {
-    "Offers": "site",
-    "Decide": "site",
-    "Roster": "researcher",
-    "Submit": "researcher",
-    "Studies": "researcher",
-    "Launch": "researcher",
-    "Watch": "researcher",
-    "Results": "researcher",
+CALLERS: dict[str, tuple[PartyRole, ...]] = {
+    "Renew": ("site", "researcher"),
+    "Witness": ("site",),
+    "Offers": ("site",),
+    "Decide": ("site",),
+    "Roster": ("researcher",),
+    "Submit": ("researcher",),
+    "Studies": ("researcher",),
+    "Launch": ("researcher",),
+    "Watch": ("researcher",),
+    "Results": ("researcher",),
 }
 _generated: Any = consortium_pb2_grpc  # the generated module carries no annotations
 _log = logging.getLogger(__name__)
@@ -150,7 +155,9 @@ class Gate:
 
         def many(raw: bytes, context: Any) -> Iterator[Any]:
             try:
-                yield from handler.unary_stream(admitted(raw, context), context)
+                for reply in handler.unary_stream(admitted(raw, context), context):
+                    self._require_not_revoked(Signed.read(context.invocation_metadata()).name)
+                    yield reply
             except Exception as error:
                 self._abort(error, context)
 
@@ -167,6 +174,7 @@ class Gate:
         signed = Signed.read(metadata)
         party = self._home.roster.party(signed.name)
         keys.verify(party.public_key, keys.CALL, signed.body(method, raw), signed.signature)
+        self._require_not_revoked(signed.name)
         keys.check_issued(self._ca, party.certificate, party.name, party.role)
         skew = time.time() - signed.time_s
         if abs(skew) > SKEW_SECONDS:
@@ -174,8 +182,13 @@ class Gate:
             raise ClockSkewed(f"the clock of this machine is {abs(skew):.0f} s {side} the coordinator's")
         # Remembered for longer than the call could be accepted, also over a restart of the coordinator.
         self._home.roster.admit_call(signed.name, signed.nonce, time.time() + 3 * SKEW_SECONDS)
-        if CALLERS.get(name) != party.role:
+        if party.role not in CALLERS.get(name, ()):
             raise TrustError(f"this call is not for a {party.role}")
+
+    def _require_not_revoked(self, name: str) -> None:
+        """Asked for each piece of a long answer as well: a revoked party is cut off in the middle of it."""
+        if revoked := self._home.roster.party(name).revoked:
+            raise CertificateRevoked(f"{name} was revoked on {revoked}")
 
     def _abort(self, error: Exception, context: Any) -> None:
         """End the call. What names files of this machine, or was not foreseen, stays in the log here."""
@@ -216,7 +229,7 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
 
     def Enrol(self, request: pb.EnrolRequest, context: Any) -> pb.EnrolReply:  # noqa: N802  name in consortium.proto
         with self._enrolling:  # so that one node is registered once, also when a site asks twice at a time
-            party = self._home.enrol(request.token, request.name, request.role, request.csr)
+            party = authority.enrol(self._home, request.token, request.name, request.role, request.csr)
             if party.role == "site" and party.node_id is None:
                 node_id = self._hooks.enrolled(party.name, party.role, keys.public_pem(party.public_key))
                 if node_id is not None:
@@ -226,6 +239,11 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
             coordinator_key=keys.public_pem(self._home.coordinator_key),
             gateway_port=self._home.settings.gateway_port,
         )
+
+    def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewReply:  # noqa: N802  name in consortium.proto
+        with self._enrolling:
+            certificate = authority.renew(self._home, self._caller(context), request.csr)
+        return pb.RenewReply(certificate=keys.certificate_pem(certificate))
 
     def Offers(self, request: pb.OffersRequest, context: Any) -> pb.OffersReply:  # noqa: N802  name in consortium.proto
         roster, site = self._home.roster, self._caller(context)
@@ -318,12 +336,13 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
 
     def _state(self, offered: Offered, runs: "list[RunRecord]") -> pb.StudyState:
         study, decisions = offered.study, self._home.roster.decisions(offered.digest)
+        approvals = self._home.roster.approvals(offered.digest)
         return pb.StudyState(
             digest=offered.digest,
             name=study.name,
             submitted=offered.submitted,
             quorum=study.participation.quorum,
-            approved=[site for site in study.all_sites if decisions.get(site) == "approved"],
+            approved=[site for site in study.all_sites if site in approvals],
             declined=[site for site in study.all_sites if decisions.get(site) == "declined"],
             unanswered=[site for site in study.all_sites if site not in decisions],
             runs=[

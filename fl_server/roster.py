@@ -2,16 +2,17 @@
 
     HOME/
     ├── server.yaml          settings; written last, so it marks a finished founding
-    ├── keys/                ca.key ca.pem, coordinator.key (statements), aggregator.key (opens sealed updates),
-    │                        tls.key tls.pem (server certificate and ca.pem)
+    ├── keys/                ca.key (unless it is offline, see fl_server.authority) ca.pem, coordinator.key (statements),
+    │                        aggregator.key (opens sealed updates), tls.key tls.pem (server certificate and ca.pem)
     ├── roster.sqlite        this module's tables (0600)
     ├── journal.jsonl        what the coordinator did, hash-chained
     ├── runs/<run_id>/       durable state of each run
     └── superlink/           Flower's database
 
-Rules: a token is stored only as its hash; an invitation makes one party and no second one; a name belongs to one key;
-a study is offered and launched only if it names exactly the keys that its sites are enrolled with; every change is one
-SQLite transaction that is on the disk before anything is answered.
+Rules: a token is stored only as its hash; an invitation makes one party and no second one; a name belongs to one key, and
+to another one only after the first was revoked, which is for ever; a study is offered and launched only if it names
+exactly the keys that its sites are enrolled with; every change is one SQLite transaction that is on the disk before
+anything is answered.
 """
 
 import datetime as dt
@@ -36,6 +37,7 @@ from models.study import Document, Name, Study, read
 from privacy import keys
 from privacy.calls import Decision, InvitationLine, PartyRole, Statement, token_hash
 from privacy.errors import (
+    CertificateRevoked,
     DocumentError,
     InvitationRefused,
     IsocenterError,
@@ -64,11 +66,10 @@ class ServerFile(Document):
     service_port: int = Field(default=9441, ge=1, le=65535, description="port for joining, studies, approvals, results")
     invitation_hours: int = Field(default=72, ge=1, le=24 * 30, description="how long an invitation can be used")
     certificate_days: int = Field(
-        # Certificates of 30 days need renewal by the node itself; until that exists, they last for a project.
-        default=365,
+        default=30,
         ge=1,
         le=3650,
-        description="how long a certificate of a site or researcher is valid",
+        description="how long a certificate of a site or researcher is valid; it is renewed in its last third",
     )
 
     @field_validator("host")
@@ -175,12 +176,16 @@ class Home:
         return study.with_keys(self.roster.site_keys(study.all_sites), self.aggregator)
 
     def check_keys(self, study: Study) -> None:
-        """Raise NotEnrolled or StudyConflict unless `study` names exactly the keys that `with_keys` fills in."""
-        right = self.with_keys(study)
-        wrong = [site for site in study.all_sites if study.roster.get(site) != right.roster[site]]
+        """Raise NotEnrolled or StudyConflict unless `study` names exactly the keys that `with_keys` fills in.
+
+        Sites that were revoked since take no part in anything, whatever key a study names for them.
+        """
+        here = [site for site in study.all_sites if site not in self.roster.revoked()]
+        right = self.roster.site_keys(here)
+        wrong = [site for site in here if study.roster.get(site) != right[site]]
         parts = [f"the keys that are enrolled here for {', '.join(wrong)}"] if wrong else []
         parts += (
-            ["the key that this coordinator opens sealed updates with"] if study.aggregator != right.aggregator else []
+            ["the key that this coordinator opens sealed updates with"] if study.aggregator != self.aggregator else []
         )
         if parts:
             raise StudyConflict(
@@ -198,17 +203,10 @@ class Home:
         self.journal.append("invited", party=name, role=role)
         return InvitationLine(name, self.settings.host, self.settings.service_port, self.ca_fingerprint, token)
 
-    def enrol(self, token: str, name: str, role: str, csr: bytes) -> "Party":
-        """Redeem an invitation with this consortium's authority. Repeating it with the same key is harmless."""
-
-        def issue() -> x509.Certificate:
-            key = keys.load_key(self.root / "keys" / "ca.key")
-            authority = keys.Authority(key, keys.load_certificate(self.ca_pem))
-            return keys.issue(authority, csr, name, party_role(role), self.settings.certificate_days)
-
-        party, fresh = self.roster.redeem(token, name, role, keys.key_of_csr(csr), issue)
-        if fresh:
-            self.journal.append("enrolled", party=name, role=role, certificate=keys.fingerprint(party.certificate))
+    def revoke(self, name: str) -> "Party":
+        """From now on nothing that `name` says or shows is believed; raises NotEnrolled, TrustError if it was revoked before."""
+        party = self.roster.revoke(name)
+        self.journal.append("revoked", party=name, role=party.role)
         return party
 
 
@@ -229,6 +227,7 @@ class Party:
     node_id: int | None  # of Flower; sites only
     joined: str  # UTC, 2026-01-31T12:00:00Z
     last_seen: str | None  # of its last signed call
+    revoked: str | None = None
 
     @property
     def public_key(self) -> keys.PublicKey:
@@ -263,7 +262,10 @@ CREATE TABLE IF NOT EXISTS invitations (
     token_hash BLOB PRIMARY KEY, name TEXT NOT NULL, role TEXT NOT NULL, expires REAL NOT NULL, used_by_key BLOB);
 CREATE TABLE IF NOT EXISTS parties (
     name TEXT PRIMARY KEY, role TEXT NOT NULL, public_key BLOB NOT NULL UNIQUE, certificate BLOB NOT NULL,
-    serial TEXT NOT NULL UNIQUE, node_id TEXT, joined TEXT NOT NULL, last_seen TEXT);
+    serial TEXT NOT NULL UNIQUE, node_id TEXT, joined TEXT NOT NULL, last_seen TEXT, revoked TEXT);
+CREATE TABLE IF NOT EXISTS retired_keys (public_key BLOB PRIMARY KEY, name TEXT NOT NULL, revoked TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS requests (
+    name TEXT PRIMARY KEY, role TEXT NOT NULL, csr BLOB NOT NULL, asked TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS studies (
     digest TEXT PRIMARY KEY, canonical BLOB NOT NULL, researcher TEXT NOT NULL REFERENCES parties(name),
     researcher_signature BLOB NOT NULL, coordinator_signature BLOB NOT NULL, submitted TEXT NOT NULL);
@@ -287,13 +289,15 @@ class Roster:
             path.touch(mode=0o600)
         with self._transaction() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, 1):
+            if version not in (0, 1, 2):
                 raise DocumentError(
                     f"{path} was written by a newer version of Isocenter", remedy="Upgrade this installation."
                 )
+            if version == 1:
+                db.execute("ALTER TABLE parties ADD COLUMN revoked TEXT")
             for statement in _TABLES.split(";"):
                 db.execute(statement)
-            db.execute("PRAGMA user_version = 1")
+            db.execute("PRAGMA user_version = 2")
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -324,24 +328,34 @@ class Roster:
     # Invitations and parties
 
     def invite(self, name: str, role: PartyRole, hours: int) -> str:
-        """A one-use token for `name`, known only to its receiver; raises InvitationRefused if the name is taken."""
+        """A one-use token for `name`, known only to its receiver; raises InvitationRefused if the name is taken.
+
+        The name of a revoked party can be given to a new key, and a party whose certificate has ended invited again.
+        """
         keys.check_name(name)
         token = InvitationLine.new_token()
         with self._transaction() as db:
-            if db.execute("SELECT 1 FROM parties WHERE name = ?", (name,)).fetchone():
-                raise InvitationRefused(f"{name} is enrolled already", remedy="Choose another name.")
+            if known := _find(db, name):
+                if not known.revoked and not keys.ended(known.certificate):
+                    raise InvitationRefused(
+                        f"{name} is enrolled already",
+                        remedy=f"Choose another name; if the key of {name} was lost: fl-server revoke {name}",
+                    )
+                if known.role != role:
+                    raise InvitationRefused(f"{name} was a {known.role} here", remedy="Choose another name.")
             row = (token_hash(token), name, role, time.time() + hours * 3600)
             db.execute("INSERT INTO invitations (token_hash, name, role, expires) VALUES (?, ?, ?, ?)", row)
         return token
 
     def redeem(
-        self, token: str, name: str, role: str, key: keys.PublicKey, issue: Callable[[], x509.Certificate]
-    ) -> tuple[Party, bool]:
-        """The party that the invitation makes, and whether it is new.
+        self, token: str, name: str, role: str, csr: bytes, issue: Callable[[], x509.Certificate] | None
+    ) -> tuple[Party | None, bool]:
+        """The party that the invitation makes, and whether it is new. Without `issue` the request waits, and there is none yet.
 
         Raises InvitationRefused, and changes nothing, if the token is unknown, expired, used with another key, or made
         for another name or role, or if the name or key is enrolled already. The same key again gets what it got.
         """
+        key = keys.key_of_csr(csr)
         wanted, key_pem = token_hash(token), keys.public_pem(key)
         with self._transaction() as db:
             # By hash: what an attacker can learn from the time of this look-up is about the hash, not about a token.
@@ -354,23 +368,79 @@ class Roster:
             if invited_role != role:
                 command = "fl-client" if invited_role == "site" else "fl-study"
                 raise InvitationRefused(f"this invitation was made for a {invited_role}; use `{command} join`")
-            if time.time() > expires:
-                raise InvitationRefused(f"this invitation expired on {_iso(expires)}")
+            known = _find(db, name)
             if used_by is not None:
                 if used_by != key_pem:
                     raise InvitationRefused("this invitation was used before, with another key")
-                return _party(db, name), False
-            taken = "SELECT name FROM parties WHERE name = ? OR public_key = ?"
-            if db.execute(taken, (name, key_pem)).fetchone():
-                raise InvitationRefused(f"{name} or this key is enrolled already")
-            certificate = issue()
-            row = (name, role, key_pem, keys.certificate_pem(certificate), f"{certificate.serial_number:x}", _iso())
-            db.execute(
-                "INSERT INTO parties (name, role, public_key, certificate, serial, joined) VALUES (?, ?, ?, ?, ?, ?)",
-                row,
-            )
+                if known and known.public_key == key:
+                    if known.revoked:
+                        raise CertificateRevoked(f"{name} was revoked on {known.revoked}")
+                    return known, False
+                if db.execute("SELECT 1 FROM requests WHERE name = ?", (name,)).fetchone():
+                    return None, False
+            if time.time() > expires:
+                raise InvitationRefused(f"this invitation expired on {_iso(expires)}")
+            _require_free(db, name, key)
             db.execute("UPDATE invitations SET used_by_key = ? WHERE token_hash = ?", (key_pem, wanted))
-            return _party(db, name), True
+            if issue is None:
+                row = (name, role, csr, _iso())
+                db.execute("INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?)", row)
+                return None, True
+            return _enrolled(db, name, role, issue()), True
+
+    def ask(self, name: str, role: PartyRole, csr: bytes) -> bool:
+        """Keep a request for a renewed certificate until it is signed; False if one was waiting already."""
+        with self._transaction() as db:
+            return (
+                db.execute("INSERT OR IGNORE INTO requests VALUES (?, ?, ?, ?)", (name, role, csr, _iso())).rowcount
+                == 1
+            )
+
+    def requests(self) -> list[tuple[str, PartyRole, bytes, str]]:
+        """(name, role, signing request, when) of everything that waits for a signature, oldest first."""
+        with self._transaction() as db:
+            rows = db.execute("SELECT name, role, csr, asked FROM requests ORDER BY asked, name").fetchall()
+            return [(name, party_role(role), bytes(csr), asked) for name, role, csr, asked in rows]
+
+    def signed(self, name: str, certificate: x509.Certificate) -> Party:
+        """Answer the waiting request of `name` with a checked certificate; raises InvitationRefused if that became void."""
+        with self._transaction() as db:
+            row = db.execute("SELECT role FROM requests WHERE name = ?", (name,)).fetchone()
+            known, key = _find(db, name), keys.public_key_of(certificate)
+            if row is None or not (known and known.public_key == key and not known.revoked):
+                _require_free(db, name, key)
+            db.execute("DELETE FROM requests WHERE name = ?", (name,))
+            return _enrolled(db, name, row[0], certificate)
+
+    def renewed(self, name: str, certificate: x509.Certificate) -> Party:
+        """Note the new certificate of an enrolled party, over the same key."""
+        with self._transaction() as db:
+            return _enrolled(db, name, _party(db, name).role, certificate)
+
+    def revoke(self, name: str) -> Party:
+        """Believe nothing of `name` from now on, and its key never again. Raises NotEnrolled, or TrustError if it was before."""
+        with self._transaction() as db:
+            party, now = _party(db, name), _iso()
+            if party.revoked:
+                raise TrustError(f"{name} was revoked on {party.revoked}", remedy="Nothing to do.")
+            db.execute("UPDATE parties SET revoked = ? WHERE name = ?", (now, name))
+            db.execute("INSERT INTO retired_keys VALUES (?, ?, ?)", (keys.public_pem(party.public_key), name, now))
+            db.execute("DELETE FROM requests WHERE name = ?", (name,))
+            db.execute("DELETE FROM invitations WHERE name = ? AND used_by_key IS NULL", (name,))
+            return _party(db, name)
+
+    def admitted_sites(self) -> dict[str, str]:
+        """Each site that is enrolled and not revoked, with its key as studies name it."""
+        return {site.name: keys.point_hex(site.public_key) for site in self.sites() if not site.revoked}
+
+    def revoked(self) -> set[str]:
+        """Names of the parties that are revoked."""
+        with self._transaction() as db:
+            return {name for (name,) in db.execute("SELECT name FROM parties WHERE revoked IS NOT NULL")}
+
+    def revoked_nodes(self) -> dict[str, int]:
+        """Revoked sites whose Flower node is still registered."""
+        return {site.name: site.node_id for site in self.sites() if site.revoked and site.node_id is not None}
 
     def party(self, name: str) -> Party:
         """The enrolled party of that name; raises NotEnrolled."""
@@ -401,15 +471,16 @@ class Roster:
         with self._transaction() as db:
             found = db.execute(
                 "SELECT name, role, expires FROM invitations WHERE used_by_key IS NULL AND expires > ? "
-                "AND name NOT IN (SELECT name FROM parties) ORDER BY name, expires",
+                "ORDER BY name, expires",
                 (time.time(),),
             )
             return [OpenInvitation(name, role, _iso(expires)) for name, role, expires in found]
 
-    def set_node(self, name: str, node_id: int) -> None:
-        """Note the Flower node of a site."""
+    def set_node(self, name: str, node_id: int | None) -> None:
+        """Note the Flower node of a site; None after it was unregistered."""
         with self._transaction() as db:
-            db.execute("UPDATE parties SET node_id = ? WHERE name = ?", (str(node_id), name))
+            noted = None if node_id is None else str(node_id)
+            db.execute("UPDATE parties SET node_id = ? WHERE name = ?", (noted, name))
 
     def admit_call(self, name: str, nonce: str, until: float) -> None:
         """Raise SignatureInvalid if the nonce was used before; else remember it till `until`, and the party as seen."""
@@ -491,8 +562,11 @@ class Roster:
             return dict(db.execute("SELECT site, decision FROM decisions WHERE digest = ? ORDER BY site", (digest,)))
 
     def approvals(self, digest: str) -> list[str]:
-        """Sites, by name, whose present decision about the study is to approve."""
-        return [site for site, decision in self.decisions(digest).items() if decision == "approved"]
+        """Sites, by name, whose present decision about the study is to approve; none that was revoked."""
+        admitted = self.admitted_sites()
+        return [
+            site for site, decision in self.decisions(digest).items() if decision == "approved" and site in admitted
+        ]
 
     def statements(self, digest: str) -> dict[str, tuple[bytes, bytes]]:
         """Each site's signed statement about the study: (body, signature)."""
@@ -513,7 +587,7 @@ def party_role(text: str) -> PartyRole:
 
 
 def _require_sites(db: sqlite3.Connection, sites: Sequence[str]) -> None:
-    known = {name for (name,) in db.execute("SELECT name FROM parties WHERE role = 'site'")}
+    known = {name for (name,) in db.execute("SELECT name FROM parties WHERE role = 'site' AND revoked IS NULL")}
     if missing := [site for site in sites if site not in known]:
         raise NotEnrolled(
             f"not enrolled here: {', '.join(missing)}",
@@ -521,13 +595,54 @@ def _require_sites(db: sqlite3.Connection, sites: Sequence[str]) -> None:
         )
 
 
+def _require_free(db: sqlite3.Connection, name: str, key: keys.PublicKey) -> None:
+    """Raise InvitationRefused unless `name` may be given to `key`: both new, the name revoked, or its certificate ended."""
+    pem, known = keys.public_pem(key), _find(db, name)
+    retired = db.execute("SELECT 1 FROM retired_keys WHERE public_key = ?", (pem,)).fetchone()
+    other = db.execute("SELECT 1 FROM parties WHERE public_key = ? AND name != ?", (pem, name)).fetchone()
+    if retired:
+        raise InvitationRefused(
+            "this key was revoked", remedy="Join with a new, empty keys folder: a new key is made there."
+        )
+    if other or (known and not known.revoked and not (keys.ended(known.certificate) and known.public_key == key)):
+        raise InvitationRefused(f"{name} or this key is enrolled already")
+
+
+def _enrolled(db: sqlite3.Connection, name: str, role: str, certificate: x509.Certificate) -> Party:
+    """Write a party down with its certificate. Under a new key it starts anew: no node, and nothing decided."""
+    key_pem = keys.public_pem(keys.public_key_of(certificate))
+    shown = (key_pem, keys.certificate_pem(certificate), f"{certificate.serial_number:x}")
+    known = _find(db, name)
+    if known is None:
+        row = (name, role, *shown, _iso())
+        db.execute(
+            "INSERT INTO parties (name, role, public_key, certificate, serial, joined) VALUES (?, ?, ?, ?, ?, ?)", row
+        )
+    elif keys.public_pem(known.public_key) == key_pem:
+        db.execute("UPDATE parties SET public_key = ?, certificate = ?, serial = ? WHERE name = ?", (*shown, name))
+    else:
+        renewed = (
+            "public_key = ?, certificate = ?, serial = ?, joined = ?, node_id = NULL, last_seen = NULL, revoked = NULL"
+        )
+        db.execute(f"UPDATE parties SET {renewed} WHERE name = ?", (*shown, _iso(), name))  # noqa: S608  fixed columns
+        db.execute("DELETE FROM decisions WHERE site = ?", (name,))
+    return _party(db, name)
+
+
 def _party(db: sqlite3.Connection, name: str) -> Party:
-    columns = "name, role, certificate, node_id, joined, last_seen"
+    found = _find(db, name)
+    if found is None:
+        raise NotEnrolled("the consortium has no party of this name")
+    return found
+
+
+def _find(db: sqlite3.Connection, name: str) -> Party | None:
+    columns = "name, role, certificate, node_id, joined, last_seen, revoked"
     row = db.execute(f"SELECT {columns} FROM parties WHERE name = ?", (name,)).fetchone()  # noqa: S608  fixed columns
     if row is None:
-        raise NotEnrolled("the consortium has no party of this name")
+        return None
     node_id = None if row[3] is None else int(row[3])  # an unsigned 64-bit number, which SQLite's INTEGER cannot hold
-    return Party(row[0], row[1], keys.load_certificate(row[2]), node_id, row[4], row[5])
+    return Party(row[0], row[1], keys.load_certificate(row[2]), node_id, *row[4:])
 
 
 def _iso(moment: float | None = None) -> str:

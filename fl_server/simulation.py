@@ -19,7 +19,7 @@ from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_server import app as coordinator
-from fl_server import report
+from fl_server import authority, report
 from fl_server.roster import Home, ServerFile
 from fl_server.run import Run, read_facts
 from models.metrics import ScoreHistogram
@@ -63,7 +63,7 @@ def simulate(study: Study, homes: dict[str, Path], patients: int, out: Path, tel
             site, name, homes.get(name), (patients, number), home.coordinator_key.public_key()
         )
         line = home.invite(name, "site")
-        home.enrol(line.token, name, "site", keys.make_csr(keys.load_key(site / "keys" / "site.key"), name))
+        authority.enrol(home, line.token, name, "site", keys.make_csr(keys.load_key(site / "keys" / "site.key"), name))
         home.roster.set_node(name, number + 1)
     results = _carry_out(study, home, folder, tell)
     return Outcome(folder, results, report.write(results, out))

@@ -10,6 +10,7 @@ Rules, which both ends share:
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import itertools
 import json
@@ -32,6 +33,7 @@ from OpenSSL import SSL
 from privacy import consortium_pb2 as pb
 from privacy import consortium_pb2_grpc, keys
 from privacy.errors import (
+    AwaitingSignature,
     InvitationRefused,
     IsocenterError,
     MessageMalformed,
@@ -124,17 +126,20 @@ def join(line: str, folder: Path, role: PartyRole = "site") -> Enrolment:
     """Redeem an invitation; then `folder` holds <role>.key, <role>.pem, ca.pem, coordinator.pem and enrolment.json.
 
     The key is made here and never leaves. Killed at any point, the same line can be used again: the key is kept, and
-    the coordinator answers the same key with the same certificate. Raises WrongAuthority, InvitationRefused,
-    Unreachable, and TrustError if the folder belongs to somebody else.
+    the coordinator answers the same key with the same certificate. A party whose certificate has ended keeps its key as
+    well. Raises WrongAuthority, InvitationRefused, Unreachable, AwaitingSignature while the consortium's authority has
+    not signed by hand, and TrustError if the folder belongs to somebody else.
     """
     invitation = InvitationLine.parse(line)
     if (folder / "enrolment.json").exists():
         done = Enrolment.open(folder)
-        if (done.name, done.role, done.ca_fingerprint) == (invitation.name, role, invitation.ca_fingerprint):
+        same = (done.name, done.role, done.ca_fingerprint) == (invitation.name, role, invitation.ca_fingerprint)
+        if same and not keys.ended(keys.load_certificate((folder / f"{role}.pem").read_bytes())):
             return done
-        raise TrustError(
-            f"{folder} already belongs to {done.role} {done.name}", remedy="Join with another, empty home folder."
-        )
+        if not same:
+            raise TrustError(
+                f"{folder} already belongs to {done.role} {done.name}", remedy="Join with another, empty home folder."
+            )
     service = f"{invitation.host}:{invitation.service_port}"
     ca = _invited_authority(invitation)
     key_path = folder / f"{role}.key"
@@ -319,10 +324,16 @@ class Caller:
 
     @classmethod
     def open(cls, folder: Path, service: str | None = None) -> "Caller":
-        """The caller whose enrolment `join` left in `folder`; `service` overrides the address noted there."""
+        """The caller whose enrolment `join` left in `folder`; `service` overrides the address noted there.
+
+        On the way the certificate in `folder` is renewed if it is time. That it cannot be renewed now hinders no call.
+        """
         enrolment = Enrolment.open(folder)
         key = keys.load_key(folder / f"{enrolment.role}.key")
-        return cls(service or enrolment.service, (folder / "ca.pem").read_bytes(), enrolment.name, key)
+        caller = cls(service or enrolment.service, (folder / "ca.pem").read_bytes(), enrolment.name, key)
+        with contextlib.suppress(AwaitingSignature, Unreachable):
+            caller.renew(folder, enrolment.role)
+        return caller
 
     def __enter__(self) -> "Caller":
         return self
@@ -334,6 +345,26 @@ class Caller:
 
     def close(self) -> None:
         self._channel.close()
+
+    def renew(self, folder: Path, role: PartyRole) -> bool:
+        """Replace the certificate in `folder` by a new one over the same key, if it is time; whether it was.
+
+        Raises CertificateExpired after its end, CertificateRevoked, AwaitingSignature, Unreachable.
+        """
+        path = folder / f"{role}.pem"
+        held = keys.load_certificate(path.read_bytes())
+        if not keys.renewal_due(held):
+            return False
+        reply = self._call("Renew", pb.RenewRequest(csr=keys.make_csr(self._key, self.name)))
+        renewed, ca = keys.load_certificate(reply.certificate), keys.load_certificate((folder / "ca.pem").read_bytes())
+        keys.check_issued(ca, renewed, self.name, role)
+        if (
+            keys.public_key_of(renewed) != self._key.public_key()
+            or renewed.not_valid_after_utc <= held.not_valid_after_utc
+        ):
+            raise TrustError("the coordinator answered with a certificate that renews nothing")
+        keys.write_public(path, keys.certificate_pem(renewed))
+        return True
 
     def offers(self) -> list[pb.Offer]:
         """Site: the studies that name this site. Their signatures are still to be checked."""

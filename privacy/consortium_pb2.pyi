@@ -28,6 +28,30 @@ class EnrolReply(_message.Message):
     gateway_port: int
     def __init__(self, certificate: _Optional[bytes] = ..., coordinator_key: _Optional[bytes] = ..., gateway_port: _Optional[int] = ...) -> None: ...
 
+class RenewRequest(_message.Message):
+    __slots__ = ("csr",)
+    CSR_FIELD_NUMBER: _ClassVar[int]
+    csr: bytes
+    def __init__(self, csr: _Optional[bytes] = ...) -> None: ...
+
+class RenewReply(_message.Message):
+    __slots__ = ("certificate",)
+    CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    certificate: bytes
+    def __init__(self, certificate: _Optional[bytes] = ...) -> None: ...
+
+class WitnessRequest(_message.Message):
+    __slots__ = ("head",)
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    head: bytes
+    def __init__(self, head: _Optional[bytes] = ...) -> None: ...
+
+class WitnessReply(_message.Message):
+    __slots__ = ("head",)
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    head: bytes
+    def __init__(self, head: _Optional[bytes] = ...) -> None: ...
+
 class OffersRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -39,6 +39,16 @@ class ConsortiumStub:
                 request_serializer=privacy_dot_consortium__pb2.EnrolRequest.SerializeToString,
                 response_deserializer=privacy_dot_consortium__pb2.EnrolReply.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/isocenter.v1.Consortium/Renew',
+                request_serializer=privacy_dot_consortium__pb2.RenewRequest.SerializeToString,
+                response_deserializer=privacy_dot_consortium__pb2.RenewReply.FromString,
+                _registered_method=True)
+        self.Witness = channel.unary_unary(
+                '/isocenter.v1.Consortium/Witness',
+                request_serializer=privacy_dot_consortium__pb2.WitnessRequest.SerializeToString,
+                response_deserializer=privacy_dot_consortium__pb2.WitnessReply.FromString,
+                _registered_method=True)
         self.Offers = channel.unary_unary(
                 '/isocenter.v1.Consortium/Offers',
                 request_serializer=privacy_dot_consortium__pb2.OffersRequest.SerializeToString,
@@ -86,6 +96,20 @@ class ConsortiumServicer:
 
     def Enrol(self, request, context):
         """Redeems an invitation: the key behind the signing request becomes a party of the consortium.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Renew(self, request, context):
+        """Site, researcher: the present certificate of the caller's key, a new one if two thirds of its time are over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Witness(self, request, context):
+        """Site: the signed head of its journal for the coordinator's, and the other way round.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,6 +179,16 @@ def add_ConsortiumServicer_to_server(servicer, server):
                     request_deserializer=privacy_dot_consortium__pb2.EnrolRequest.FromString,
                     response_serializer=privacy_dot_consortium__pb2.EnrolReply.SerializeToString,
             ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=privacy_dot_consortium__pb2.RenewRequest.FromString,
+                    response_serializer=privacy_dot_consortium__pb2.RenewReply.SerializeToString,
+            ),
+            'Witness': grpc.unary_unary_rpc_method_handler(
+                    servicer.Witness,
+                    request_deserializer=privacy_dot_consortium__pb2.WitnessRequest.FromString,
+                    response_serializer=privacy_dot_consortium__pb2.WitnessReply.SerializeToString,
+            ),
             'Offers': grpc.unary_unary_rpc_method_handler(
                     servicer.Offers,
                     request_deserializer=privacy_dot_consortium__pb2.OffersRequest.FromString,
@@ -223,6 +257,60 @@ class Consortium:
             '/isocenter.v1.Consortium/Enrol',
             privacy_dot_consortium__pb2.EnrolRequest.SerializeToString,
             privacy_dot_consortium__pb2.EnrolReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isocenter.v1.Consortium/Renew',
+            privacy_dot_consortium__pb2.RenewRequest.SerializeToString,
+            privacy_dot_consortium__pb2.RenewReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Witness(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isocenter.v1.Consortium/Witness',
+            privacy_dot_consortium__pb2.WitnessRequest.SerializeToString,
+            privacy_dot_consortium__pb2.WitnessReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -7,6 +7,9 @@
     │   ├── InvitationRefused     unknown, expired, used before, or for somebody else
     │   ├── WrongAuthority        the coordinator's certificate authority is not the invited one
     │   ├── NotEnrolled           no certificate here, or one that the consortium does not know
+    │   ├── CertificateExpired    a certificate that has ended, and was not renewed in time
+    │   ├── CertificateRevoked    the coordinator revoked this party
+    │   ├── AwaitingSignature     the authority is offline, and signs by hand
     │   ├── SignatureInvalid      a signature, or what it covers, is not what it should be
     │   ├── ClockSkewed           caller and coordinator disagree about the time
     │   └── KeyFileUnsafe         a private key that others can read
@@ -98,6 +101,21 @@ class WrongAuthority(TrustError):
 class NotEnrolled(TrustError):
     code = "not-enrolled"
     remedy = "Join first, with the line that the coordinator's `fl-server invite` printed."
+
+
+class CertificateExpired(TrustError):
+    code = "certificate-expired"
+    remedy = "Ask the coordinator for a new invitation (`fl-server invite NAME`), and join with it in the same folder."
+
+
+class CertificateRevoked(TrustError):
+    code = "certificate-revoked"
+    remedy = "Telephone the coordinator. If the key was lost, join with a new invitation and a new, empty keys folder."
+
+
+class AwaitingSignature(TrustError):
+    code = "awaiting-signature"
+    remedy = "Wait until the coordinator says that it was signed, then run the same command again."
 
 
 class SignatureInvalid(TrustError):

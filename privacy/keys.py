@@ -29,7 +29,15 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from privacy.errors import KeyFileUnsafe, MessageMalformed, NotEnrolled, SealBroken, SignatureInvalid, TrustError
+from privacy.errors import (
+    CertificateExpired,
+    KeyFileUnsafe,
+    MessageMalformed,
+    NotEnrolled,
+    SealBroken,
+    SignatureInvalid,
+    TrustError,
+)
 
 PrivateKey = ec.EllipticCurvePrivateKey
 PublicKey = ec.EllipticCurvePublicKey
@@ -39,6 +47,7 @@ STUDY_SUBMIT = b"isocenter/v1/study/submit"  # a researcher stands for the canon
 STUDY_OFFER = b"isocenter/v1/study/offer"  # the coordinator offers the canonical study to the sites it names
 STUDY_DECISION = b"isocenter/v1/study/decision"  # a site approves or declines a digest
 CALL = b"isocenter/v1/call"  # one gRPC call
+SIGNING_LIST = b"isocenter/v1/signing-list"  # the coordinator asks its offline authority for these certificates
 SUM_KEYS = b"isocenter/v1/sum-keys"  # a site stands for its ephemeral keys of one sum
 SUM_CONTEXT = b"isocenter/v1/sum-context"  # a site says which order and participants its masks are bound to
 
@@ -103,6 +112,12 @@ def flush_folder(folder: Path) -> None:
 def make_key(path: Path) -> PrivateKey:
     """A new P-256 key, stored unencrypted with mode 0600. Raises KeyFileUnsafe rather than overwrite anything."""
     key = ec.generate_private_key(ec.SECP256R1())
+    copy_key(key, path)
+    return key
+
+
+def copy_key(key: PrivateKey, path: Path) -> None:
+    """`key`, stored unencrypted in a new file of mode 0600. Raises KeyFileUnsafe rather than overwrite anything."""
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     try:
         _write(path, pem, 0o600, replace=False)
@@ -111,7 +126,6 @@ def make_key(path: Path) -> PrivateKey:
             f"{path} exists already; a key is never overwritten",
             remedy="Choose another folder, or move the old key away if it is certain that nobody needs it.",
         ) from None
-    return key
 
 
 def load_key(path: Path) -> PrivateKey:
@@ -282,14 +296,14 @@ def issue(
 
 
 def check_issued(ca: x509.Certificate, certificate: x509.Certificate, name: str, role: Role) -> None:
-    """Raise TrustError unless `ca` issued `certificate` to `name` in `role` and it is valid now."""
+    """Raise TrustError unless `ca` issued `certificate` to `name` in `role`, CertificateExpired unless it is valid now."""
     try:
         certificate.verify_directly_issued_by(ca)
     except (ValueError, TypeError, InvalidSignature):
         raise TrustError(f"the certificate of {name} was not issued by this consortium's authority") from None
     now = dt.datetime.now(dt.UTC)
     if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
-        raise TrustError(
+        raise CertificateExpired(
             f"the certificate of {name} ended {certificate.not_valid_after_utc:%Y-%m-%d %H:%M} UTC or is not yet valid"
         )
     try:
@@ -299,6 +313,17 @@ def check_issued(ca: x509.Certificate, certificate: x509.Certificate, name: str,
         listed = []
     if listed != [f"{name}.{role}.isocenter"]:
         raise TrustError(f"the certificate does not speak for {role} {name}")
+
+
+def renewal_due(certificate: x509.Certificate) -> bool:
+    """Whether two thirds of its life are over: early enough that a week without a connection costs nothing at 30 days."""
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    return dt.datetime.now(dt.UTC) >= begin + (end - begin) * 2 / 3
+
+
+def ended(certificate: x509.Certificate) -> bool:
+    """Whether the time of `certificate` is over."""
+    return dt.datetime.now(dt.UTC) > certificate.not_valid_after_utc
 
 
 def _usage(*, authority: bool) -> x509.KeyUsage:

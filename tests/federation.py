@@ -11,6 +11,7 @@ from fl_client.app import make_app
 from fl_client.cohort import Cohort
 from fl_client.ingest import Index
 from fl_server import app as coordinator
+from fl_server import authority
 from fl_server.roster import Home, ServerFile
 from fl_server.run import Run
 from models.labels import LabelTable
@@ -31,7 +32,7 @@ class Federation:
         self.hospitals = {name: Hospital.open(folder, name, plan) for name in plan.all_sites}
         for number, (name, hospital) in enumerate(self.hospitals.items(), start=1):
             line = self.home.invite(name, "site")
-            self.home.enrol(line.token, name, "site", keys.make_csr(hospital.site.key, name))
+            authority.enrol(self.home, line.token, name, "site", keys.make_csr(hospital.site.key, name))
             self.home.roster.set_node(name, number)
         self.plan = self.home.with_keys(plan)
         for hospital in self.hospitals.values():
