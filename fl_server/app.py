@@ -66,10 +66,14 @@ class Desk:
         return self._consenting(self.run.study.all_sites)
 
     def _consenting(self, named: Sequence[str]) -> Nodes:
-        """Asked before each sum: who withdrew, or was revoked, since the launch gets no further order."""
-        consenting = set(self.run.facts["sites"]) & set(self.roster.approvals(self.run.study.digest))
+        """Who approved at the launch and holds to it. Asked before each sum: who withdrew, was revoked, or has another key
+        than the study names since, gets no further order.
+        """
+        study, admitted = self.run.study, self.roster.admitted_sites()
+        declined = {site for site, decision in self.roster.decisions(study.digest).items() if decision == "declined"}
+        keep = {s for s in self.run.facts["sites"] if admitted.get(s) == study.roster.get(s) and s not in declined}
         nodes = {site.name: site.node_id for site in self.roster.sites() if site.node_id is not None}
-        return {name: nodes[name] for name in named if name in nodes and name in consenting}
+        return {name: nodes[name] for name in named if name in nodes and name in keep}
 
     def train(self, model: Float32, number: int) -> Total:
         """One round's sum: the validation of `model` and the mean of what the sites learned from it."""
