@@ -165,6 +165,9 @@ def decide(home: Path, offer: Offer, decision: Decision) -> None:
     least = before.statement.time_ms + 1 if before else 0
     statement = Statement(offer.digest, enrolment.name, decision, max(time.time_ns() // 1_000_000, least))
     signature = keys.sign(key, keys.STUDY_DECISION, statement.body())
+    unsent = _unsent(home, offer.digest)  # before the decision, so that one that holds is never left unsent
+    unsent.parent.mkdir(mode=0o700, exist_ok=True)
+    unsent.touch(mode=0o600)
     Consent(replace(offer, decision=decision), statement, signature).store(home)
     Journal(home / "journal.jsonl").append(decision, study=offer.digest)
     try:
@@ -173,8 +176,26 @@ def decide(home: Path, offer: Offer, decision: Decision) -> None:
     except Unreachable as error:
         raise Unreachable(
             f"{error}. The study counts as {decision} at this site from now on, but the coordinator does not know it yet",
-            remedy="Run the command again when the coordinator can be reached.",
+            remedy="A running node sends it as soon as the coordinator can be reached; or run the command again then.",
         ) from None
+    unsent.unlink(missing_ok=True)
+
+
+def redeliver(home: Path, caller: calls.Caller) -> None:
+    """Send every decision that did not reach the coordinator when it was made. What it refuses for good is not sent again."""
+    for path in sorted((home / "studies").glob("*.unsent")):
+        consent = Consent.open(home, path.stem)
+        if consent is not None:
+            try:
+                caller.decide(consent.statement.body(), consent.signature)
+            except TrustError as error:
+                _log.warning("the coordinator does not take a decision: %s", error.code)
+        path.unlink(missing_ok=True)
+
+
+def _unsent(home: Path, digest: str) -> Path:
+    """There while the coordinator has not acknowledged the decision that studies/<digest>.json holds."""
+    return home / "studies" / f"{digest}.unsent"
 
 
 def _caller(home: Path) -> calls.Caller:

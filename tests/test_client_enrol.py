@@ -435,6 +435,27 @@ def test_an_approval_can_be_withdrawn_without_a_connection(served: Coordinator, 
     assert "again" in caught.value.remedy
     with pytest.raises(StudyNotApproved):
         approved(site, offered.digest, served.home.coordinator_key.public_key())
+    assert served.home.roster.decisions(offered.digest) == {site.name: "approved"}
+    for _ in range(2):  # what a running node does once the coordinator is back; the second time there is nothing to send
+        with Caller.open(site / "keys") as caller:
+            enrol.redeliver(site, caller)
+        assert served.home.roster.decisions(offered.digest) == {site.name: "declined"}
+    assert list((site / "studies").glob("*.unsent")) == []
+
+
+def test_a_decision_that_the_coordinator_refuses_is_not_sent_for_ever(
+    served: Coordinator, site: Path, offered: Study
+) -> None:
+    enrol.decide(site, enrol.find_offer(site, offered.digest), "approved")
+    later = Statement(offered.digest, site.name, "declined", 2**50)
+    key = keys.load_key(site / "keys" / "site.key")
+    with Caller.open(site / "keys") as caller:
+        caller.decide(later.body(), keys.sign(key, keys.STUDY_DECISION, later.body()))
+        for name in (offered.digest, "0" * 64):
+            (site / "studies" / f"{name}.unsent").touch()
+        enrol.redeliver(site, caller)
+    assert list((site / "studies").glob("*.unsent")) == []
+    assert served.home.roster.decisions(offered.digest) == {site.name: "declined"}
 
 
 def test_a_digest_must_name_one_study(served: Coordinator, site: Path, offered: Study) -> None:
