@@ -47,6 +47,9 @@ def main(grid: Grid, context: Context) -> None:
     except Exception:
         run.fail("internal", "the coordinator's program failed; its log has the details")
         raise
+    finally:
+        state = str(run.facts["state"])
+        home.journal.append("run-ended", run=run.run_id, digest=run.study.digest, state=state, rounds=len(run.history))
 
 
 class Desk:

@@ -317,6 +317,7 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
         present = [folder / name for name in RESULT_FILES if (folder / name).is_file()]
         if not present:
             raise RunError(f"run {request.run_id} has no results yet", remedy="Watch it until it has finished.")
+        self._home.journal.append("results-sent", run=request.run_id, researcher=self._caller(context).name)
         for path in present:
             yield from _chunks(path)
 

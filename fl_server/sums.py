@@ -51,6 +51,12 @@ from privacy.wire import (
 
 Kinds = TypeVar("Kinds", bound=Order)
 ATTEMPTS_MAX = 3  # at one sum, before the run ends by name; each is a whole training
+JOURNALED = {
+    "asked": "orders-sent",
+    "site_missing": "site-missing",
+    "wrong_share": "share-wrong",
+    "void": "sum-void",
+}
 Nodes = dict[str, int]
 
 
@@ -103,11 +109,17 @@ class Summing:
     """The sums of one run, one after the other. Subclasses say what one attempt at a sum is."""
 
     def __init__(self, grid: Grid, run: Run, home: Home) -> None:
-        self.grid, self.run, self.study, self.tell = grid, run, run.study, run.event
+        self.grid, self.run, self.study, self.journal = grid, run, run.study, home.journal
         self.signing, self.aggregator = home.coordinator_key, home.aggregator_key
         self.number = 0  # of the last sum; counted anew in each attempt
         self.offline: dict[str, str] = {}
         self.timeout_s = timeout_of(run.study)
+
+    def tell(self, kind: str, **facts: Any) -> None:
+        """An event of the run; orders, and who did not answer them well, are lines of the coordinator's journal too."""
+        self.run.event(kind, **facts)
+        if kind in JOURNALED:
+            self.journal.append(JOURNALED[kind], **{"run": self.run.run_id, "attempt": self.run.attempt, **facts})
 
     def carry_out(self, task: Task) -> Total:
         """The total of `task`. A void sum is tried again under a new attempt; raises QuorumLost if none can be opened."""

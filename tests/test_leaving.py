@@ -17,6 +17,7 @@ from fl_server.run import Run, read_facts
 from models.study import parse
 from privacy.calls import Statement
 from privacy.errors import StudyNotApproved
+from privacy.journal import verify
 from privacy.wire import ORDERS, Refusal, decode
 
 FOUR = ["north", "south", "east", "west"]
@@ -135,3 +136,22 @@ def test_a_run_that_loses_its_quorum_to_revocations_stops_by_name(
     folder, _ = run_with(found, monkeypatch, revoke)
     assert read_facts(folder)["state"] == "failed"
     assert len(Run.open(folder).history) == 1  # what was committed stays
+
+
+def test_the_coordinators_journal_has_every_order_and_everyone_who_did_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = federation(tmp_path, "masked")
+    grid = found.grid()
+    grid.errors = {found.node("west"): 1}
+    folder = found.run(grid)
+    path = found.home.root / "journal.jsonl"
+    assert verify(path) > 0
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    of_run = [line for line in lines if line["facts"].get("run") == folder.name]
+    sent = [line["facts"] for line in of_run if line["kind"] == "orders-sent"]
+    assert sum(len(facts["sites"]) for facts in sent) == len(grid.sent)  # one name for each order on the wire
+    missing = [line["facts"] for line in of_run if line["kind"] == "site-missing"]
+    assert {facts["site"] for facts in missing} == {"west"}
+    assert of_run[-1]["kind"] == "run-ended"
+    assert of_run[-1]["facts"]["state"] == "partial"

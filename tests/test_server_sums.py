@@ -33,6 +33,7 @@ from models.metrics import ScoreHistogram
 from models.study import Study
 from privacy import keys, wire
 from privacy.errors import QuorumLost
+from privacy.journal import Journal
 from privacy.sharing import Encoding
 
 UNHURRIED = settings(max_examples=100, deadline=None)  # a machine under load is no defect
@@ -118,7 +119,9 @@ class Bench:
         self.grid = FaultyGrid({self.nodes[name]: site for name, site in self.sites.items()})
         self.run = Run.create(folder, study, "ada", everyone)
         self.run.start()
-        home = cast(Home, SimpleNamespace(coordinator_key=COORDINATOR, aggregator_key=AGGREGATOR))
+        self.journal = Journal(folder / "journal.jsonl")
+        signing = SimpleNamespace(coordinator_key=COORDINATOR, aggregator_key=AGGREGATOR, journal=self.journal)
+        home = cast(Home, signing)
         self.summing: Summing = sums.build(self.grid, self.run, home)
         self.summing.timeout_s = 0.15  # five seconds are the least that a study may say
 
