@@ -22,6 +22,8 @@ GRACE_S = 30.0
 """How long a round waits for consenting sites that are offline once the quorum is online: a node's restart takes less."""
 LINGER_S = 10.0
 """How long a step that needs no images waits for the last sites once there are enough: it takes them milliseconds."""
+GONE_LOOK_S = 1.0
+"""How often a round looks whether somebody it waits for was revoked."""
 
 Tell = Callable[..., None]
 
@@ -61,7 +63,8 @@ class Call:
 class Gathering:
     """Orders on their way, one to each site. Iterate `reports()` once; then `missing` says who did not report, and why.
 
-    With `enough`, the sites that are still missing LINGER_S after it became true are not waited for.
+    With `enough`, the sites that are still missing LINGER_S after it became true are not waited for; nor are those that
+    `gone` names meanwhile, with its code as the reason.
     """
 
     def __init__(
@@ -71,13 +74,15 @@ class Gathering:
         timeout_s: float,
         tell: Tell,
         enough: Callable[[], bool] | None = None,
+        gone: Callable[[], Mapping[str, str]] = dict,
     ) -> None:
         self.grid, self.calls, self.timeout_s, self.tell, self.enough = grid, calls, timeout_s, tell, enough
+        self.gone = gone
         self.missing: dict[str, str] = {}
 
     def reports(self) -> Iterator[tuple[str, Report]]:
         """(site, report) in the order of arrival. Each report is dropped here once the caller has taken it."""
-        ends, pause = time.monotonic() + self.timeout_s, PAUSE_FIRST_S
+        ends, pause, look = time.monotonic() + self.timeout_s, PAUSE_FIRST_S, time.monotonic() + GONE_LOOK_S
         waiting = self._send()
         while waiting:
             arrived = list(self.grid.pull_messages(list(waiting)))
@@ -91,12 +96,21 @@ class Gathering:
                     yield site, report
             if self.enough is not None and self.enough():
                 ends, self.enough = min(ends, time.monotonic() + LINGER_S), None
+            if waiting and time.monotonic() > look:
+                look = time.monotonic() + GONE_LOOK_S
+                waiting = self._without_gone(waiting)
             if waiting and time.monotonic() > ends:
                 for site in waiting.values():
                     self.drop(site, "timeout")
                 break
             if waiting:
                 time.sleep(pause)
+
+    def _without_gone(self, waiting: dict[str, str]) -> dict[str, str]:
+        gone = self.gone()
+        for site in {*gone} & {*waiting.values()}:
+            self.drop(site, gone[site])
+        return {message_id: site for message_id, site in waiting.items() if site not in gone}
 
     def drop(self, site: str, reason: str) -> None:
         """Note why `site` has no part in what follows; also for a report that the caller found wanting."""

@@ -25,6 +25,7 @@ from models.contributions import Contribution, Float32, Kind
 from models.study import Study
 from privacy import keys
 from privacy.errors import (
+    CertificateRevoked,
     IsocenterError,
     MessageMalformed,
     ProtectionError,
@@ -110,6 +111,7 @@ class Summing:
 
     def __init__(self, grid: Grid, run: Run, home: Home) -> None:
         self.grid, self.run, self.study, self.journal = grid, run, run.study, home.journal
+        self.parties = home.roster
         self.signing, self.aggregator = home.coordinator_key, home.aggregator_key
         self.number = 0  # of the last sum; counted anew in each attempt
         self.offline: dict[str, str] = {}
@@ -149,7 +151,10 @@ class Summing:
 
     def _gather(self, calls: dict[str, Call], stage: str, enough: Callable[[], bool] | None = None) -> Gathering:
         self.tell("asked", stage=stage, round=next(iter(calls.values())).order.round, sites=list(calls))
-        return Gathering(self.grid, calls, self.timeout_s, self.tell, enough)
+        return Gathering(self.grid, calls, self.timeout_s, self.tell, enough, self._gone)
+
+    def _gone(self) -> dict[str, str]:
+        return dict.fromkeys(self.parties.revoked(), CertificateRevoked.code)
 
     def _order(self, kind: type[Kinds], task: Task, number: int, **more: Any) -> Kinds:
         order = kind(

@@ -229,3 +229,15 @@ def test_choose_waits_for_all_and_falls_back_to_the_quorum(monkeypatch: pytest.M
     assert time.monotonic() - began < 5  # a site that was away the last time is not waited for again
     with pytest.raises(QuorumLost, match="east"):
         choose(grid, NODES, 3, 0.3, nothing)
+
+
+def test_who_is_revoked_while_a_round_waits_is_not_waited_for_and_its_late_report_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rounds, "GONE_LOOK_S", 0.2)
+    grid, began = FaultyGrid(everybody(), silent_pulls={2: 30, 3: 8}), time.monotonic()
+    gone = {"south": "certificate-revoked", "west": "certificate-revoked"}
+    gathering = Gathering(grid, calls(), 60.0, nothing, gone=lambda: gone)
+    assert {site for site, _ in gathering.reports()} == {"north", "east"}
+    assert gathering.missing == {"south": "certificate-revoked"}
+    assert time.monotonic() - began < 30

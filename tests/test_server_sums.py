@@ -120,8 +120,9 @@ class Bench:
         self.run = Run.create(folder, study, "ada", everyone)
         self.run.start()
         self.journal = Journal(folder / "journal.jsonl")
-        signing = SimpleNamespace(coordinator_key=COORDINATOR, aggregator_key=AGGREGATOR, journal=self.journal)
-        home = cast(Home, signing)
+        self.revoked: set[str] = set()
+        facts: dict[str, Any] = {"coordinator_key": COORDINATOR, "aggregator_key": AGGREGATOR, "journal": self.journal}
+        home = cast(Home, SimpleNamespace(roster=SimpleNamespace(revoked=lambda: self.revoked), **facts))
         self.summing: Summing = sums.build(self.grid, self.run, home)
         self.summing.timeout_s = 0.15  # five seconds are the least that a study may say
 
