@@ -1,12 +1,12 @@
-"""The hospital's Flower ClientApp: an order in, a report or a refusal out. The code is this installation's, never a bundle's.
+"""What an order asks for: evaluating and training on this site's images, and the steps of secure aggregation.
 
-It runs in the node's worker process, in simulation and in tests. Whatever goes wrong, the coordinator learns one public code.
+It runs in the node's worker process (`fl_client.worker`), and as Flower's ClientApp in simulation and in tests. The code is this
+installation's, never a bundle's.
 """
 
-import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +18,9 @@ from torch import nn
 
 from fl_client.cohort import Cohort
 from fl_client.ingest import Index
+from fl_client.orders import answer
 from fl_client.protection import Vault
-from fl_client.site import Seen, Site
+from fl_client.site import Site
 from models import learning, networks
 from models.contributions import (
     Contribution,
@@ -37,27 +38,22 @@ from models.learning import Turn
 from models.metrics import ScoreHistogram
 from models.study import Study
 from privacy import dpsgd, noise
-from privacy.errors import CohortTooSmall, IsocenterError, MessageMalformed, StepRefused
+from privacy.errors import CohortTooSmall, MessageMalformed, StepRefused
 from privacy.wire import (
-    ORDERS,
     EvaluateOrder,
     EvaluateReport,
     KeysOrder,
     KeysReport,
     Order,
-    Refusal,
     Report,
     TrainOrder,
     TrainReport,
     UnmaskOrder,
     UnmaskReport,
     WorkOrder,
-    decode,
 )
 
 Split = Literal["train", "validation", "test"]
-Work = Callable[["Desk", Site, Study, Order], Report]
-log = logging.getLogger("isocenter.site")
 
 
 @dataclass
@@ -116,53 +112,31 @@ class Desk:
 
 def make_app() -> ClientApp:
     """A ClientApp with a desk of its own."""
-    app, desk = ClientApp(), Desk()
+    app, work = ClientApp(), partial(carry_out, Desk())
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return answer(message, context, desk, carry_out_training)
+    def reply(message: Message, context: Context) -> Message:
+        return answer(message, Site.open(Path(str(context.node_config["site"]))), work)
 
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        return answer(message, context, desk, carry_out_evaluation)
-
-    @app.query()
-    def query(message: Message, context: Context) -> Message:
-        return answer(message, context, desk, carry_out_step)
-
+    app.train()(reply)
+    app.evaluate()(reply)
+    app.query()(reply)
     return app
 
 
-def answer(message: Message, context: Context, desk: Desk, work: Work) -> Message:
-    """The reply to `message`: what `work` reports, or a Refusal with the public code of whatever it raised."""
-    site, seen = Site.open(Path(str(context.node_config["site"]))), Seen()
+def carry_out(desk: Desk, site: Site, study: Study, order: Order) -> Report:
+    """What this site reports to `order`, which was admitted; raises an IsocenterError that says why there is no report."""
     if threads := site.settings.resources.cpu_threads:
         torch.set_num_threads(threads)
-    try:
-        order = decode(message, *ORDERS)
-        study = site.admit(order)
-        survivors = order.survivors if isinstance(order, UnmaskOrder) else ()
-        report, seen = work(desk, site, study, order), Seen(study.protection, survivors)
-    except IsocenterError as error:
-        log.warning("refused: %s (%s)", error.code, error)
-        report = refusal(message, site, error.code)
-    except Exception:
-        log.exception("refused: internal")
-        report = refusal(message, site, IsocenterError.code)
-    site.note(report, seen)
-    return Message(report.to_records(), reply_to=message)
+    if isinstance(order, TrainOrder):
+        return carry_out_training(desk, site, study, order)
+    if isinstance(order, EvaluateOrder):
+        return carry_out_evaluation(desk, site, study, order)
+    return carry_out_step(desk, site, study, order)
 
 
-def refusal(message: Message, site: Site, code: str) -> Refusal:
-    """A refusal of the order in `message`; raises MessageMalformed if it holds none, because there is nothing to refuse."""
-    return Refusal(**decode(message, *ORDERS).naming(), site=site.name, code=code)
-
-
-def carry_out_training(desk: Desk, site: Site, study: Study, order: Order) -> TrainReport:
+def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) -> TrainReport:
     """Evaluate the ordered model on the validation split, train it, and contribute both to the sum."""
     began = time.monotonic()
-    if not isinstance(order, TrainOrder):
-        raise MessageMalformed("the order is no order to train")
     cohorts = desk.cohorts_of(site, study)
     cohort = cohorts["train"]
     # What the sum of an earlier attempt at this round held must not be sent again under other masks.
@@ -191,11 +165,9 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: Order) -> Tr
     )
 
 
-def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: Order) -> EvaluateReport:
+def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: EvaluateOrder) -> EvaluateReport:
     """Evaluate the ordered model on the ordered split; of the test split alone, release the figures that the study asks for."""
     began = time.monotonic()
-    if not isinstance(order, EvaluateOrder):
-        raise MessageMalformed("the order is no order to evaluate")
     cohort = desk.cohort(site, study, "test" if order.split == "test" else "validation")
     net = desk.net(study, order)
     sending = desk.vault.begin(site, study, order, order.model.size)

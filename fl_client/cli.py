@@ -17,6 +17,7 @@ from fl_client.site import Site, SiteFile
 from models.study import Study, read
 from privacy.console import run as run_command
 from privacy.console import show_version
+from privacy.deidentify import guarded
 from privacy.errors import DataError, DocumentError, TrustError
 
 app = typer.Typer(
@@ -66,7 +67,7 @@ def ingest(home: Home = Path(), as_json: AsJson = False) -> None:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    with bars:
+    with guarded(home), bars:
         task = bars.add_task("", total=None)
         report = reading.ingest(
             source, home, Site.state_of(home), lambda done, total: bars.update(task, completed=done, total=total)
@@ -94,6 +95,12 @@ def show_ingested(report: Any) -> None:
     counted = report.labels
     console.print(f"Labels: {counted.labelled} of these images have one, {counted.unlabelled} do not.", highlight=False)
     for target, words in sorted(counted.unmapped.items()):
+        # Where a wrong column is mapped these are names; a person at the screen may see them, a file that is kept may not.
+        if not console.is_terminal:
+            rows = f"{sum(words.values())} rows say {len(words)} words"
+            text = f"  {target}: {rows} that site.yaml does not map; they count as missing. A terminal shows them."
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            continue
         for word, count in sorted(words.items()):
             text = f"  {target}: {count} rows say {word!r}, which site.yaml does not map; they count as missing"
             console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -388,12 +395,13 @@ def start(
     """Run the node until Ctrl-C: it connects outwards only, and carries out orders of approved studies."""
     from fl_client import node
 
-    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(asctime)s %(name)s %(message)s")
+    Site.settings_of(home)  # before a log is opened in a folder that is no site's
     logging.getLogger("httpx").setLevel(logging.WARNING)
     for number in (signal.SIGINT, signal.SIGTERM):  # a service manager's stop is a person's Ctrl-C
         signal.signal(number, signal.default_int_handler)
     try:
-        node.serve(home, _say)
+        with guarded(home, level=logging.INFO if verbose else logging.ERROR):
+            node.serve(home, _say)
     except KeyboardInterrupt:
         _say("The node has stopped.")
 

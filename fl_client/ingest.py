@@ -78,6 +78,10 @@ class LabelCount:
     without_key: int
     unmapped: dict[str, dict[str, int]]
 
+    def to_json(self) -> dict[str, Any]:
+        """Of the unmapped words only how many rows say them: in a wrong column they are names, and JSON is kept in files."""
+        return vars(self) | {"unmapped": {target: sum(words.values()) for target, words in self.unmapped.items()}}
+
 
 @dataclass(frozen=True)
 class IngestReport:
@@ -101,7 +105,7 @@ class IngestReport:
             "left_out": {str(reason): count for reason, count in self.reasons.items()},
             "read_now": self.read,
             "removed": self.removed,
-            "labels": vars(self.labels).copy() if self.labels else None,
+            "labels": self.labels.to_json() if self.labels else None,
             "label_problem": self.label_problem,
         }
 

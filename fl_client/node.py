@@ -5,27 +5,23 @@ coordinator could offer as code is asked for. Flower's own SuperNode starts a pr
 and looks for messages every three seconds; here the worker keeps network and cohort in memory, and the node looks often
 while a run is going on and seldom when nothing happens.
 
-What the node process does: connection, keys, polling. What the worker does: `fl_client.app` (images, training, the gate).
+What the node process does: connection, keys, gate, journal, signatures; it reads no image and loads nothing that could. What the
+worker does: evaluating and training (`fl_client.worker`, `fl_client.app`).
 """
 
 import contextlib
 import fcntl
 import logging
-import os
-import signal
 import ssl
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Message
 from flwr.app.error import Error
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, ErrorCode
@@ -50,18 +46,12 @@ from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpI
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fl_client import orders, sandbox
 from fl_client.site import Site
+from fl_client.worker import Worker
 from privacy import keys
-from privacy.errors import (
-    IsocenterError,
-    MessageMalformed,
-    NodeRunning,
-    NotEnrolled,
-    Unreachable,
-    WorkerDied,
-    WrongAuthority,
-)
-from privacy.wire import ORDERS, REPORTS, Refusal, Report, decode
+from privacy.errors import DocumentError, MessageMalformed, NodeRunning, NotEnrolled, Unreachable, WrongAuthority
+from privacy.wire import REPORTS, Refusal, Report, decode
 
 HELD_S = 0.5
 PAUSE_FIRST_S, PAUSE_GROWTH, PAUSE_MOST_S = 0.02, 1.5, 2.0
@@ -70,7 +60,6 @@ an answer within HELD_S says that it was not held, and then looks become seldom 
 RETRY_FIRST_S, RETRY_MOST_S = 0.5, 15.0
 OBJECT_BACKOFF_S = 0.02  # a message is visible before its objects are; Flower's own first wait is a second
 CALL_TIMEOUT_S = 60.0
-STARTS_MAX = 3  # of a worker in a row: once may be an accident, and so may the memory of another program
 Tell = Callable[[str], None]
 log = logging.getLogger("isocenter.node")
 
@@ -81,6 +70,16 @@ class Connection:
 
     client: FleetHttpClient
     node: Node
+    beating: threading.Lock = field(default_factory=threading.Lock)
+
+    def renew(self, client: FleetHttpClient) -> None:
+        """Go on as the same node over another client, such as one with a renewed certificate; the old one is closed.
+
+        Between orders, by the thread that receives and sends; heartbeats wait meanwhile.
+        """
+        with self.beating:
+            old, self.client = self.client, client
+        old.close()
 
     def receive(self) -> Message | None:
         """The next order with everything that belongs to it, or None; what Flower has taken back meanwhile is dropped."""
@@ -134,9 +133,10 @@ class Connection:
             log.warning("a reply to a run that has ended was dropped")
 
     def beat(self) -> None:
-        self.client.SendNodeHeartbeat(
-            SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-        )
+        with self.beating:
+            self.client.SendNodeHeartbeat(
+                SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+            )
 
 
 @contextlib.contextmanager
@@ -145,27 +145,31 @@ def connect(site: Site) -> Iterator[Connection]:
 
     Raises Unreachable, WrongAuthority or NotEnrolled with the cause in words.
     """
-    if site.settings.coordinator is None:
-        raise NotEnrolled("site.yaml names no coordinator")
-    key = keys.load_key(site.home / "keys" / "site.key")
-    client = _Fleet(
-        site.settings.coordinator.gateway, tls_context(site), NodeAuthHttpInterceptor(key, key.public_key())
-    )
-    node: Node | None = None
+    client, connection = fleet_client(site), None
     try:
-        node = _activate(client, keys.public_pem(key), site.state / "node")
-        yield Connection(client, node)
+        public = keys.public_pem(site.key)
+        connection = Connection(client, _activate(client, public, site.state / "node"))
+        yield connection
     except httpx.HTTPStatusError as error:
         raise _explained(error.response.status_code) from error
     except httpx.ConnectError as error:
-        raise _explained_connect(error, site.settings.coordinator.gateway) from error
+        raise _explained_connect(error, site) from error
     except httpx.HTTPError as error:
         raise Unreachable(f"the connection to the gateway broke ({type(error).__name__})") from error
     finally:
-        if node is not None:
+        if connection is not None:
+            client = connection.client
             with contextlib.suppress(httpx.HTTPError):
-                client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+                client.DeactivateNode(DeactivateNodeRequest(node_id=connection.node.node_id))
         client.close()
+
+
+def fleet_client(site: Site) -> FleetHttpClient:
+    """A client for the gateway named in site.yaml, with the site's present certificate; nothing is sent yet."""
+    if site.settings.coordinator is None:
+        raise NotEnrolled("site.yaml names no coordinator")
+    identity = NodeAuthHttpInterceptor(site.key, site.key.public_key())
+    return _Fleet(site.settings.coordinator.gateway, tls_context(site), identity)
 
 
 def _activate(client: FleetHttpClient, public: bytes, memory: Path) -> Node:
@@ -218,107 +222,12 @@ class _Fleet(FleetHttpClient):
         super().__init__(f"https://{gateway}", interceptors=(version, identity), verify=context, timeout=CALL_TIMEOUT_S)
 
 
-class Worker:
-    """One resident process that runs the ClientApp. If it dies, the order is refused and a new one takes its place.
-
-    Each process tests its own noise, clip, draws, masks and isolation first; one that fails works on nothing.
-    """
-
-    def __init__(self, site: Site) -> None:
-        self.site = site
-        self._start()
-
-    def _start(self) -> None:
-        self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin_worker)
-        self.ready: Future[None] = self.pool.submit(_warm)
-
-    def wait(self) -> None:
-        """Return when the process is ready; one that dies before is replaced.
-
-        Raises AuditFailed if its self-test fails, WorkerDied if it dies again and again.
-        """
-        for _ in range(STARTS_MAX):
-            try:
-                return self.ready.result()
-            except BrokenProcessPool:
-                log.error("the worker process died while it started; a new one is started")
-                self._start()
-        raise WorkerDied(f"the worker process died {STARTS_MAX} times while it started")
-
-    def answer(self, message: Message) -> Message:
-        """The reply to an order, a Refusal if it could not be worked on, Flower's bare error if the message is no order."""
-        try:
-            self.wait()
-            pending: Future[Message] = self.pool.submit(_work, str(self.site.home), message)
-            return pending.result()
-        except BrokenProcessPool:
-            log.error("the worker process died while it worked on an order; a new one is started")
-            self._start()
-            code = WorkerDied.code
-        except IsocenterError as error:
-            log.error("the order could not be worked on: %s", error)
-            code = error.code
-        except Exception:
-            log.exception("the order could not be worked on")
-            code = IsocenterError.code
-        try:
-            report = Refusal(**decode(message, *ORDERS).naming(), site=self.site.name, code=code)
-        except MessageMalformed:
-            # Without an answer the coordinator would wait for its deadline; the text is one of our public codes.
-            self.site.journal.append("no-order", code=MessageMalformed.code)
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, MessageMalformed.code), reply_to=message)
-        self.site.note(report)
-        return Message(report.to_records(), reply_to=message)
-
-    def stop(self) -> None:
-        for process in list((self.pool._processes or {}).values()):
-            process.terminate()
-        self.pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the node ends the worker in order
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    """A worker whose node was killed would train on for nobody."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
-
-
-def _warm() -> None:
-    """Import what orders need, once, and have the privacy mechanism test itself; raises AuditFailed."""
-    import torch
-
-    import fl_client.app  # noqa: F401  the import is the work
-    from privacy import selftest
-
-    # The first optimizer of a process imports a second's worth of modules; better now than in the first round.
-    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()
-    selftest.require()
-
-
-def _work(home: str, message: Message) -> Message:
-    from fl_client.app import app
-
-    metadata = message.metadata
-    context = Context(
-        run_id=metadata.run_id,
-        node_id=metadata.dst_node_id,
-        node_config={"site": home},
-        state=RecordDict(),
-        run_config={},
-    )
-    return app(message, context)
-
-
 def serve(home: Path, tell: Tell) -> None:
     """Answer orders until KeyboardInterrupt. A broken link is retried for ever; a finished reply is kept and sent again.
 
     `tell` gets short sentences for people. Raises what no retry can mend: NotEnrolled, WrongAuthority, NodeRunning, AuditFailed.
     """
+    sandbox.keep_private()
     site = Site.open(home)
     with only_one(site):
         _serve(site, tell)
@@ -327,14 +236,16 @@ def serve(home: Path, tell: Tell) -> None:
 def _serve(site: Site, tell: Tell) -> None:
     worker, unsent, pause = Worker(site), deque[Message](), RETRY_FIRST_S
     try:
-        worker.wait()
+        shield = worker.wait()
         tell("Self-test passed: noise, clip, draws, masks and isolation of patients are as they should be.")
+        for gap in shield.gaps:
+            tell(f"WARNING: {gap}")
         while True:
             try:
                 with connect(site) as connection:
                     tell(f"{site.name} is connected and waits for orders.")
                     pause = RETRY_FIRST_S
-                    _answer_orders(connection, worker, unsent, tell)
+                    _answer_orders(connection, lambda message: answer(message, site, worker), unsent, tell)
             except Unreachable as error:
                 tell(f"{error}; trying again in {pause:g} s")
                 time.sleep(pause)
@@ -343,7 +254,26 @@ def _serve(site: Site, tell: Tell) -> None:
         worker.stop()
 
 
-def _answer_orders(connection: Connection, worker: Worker, unsent: deque[Message], tell: Tell) -> None:
+def answer(message: Message, site: Site, worker: Worker) -> Message:
+    """The reply to `message`, whatever it is: work is done by `worker` after the gate, as site.yaml says at this moment.
+
+    `site`: as it was when the node started, which names it while site.yaml cannot be read.
+    """
+    try:
+        try:
+            present = Site.open(site.home)
+        except (DocumentError, NotEnrolled) as error:
+            return orders.refuse(message, site, error.code)
+        return orders.answer(message, present, worker.carry_out)
+    except MessageMalformed:
+        # Without an answer the coordinator would wait for its deadline; the text is one of our public codes.
+        site.journal.append("no-order", code=MessageMalformed.code)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, MessageMalformed.code), reply_to=message)
+
+
+def _answer_orders(
+    connection: Connection, reply: Callable[[Message], Message], unsent: deque[Message], tell: Tell
+) -> None:
     """Work through orders one by one until the link breaks, with heartbeats from a thread of their own."""
     done = threading.Event()
     threading.Thread(target=_keep_beating, args=(connection, done), daemon=True).start()
@@ -361,7 +291,7 @@ def _answer_orders(connection: Connection, worker: Worker, unsent: deque[Message
                     pause = min(pause * PAUSE_GROWTH, PAUSE_MOST_S)
                 continue
             pause, began = PAUSE_FIRST_S, time.monotonic()
-            unsent.append(worker.answer(message))
+            unsent.append(reply(message))
             tell(_sentence(unsent[-1], time.monotonic() - began))
     finally:
         done.set()
@@ -390,8 +320,8 @@ def _explained(status: int) -> Exception:
     return Unreachable(f"the gateway answered {status}")
 
 
-def _explained_connect(error: httpx.ConnectError, gateway: str) -> Exception:
-    text = str(error)
+def _explained_connect(error: httpx.ConnectError, site: Site) -> Exception:
+    text, gateway = str(error), site.settings.coordinator and site.settings.coordinator.gateway
     if "CERTIFICATE_VERIFY_FAILED" in text:
         return WrongAuthority(f"the gateway {gateway} does not show a certificate of the consortium this site joined")
     return Unreachable(f"nothing answers at the gateway {gateway}")

@@ -2,24 +2,30 @@
 
 For masked studies this is where the keys of running sums live: in the memory of this process, and nowhere else. Sums of a run
 follow each other; while one is open, the keys of the next are made. A new attempt forgets everything of the one before.
+
+The process that trains makes these ephemeral keys itself, because they cover what it sends. It does not hold the site's key: the
+node signs for it (`Signing`), for the order that it is working on and nothing else. To seal takes a public key only.
 """
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from fl_client.site import Site
 from models.contributions import Contribution, Kind, count_of, values_of
 from models.study import Study
 from privacy import keys
-from privacy.errors import MaskKeysLost, StepRefused
+from privacy.errors import MaskKeysLost, MessageMalformed, SignatureRefused, StepRefused
 from privacy.noise import GRID_BITS
-from privacy.secagg import Member, Place
+from privacy.secagg import SIGNATURE_BYTES, Bundle, Member, Place, Signer
 from privacy.sharing import Encoding
 from privacy.wire import KeysOrder, Order, TrainOrder, UnmaskOrder, WorkOrder
 
 RUNS_MAX = 16  # runs of a site whose keys are held; the oldest is forgotten, and takes part again with fresh keys
 OPEN_MAX = 2  # sums of a run whose keys are held: the one that is open, and the next
+CONTEXT_BYTES = 32
 
 
 @dataclass
@@ -31,22 +37,32 @@ class Sums:
     members: dict[int, Member] = field(default_factory=dict)
 
 
+def own_key(site: Site) -> Signer:
+    """Signs with the key of `site`, where one process is node and worker in one: in simulation and in tests."""
+    return partial(keys.sign, site.key)
+
+
 @dataclass
 class Vault:
-    """The keys of all running sums of the sites in this process (one site; several in a simulation)."""
+    """The keys of all running sums of the sites in this process (one site; several in a simulation).
+
+    `signer`: who signs for a site; in the worker process, the node.
+    """
 
     runs: dict[tuple[Path, str, str], Sums] = field(default_factory=dict)
+    signer: Callable[[Site], Signer] = own_key
 
     def make_keys(self, site: Site, study: Study, order: KeysOrder | WorkOrder) -> bytes:
         """Fresh signed keys: of the ordered sum, or of the one after it if the order is about work."""
-        number = order.sum if isinstance(order, KeysOrder) else order.sum + 1
+        number = keys_number(order)
         sums = self._of(site, order)
         if number <= sums.last:
             raise StepRefused(f"keys of sum {sums.last} were made before; those of sum {number} are too late")
         sums.last, members = number, sums.members
         while len(members) >= OPEN_MAX:
             members.pop(min(members)).close()
-        members[number] = Member(Place(study.digest, order.run, order.attempt, number), site.name, site.key)
+        place = Place(study.digest, order.run, order.attempt, number)
+        members[number] = Member(place, site.name, self.signer(site))
         return members[number].public
 
     def begin(self, site: Site, study: Study, order: WorkOrder, parameters: int) -> "Sending":
@@ -147,6 +163,49 @@ class Sending:
         if self.study.protection == "sealed":
             packed = keys.seal(bytes.fromhex(self.study.aggregator), packed, self.order.about(self.site.name))
         return packed, vouch
+
+
+@dataclass
+class Signing:
+    """What the node signs for the process that works on `order`: keys of one sum and the context of one, each once.
+
+    Keys must be this site's, for the study, run, attempt and sum of the order. A context is a hash: that it belongs to the order
+    is checked by those who take part in the sum, and here only that the order is about masked work.
+    """
+
+    site: Site
+    study: Study
+    order: Order
+    signed: set[bytes] = field(default_factory=set)
+
+    def sign(self, label: bytes, body: bytes) -> bytes:
+        """The signature of the site's key; raises SignatureRefused for anything but the above, and signs nothing then."""
+        if self.study.protection != "masked" or label in self.signed or not self._due(label, body):
+            raise SignatureRefused(
+                f"asked to sign {len(body)} bytes ({label[:64]!r}) while working on {self.order.kind}"
+            )
+        self.signed.add(label)
+        return keys.sign(self.site.key, label, body)
+
+    def _due(self, label: bytes, body: bytes) -> bool:
+        order = self.order
+        if label == keys.SUM_CONTEXT:
+            return isinstance(order, WorkOrder) and len(body) == CONTEXT_BYTES
+        if label != keys.SUM_KEYS or not (
+            isinstance(order, KeysOrder) or (isinstance(order, WorkOrder) and order.keys_next)
+        ):
+            return False
+        place = Place(self.study.digest, order.run, order.attempt, keys_number(order))
+        try:
+            bundle = Bundle.from_bytes(body[len(place.canonical()) + 1 :] + bytes(SIGNATURE_BYTES))
+        except MessageMalformed:
+            return False
+        return bundle.site == self.site.name and bundle.signed(place) == body
+
+
+def keys_number(order: KeysOrder | WorkOrder) -> int:
+    """The sum that keys are made for in answer to `order`."""
+    return order.sum if isinstance(order, KeysOrder) else order.sum + 1
 
 
 def kind_of(order: WorkOrder) -> Kind:

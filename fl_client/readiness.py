@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fl_client import sandbox
 from fl_client.enrol import fingerprint
 from fl_client.ingest import Index
 from fl_client.site import Site
@@ -44,6 +45,7 @@ def findings(home: Path) -> list[Finding]:
         ("images", _images),
         ("labels", _labels),
         ("disk", _disk),
+        ("worker", _worker),
         ("policy", _policy),
         ("budget", _budget),
         ("journal", _journal),
@@ -117,6 +119,11 @@ def _disk(home: Path) -> str:
     if free < FREE_BYTES_LEAST:
         raise IsocenterError(f"{free / 1024**3:.1f} GiB free.", remedy="Free at least 2 GiB on this disk.")
     return f"{free / 1024**3:.0f} GiB free"
+
+
+def _worker(home: Path) -> str:
+    sandbox.require(home / "keys")
+    return "the process that trains is confined by the kernel: no network, no other program, no key"
 
 
 def _policy(home: Path) -> str:

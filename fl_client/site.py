@@ -113,9 +113,14 @@ class Policy(Document):
 
 
 class Resources(Document):
-    """What training may use of this machine. 0 threads: all cores."""
+    """What training may use of this machine. It holds from the next order on; a training process over a limit is stopped."""
 
     cpu_threads: int = Field(default=0, ge=0, le=1024, description="threads of training; 0: all cores")
+    memory_gb: float = Field(
+        default=0, ge=0, le=100_000, description="most memory of the training process, in GiB; 0: no limit"
+    )
+    minutes_per_round: int = Field(default=240, ge=1, le=100_000, description="most minutes that one order may take")
+    gpu: bool = Field(default=False, description="whether training may use a GPU of this machine")
 
 
 class SiteFile(Document):

@@ -48,8 +48,8 @@ def main(grid: Grid, context: Context) -> None:
         run.fail("internal", "the coordinator's program failed; its log has the details")
         raise
     finally:
-        state = str(run.facts["state"])
-        home.journal.append("run-ended", run=run.run_id, digest=run.study.digest, state=state, rounds=len(run.history))
+        told = {"run": run.run_id, "digest": run.study.digest, "state": str(run.facts["state"])}
+        home.journal.append("run-ended", rounds=len(run.history), **told)
 
 
 class Desk:

@@ -11,6 +11,7 @@ from rich.table import Table
 from fl_server.roster import Home, Party, ServerFile
 from models.study import parse
 from privacy import console, keys
+from privacy.deidentify import guarded
 
 if TYPE_CHECKING:
     from fl_server.authority import Request
@@ -230,7 +231,8 @@ def start(home: HomeOption = Path()) -> None:
     opened = Home.open(home)
     from fl_server import link
 
-    link.serve(opened)
+    with guarded(opened.root):
+        link.serve(opened)
 
 
 def _party_json(party: Party) -> dict[str, str | None]:

@@ -54,8 +54,13 @@ from privacy.errors import (
 
 SKEW_SECONDS = 120
 WATCHERS_MAX = 16  # streams that may hold a thread at once
-THREADS = WATCHERS_MAX + 8  # so that watchers never use up the threads of the other calls
-CALLS_MAX = 64  # accepted at once; more are refused at once, rather than queued
+CALLS_MAX = 256  # accepted at once; more are refused at once, rather than queued
+THREADS = (
+    CALLS_MAX  # so that neither watchers nor those who begin a call and send nothing use up the threads of the others
+)
+STREAMS_MAX = 64  # of one connection
+REQUEST_S = 5.0  # in which a call has to have sent its request
+HANDSHAKE_MS = 10_000
 METADATA_BYTES_MAX = 16 * 1024
 CHUNK_BYTES = 256 * 1024
 POLL_SECONDS = 0.2  # how often a watched file is looked at
@@ -99,7 +104,8 @@ def serve(home: Home, hooks: Hooks) -> Any:
         options=[
             ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
             ("grpc.max_metadata_size", METADATA_BYTES_MAX),
-            ("grpc.max_concurrent_streams", CALLS_MAX),
+            ("grpc.max_concurrent_streams", STREAMS_MAX),
+            ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
             ("grpc.so_reuseport", 0),  # a second coordinator on the port is an error, not a coin toss per connection
             ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
             ("grpc.max_connection_idle_ms", 3_600_000),
@@ -147,13 +153,15 @@ class Gate:
             except Exception:  # protobuf's own DecodeError
                 raise MessageMalformed("this request does not follow the protocol") from None
 
-        def one(raw: bytes, context: Any) -> Any:
+        def one(requests: Iterator[bytes], context: Any) -> Any:
+            raw = _only(requests, context)
             try:
                 return handler.unary_unary(admitted(raw, context), context)
             except Exception as error:
                 self._abort(error, context)
 
-        def many(raw: bytes, context: Any) -> Iterator[Any]:
+        def many(requests: Iterator[bytes], context: Any) -> Iterator[Any]:
+            raw = _only(requests, context)
             try:
                 for reply in handler.unary_stream(admitted(raw, context), context):
                     self._require_not_revoked(Signed.read(context.invocation_metadata()).name)
@@ -161,10 +169,11 @@ class Gate:
             except Exception as error:
                 self._abort(error, context)
 
-        # Without a deserializer the methods above get the very bytes that were signed.
+        # Without a deserializer the methods above get the very bytes that were signed. As streams of requests, because gRPC
+        # waits for a single request before it asks us anything, for as long as a caller likes, and a thread waits with it.
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(many, response_serializer=handler.response_serializer)
-        return grpc.unary_unary_rpc_method_handler(one, response_serializer=handler.response_serializer)
+            return grpc.stream_stream_rpc_method_handler(many, response_serializer=handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(one, response_serializer=handler.response_serializer)
 
     def admit(self, method: str, raw: bytes, metadata: Any) -> None:
         """Raise unless this call may run: see the top of this module. Enrol passes; the roster checks its token."""
@@ -201,6 +210,17 @@ class Gate:
         if error.remedy != type(error).remedy:
             context.set_trailing_metadata(((REMEDY, error.remedy.encode()),))
         context.abort(_status(error), details_of(error))
+
+
+def _only(requests: Iterator[bytes], context: Any) -> bytes:
+    """The one request of a call; a call that does not send it within REQUEST_S is cancelled, which raises grpc.RpcError."""
+    late = threading.Timer(REQUEST_S, context.cancel)
+    late.daemon = True
+    late.start()
+    try:
+        return next(requests, b"")
+    finally:
+        late.cancel()
 
 
 def _status(error: IsocenterError) -> Any:

@@ -29,6 +29,7 @@ CALLERS_MAX = (
     10_000  # whoever is remembered passed the gateway's TLS; more than this are forgotten, and only ask once more
 )
 CALLER_HEADERS = (b"flwr-public-key", b"flwr-task-token")
+BODY_BYTES_MAX = 256 * 1024 * 1024  # nine times the weights of the largest network offered (28 MB), as one object
 
 
 class Bell:
@@ -101,6 +102,10 @@ class Doorbell:
             await self.app(scope, receive, send)
             return False
         body, answer = await _whole(receive), list[MutableMapping[str, Any]]()
+        if not body:  # the caller would not end, or has gone and reads no answer: nothing that Flower has to know of
+            await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
+            await send({"type": "http.response.body", "body": b""})
+            return False
 
         async def read() -> MutableMapping[str, Any]:
             if body:
@@ -119,15 +124,17 @@ class Doorbell:
 
 
 async def _whole(receive: Channel) -> list[MutableMapping[str, Any]]:
-    """The whole body of a request as one event."""
-    parts = []
-    while True:
+    """The whole body of a request as one event; none if it did not come to its end within BODY_BYTES_MAX."""
+    parts, size = list[bytes](), 0
+    while size <= BODY_BYTES_MAX:
         event = await receive()
         if event["type"] != "http.request":
-            return [event]
+            break
         parts.append(event.get("body", b""))
-        if not event.get("more_body", False):
+        size += len(parts[-1])
+        if not event.get("more_body", False) and size <= BODY_BYTES_MAX:
             return [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
+    return []
 
 
 def _caller(scope: Scope) -> bytes:

@@ -29,6 +29,7 @@ from fl_server.link import LOOPBACK, control
 from fl_server.mailbox import Mailbox
 from fl_server.roster import Home
 from fl_server.run import list_runs
+from privacy.deidentify import guarded
 from privacy.errors import IsocenterError, RunError
 
 LOOK_S = 0.2  # between two looks for queued runs: one stat of a folder
@@ -144,7 +145,8 @@ def main() -> None:
         bytes.fromhex(sys.stdin.buffer.readline().decode().strip()),
     )
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    execute(root, port, secret)
+    with guarded(root):
+        execute(root, port, secret)
 
 
 if __name__ == "__main__":

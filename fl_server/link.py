@@ -1,7 +1,7 @@
 """The coordinator's processes and doors.
 
     loopback only     Flower's SuperLink with its full API (Control, Runtime, Fleet) and a durable database
-    gateway, public   TLS 1.3, client certificate required; passes what a node needs of the Fleet API, 404 for everything else
+    gateway, public   TLS 1.3 with a site's certificate; passes what a node needs of the Fleet API (`fl_server.gateway`)
     service, public   the gRPC consortium service (`fl_server.consortium`)
     executor          a child process that carries out queued runs, one after the other (`fl_server.executor`)
 
@@ -12,10 +12,10 @@ and the gateway lists the paths it passes instead of those it blocks.
 import asyncio
 import contextlib
 import logging
+import os
 import secrets
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from typing import Any
 
 import httpx
 import uvicorn
-from flwr.proto.control_pb2 import RegisterNodeRequest
+from flwr.proto.control_pb2 import RegisterNodeRequest, UnregisterNodeRequest
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
@@ -33,40 +33,29 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
 from fl_server import consortium
-from fl_server.doorbell import Application, Channel, Doorbell, Scope
+from fl_server.doorbell import Doorbell
+from fl_server.gateway import Gateway, Limits, Standing, gateway_context
 from fl_server.roster import Home
 from fl_server.run import Run, list_runs
 from models.study import Study
+from privacy import keys
 from privacy.errors import IsocenterError, RunError
 
 LOOPBACK = "127.0.0.1"
-FLEET_PATHS = frozenset(
-    f"/v1/fleet/{name}"
-    for name in (
-        "activate-node",
-        "deactivate-node",
-        "send-node-heartbeat",
-        "pull-messages",
-        "push-messages",
-        "pull-object",
-        "push-object",
-        "confirm-message-received",
-    )
-)
-"""What `fl_client.node` calls. Left out on purpose: register-node and unregister-node (only enrolment registers), get-run, and
-get-fab (no node of ours ever asks for code)."""
 RESTART_PAUSE_S = 1.0  # before a dead executor is started again, so that a crash at start does not spin
 STOP_S = 5.0
+REVOKED_LOOK_S = 1.0
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 log = logging.getLogger("isocenter.link")
 
 
-def serve(home: Home, ready: Callable[[str], None] = print) -> None:
+def serve(home: Home, ready: Callable[[str], None] = print, limits: Limits = Limits()) -> None:  # noqa: B008  frozen
     """Run the coordinator until SIGINT or SIGTERM; `ready` gets one sentence once every door is open."""
-    asyncio.run(_serve(home, ready))
+    asyncio.run(_serve(home, ready, limits))
 
 
-async def _serve(home: Home, ready: Callable[[str], None]) -> None:
+async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> None:
     logging.getLogger("flwr").setLevel(
         logging.WARNING
     )  # a line per node and message is for -v, not for a service's log
@@ -75,47 +64,41 @@ async def _serve(home: Home, ready: Callable[[str], None]) -> None:
     port = inner.getsockname()[1]
     outer = _listen(settings.listen, settings.gateway_port)
     superlink = Doorbell(superlink_app(home.root / "superlink" / "superlink.sqlite", port, secret))
-    servers = [
-        _Server(uvicorn.Config(superlink, log_config=None, access_log=False)),
-        _Server(
-            uvicorn.Config(
-                only_fleet(superlink),
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                ssl_context_factory=lambda *_: gateway_context(home),
-            )
-        ),
-    ]
+    server = _Server(uvicorn.Config(superlink, log_config=None, access_log=False))
+    gateway = Gateway(superlink, keys.load_certificate(home.ca_pem), roster_of(home), home.journal.append, limits)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    tasks = [
-        asyncio.create_task(servers[0].serve(sockets=[inner])),
-        asyncio.create_task(servers[1].serve(sockets=[outer])),
-    ]
-    while not all(server.started for server in servers):
-        if any(task.done() for task in tasks):
+    inside = asyncio.create_task(server.serve(sockets=[inner]))
+    outside = asyncio.create_task(gateway.serve(outer, gateway_context(home)))
+    while not server.started:
+        if inside.done() or outside.done():
             raise RunError("the SuperLink or the gateway did not start", remedy="See the lines above.")
         await asyncio.sleep(0.02)
     service = await asyncio.to_thread(consortium.serve, home, hooks(home, port))
-    executor = asyncio.create_task(_keep_executor(home, port, secret))
+    background = [
+        outside,
+        asyncio.create_task(_keep_executor(home, port, secret)),
+        asyncio.create_task(_keep_revoked_out(home, port)),
+    ]
     ready(
         f"Coordinator {settings.name} is ready: gateway {settings.host}:{settings.gateway_port}, "
         f"consortium service {settings.host}:{settings.service_port}. Stop it with Ctrl-C."
     )
+    outside.add_done_callback(lambda _: stop.set())  # a coordinator without its gateway is better started again
     try:
         await stop.wait()
     finally:
-        executor.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await executor
-        service.stop(grace=1).wait()
-        for server in reversed(servers):
-            server.should_exit = True
-        await asyncio.wait(tasks, timeout=STOP_S)
+        stopped = service.stop(grace=1)
+        for task in reversed(background):
+            task.cancel()
+        await asyncio.wait(background, timeout=2 * STOP_S)
+        server.should_exit = True
+        await asyncio.wait([inside], timeout=STOP_S)
+        await asyncio.to_thread(stopped.wait)
+    if not outside.cancelled():
+        outside.result()
 
 
 def superlink_app(database: Path, port: int, secret: bytes) -> Any:
@@ -148,30 +131,9 @@ def superlink_app(database: Path, port: int, secret: bytes) -> Any:
     return create_app(config, SuperLinkLifespan)
 
 
-def only_fleet(app: Application) -> Application:
-    """`app`, reachable by POST on exactly the paths of FLEET_PATHS; anything else is 404 and never reaches it."""
-
-    async def gateway(scope: Scope, receive: Channel, send: Channel) -> None:
-        exact = scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in FLEET_PATHS
-        if exact and scope.get("raw_path", b"").decode("latin-1") == scope["path"]:  # no encoded spelling of a path
-            await app(scope, receive, send)
-        elif scope["type"] == "http":
-            await send({"type": "http.response.start", "status": 404, "headers": [(b"content-length", b"0")]})
-            await send({"type": "http.response.body", "body": b""})
-        else:
-            await send({"type": "websocket.close", "code": 1008})
-
-    return gateway
-
-
-def gateway_context(home: Home) -> ssl.SSLContext:
-    """TLS 1.3 only; a client without a certificate of this consortium's CA does not get past the handshake."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_cert_chain(home.tls_pem, home.tls_key)
-    context.load_verify_locations(cadata=home.ca_pem.decode("ascii"))
-    return context
+def roster_of(home: Home) -> Callable[[], Standing]:
+    """What the gateway has to know of the roster, read anew at each call."""
+    return lambda: Standing(home.roster.admitted_sites(), home.roster.revoked())
 
 
 def hooks(home: Home, port: int) -> consortium.Hooks:
@@ -215,11 +177,37 @@ def control(port: int) -> Any:
         client.close()
 
 
+def unregister_revoked(home: Home, port: int) -> None:
+    """Take the nodes of revoked sites out of Flower's SuperLink, so that no run counts on them; raises RunError."""
+    for name, node_id in home.roster.revoked_nodes().items():
+        with control(port) as client:
+            try:
+                client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != httpx.codes.NOT_FOUND:  # it is out already
+                    raise
+        home.roster.forget_node(name, node_id)
+        home.journal.append("node-unregistered", site=name)
+
+
+async def _keep_revoked_out(home: Home, port: int) -> None:
+    """`unregister_revoked`, soon after each `fl-server revoke`, whatever goes wrong once."""
+    while True:
+        try:
+            await asyncio.to_thread(unregister_revoked, home, port)
+        except (IsocenterError, OSError) as error:
+            log.error("the node of a revoked site could not be unregistered and is tried again: %s", error)
+        await asyncio.sleep(REVOKED_LOOK_S)
+
+
 async def _keep_executor(home: Home, port: int, secret: bytes) -> None:
     """Keep one executor alive. Its standard input carries the secret, and ends when this process does, however it dies."""
     while True:
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "fl_server.executor", str(home.root), str(port), stdin=subprocess.PIPE
+            sys.executable,
+            *("-m", "fl_server.executor", str(home.root), str(port)),
+            stdin=subprocess.PIPE,
+            env=os.environ | QUIET,
         )
         try:
             if child.stdin is not None:
@@ -260,6 +248,6 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host}:{port}: {error.strerror}",
             remedy="Stop what uses the port, or change the port in server.yaml.",
         ) from None
-    bound.listen(128)
+    bound.listen(1024)
     bound.setblocking(False)
     return bound

@@ -476,11 +476,15 @@ class Roster:
             )
             return [OpenInvitation(name, role, _iso(expires)) for name, role, expires in found]
 
-    def set_node(self, name: str, node_id: int | None) -> None:
-        """Note the Flower node of a site; None after it was unregistered."""
+    def set_node(self, name: str, node_id: int) -> None:
+        """Note the Flower node of a site."""
         with self._transaction() as db:
-            noted = None if node_id is None else str(node_id)
-            db.execute("UPDATE parties SET node_id = ? WHERE name = ?", (noted, name))
+            db.execute("UPDATE parties SET node_id = ? WHERE name = ?", (str(node_id), name))
+
+    def forget_node(self, name: str, node_id: int) -> None:
+        """Note that this node was unregistered. A node that the site got meanwhile, under a new key, stays."""
+        with self._transaction() as db:
+            db.execute("UPDATE parties SET node_id = NULL WHERE name = ? AND node_id = ?", (name, str(node_id)))
 
     def admit_call(self, name: str, nonce: str, until: float) -> None:
         """Raise SignatureInvalid if the nonce was used before; else remember it till `until`, and the party as seen."""

@@ -34,7 +34,8 @@
     │   ├── ShareInvalid          shares of a secret that do not give the secret back
     │   ├── TooFewSurvivors       fewer sites than the threshold: no sum may be opened
     │   ├── MaskKeysLost          the process that held the keys of this sum is gone, and the keys with it
-    │   └── SealBroken            a sealed update that does not open, or was sealed for something else
+    │   ├── SealBroken            a sealed update that does not open, or was sealed for something else
+    │   └── SignatureRefused      the training process asked for a signature that its order does not need
     ├── PrivacyError              differential privacy: a promise that cannot be made, or not be kept
     │   ├── UnitsCoupled          a layer or a loss in which one patient influences another's gradient
     │   ├── SamplingRefused       batches that no accounting here covers: shuffled, of fixed size, by class
@@ -50,9 +51,11 @@
     │   └── TrainingStopped       the site was told to stop in the middle of a round
     ├── Unreachable               nothing answered at the address
     ├── JournalDamaged            a line of a journal was changed, removed, reordered or cut off
+    │   └── HeadContradicted      a signed head of a journal that does not follow the one before it
     ├── MessageMalformed          a message or record that does not follow its schema
     ├── NodeRunning               a second node for one site's home
-    └── WorkerDied                the process that trains ended without an answer
+    ├── WorkerDied                the process that trains ended without an answer
+    └── LimitExceeded             the process that trains took more memory or time than site.yaml gives it
 
 Only `code` crosses a site's boundary (inside `privacy.wire.Refusal`); messages may name files and values and never do.
 """
@@ -248,6 +251,14 @@ class SealBroken(ProtectionError):
     code = "seal-broken"
 
 
+class SignatureRefused(ProtectionError):
+    code = "signature-refused"
+    remedy = (
+        "Nothing was signed, and the training process was replaced. No version of Isocenter asks for this: have the machine and "
+        "its installation examined before the node is started again."
+    )
+
+
 class PrivacyError(IsocenterError):
     code = "privacy"
     remedy = "Correct the value named above; docs/privacy.md says what each of them means."
@@ -337,6 +348,14 @@ class JournalDamaged(IsocenterError):
     remedy = "Keep the file as it is, find out who changed it, and restore the journal from a backup beside it."
 
 
+class HeadContradicted(JournalDamaged):
+    code = "head-contradicted"
+    remedy = (
+        "Somebody rewrote a journal, cut it off, or put back an old copy. Keep both journals as they are, and compare them: "
+        "`fl-client journal verify --witness OTHER` names the line."
+    )
+
+
 class NodeRunning(IsocenterError):
     code = "node-running"
     remedy = "Stop the other one first, or use it: `fl-client start` serves all studies of the site."
@@ -345,6 +364,20 @@ class NodeRunning(IsocenterError):
 class WorkerDied(IsocenterError):
     code = "worker-died"
     remedy = "Most often the machine ran out of memory: lower `batch_size` in the study or free memory at the site."
+
+
+class LimitExceeded(IsocenterError):
+    """`limit` is memory or time."""
+
+    code = "limit-exceeded"
+    remedy = (
+        "Raise `resources.memory_gb` or `resources.minutes_per_round` in site.yaml (it holds from the next order on), or decline "
+        "the study."
+    )
+
+    def __init__(self, message: str, limit: str = "time") -> None:
+        super().__init__(message)
+        self.limit = limit
 
 
 def public_codes() -> frozenset[str]:

@@ -62,25 +62,31 @@ class Journal:
     @property
     def head(self) -> str:
         """Hash of the last line (64 hex; zeros for an empty journal): what a witness keeps."""
-        with self._locked() as file:
-            return self._end(file).head
+        return self.position[1]
 
-    def last(self, kind: str) -> dict[str, Any] | None:
-        """The facts of the latest line of this kind, None if there is none. Searched from the end of the file."""
+    @property
+    def position(self) -> tuple[int, str]:
+        """Number of lines, and the hash of the last one."""
+        with self._locked() as file:
+            end = self._end(file)
+            return end.lines, end.head
+
+    def last(self, kind: str, **where: Fact) -> dict[str, Any] | None:
+        """The facts of the latest line of this kind (and with these facts), None if there is none. Searched from the end."""
         mark = f'"kind":"{kind}",'.encode()
         with self._locked() as file:
-            size = self._end(file).size  # behind it there may be a torn line
-            if size == 0:
+            place = self._end(file).size  # behind it there may be a torn line
+            if place == 0:
                 return None
-            with mmap.mmap(file, size, access=mmap.ACCESS_READ) as text:
+            with mmap.mmap(file, place, access=mmap.ACCESS_READ) as text:
                 # A fact is a number or an enumerated name, so no fact can look like this.
-                place = text.rfind(mark)
-                if place < 0:
-                    return None
-                line = text[text.rfind(b"\n", 0, place) + 1 : text.find(b"\n", place)]
-        _read_line(line, f"{self.path}, last line about {kind}")
-        facts: dict[str, Any] = json.loads(line)["facts"]
-        return facts
+                while (place := text.rfind(mark, 0, place)) >= 0:
+                    line = text[text.rfind(b"\n", 0, place) + 1 : text.find(b"\n", place)]
+                    _read_line(line, f"{self.path}, last line about {kind}")
+                    facts: dict[str, Any] = json.loads(line)["facts"]
+                    if all(facts.get(key) == value for key, value in where.items()):
+                        return facts
+        return None
 
     def lines(self, kind: str) -> list[dict[str, Any]]:
         """The facts of every line of this kind, oldest first; raises JournalDamaged unless the whole chain is in place."""

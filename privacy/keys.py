@@ -11,6 +11,7 @@ Trust rules, in the order in which they bite:
 6. An authority is known by the SHA-256 of its certificate, which people compare.
 """
 
+import contextlib
 import datetime as dt
 import hashlib
 import ipaddress
@@ -24,8 +25,9 @@ from typing import Literal
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, InvalidTag, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, hpke, serialization
+from cryptography.hazmat.primitives import hashes, hmac, hpke, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
@@ -47,14 +49,17 @@ STUDY_SUBMIT = b"isocenter/v1/study/submit"  # a researcher stands for the canon
 STUDY_OFFER = b"isocenter/v1/study/offer"  # the coordinator offers the canonical study to the sites it names
 STUDY_DECISION = b"isocenter/v1/study/decision"  # a site approves or declines a digest
 CALL = b"isocenter/v1/call"  # one gRPC call
+JOURNAL_HEAD = b"isocenter/v1/journal/head"  # a party stands for its journal up to a line
 SIGNING_LIST = b"isocenter/v1/signing-list"  # the coordinator asks its offline authority for these certificates
 SUM_KEYS = b"isocenter/v1/sum-keys"  # a site stands for its ephemeral keys of one sum
 SUM_CONTEXT = b"isocenter/v1/sum-context"  # a site says which order and participants its masks are bound to
+LOG_TOKEN = b"isocenter/v1/log-token"  # a text that a log does not show
 
 PEM_BYTES_MAX = 64 * 1024  # a chain of three P-256 certificates is under 4 KiB
 CA_DAYS = 3650  # the authority outlives every certificate it issues; replacing it means joining again
 BACKDATE = dt.timedelta(minutes=5)  # a certificate is valid at once on a machine whose clock is a little behind
 SEALING_KEY_BYTES = 32
+TOKEN_KEY_BYTES = 32
 _HPKE = hpke.Suite(hpke.KEM.X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_256_GCM)
 _LABEL = re.compile(rb"isocenter/v1/[a-z0-9/-]{1,64}")
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
@@ -380,6 +385,27 @@ def load_point(text: str) -> PublicKey:
     return key
 
 
+# Tokens --------------------------------------------------------------------------------------------------------------
+
+
+def token_key(path: Path) -> bytes:
+    """The secret in `path` (32 bytes, 0600) under which texts are hashed into tokens; made on the first call."""
+    if not path.exists():
+        with contextlib.suppress(FileExistsError):  # another process of this site made it meanwhile
+            _write(path, secrets.token_bytes(TOKEN_KEY_BYTES), 0o600, replace=False)
+    key = _read_private(path)
+    if len(key) != TOKEN_KEY_BYTES:
+        raise TrustError(f"{path} holds no key of tokens", remedy="Remove the file: a new one is made.")
+    return key
+
+
+def token(key: bytes, text: str) -> str:
+    """16 hex characters that stand for `text`: HMAC-SHA256, so who has no `key` cannot try names until one fits."""
+    digest = hmac.HMAC(key, hashes.SHA256())
+    digest.update(LOG_TOKEN + b"\n" + text.encode("utf-8", "backslashreplace"))
+    return digest.finalize()[:8].hex()
+
+
 # Sealing -------------------------------------------------------------------------------------------------------------
 
 
@@ -432,6 +458,18 @@ def verify(public_key: PublicKey, label: bytes, body: bytes, signature: bytes) -
         public_key.verify(signature, _labelled(label, body), ec.ECDSA(hashes.SHA256()))
     except InvalidSignature:
         raise SignatureInvalid(f"the signature does not belong to this content and key ({label.decode()})") from None
+
+
+def signature_hex(signature: bytes) -> str:
+    """A signature of `sign` as 128 hex characters (r, then s): always of one length, and a word that a journal may hold."""
+    return "".join(f"{number:064x}" for number in decode_dss_signature(signature))
+
+
+def signature_of(text: str) -> bytes:
+    """The signature behind `signature_hex`; raises MessageMalformed for anything else."""
+    if not re.fullmatch("[0-9a-f]{128}", text):
+        raise MessageMalformed("this is no signature in hexadecimal form")
+    return encode_dss_signature(int(text[:64], 16), int(text[64:], 16))
 
 
 def _labelled(label: bytes, body: bytes) -> bytes:

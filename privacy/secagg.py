@@ -82,6 +82,8 @@ SHARE_KEY, PAIR_MASK, SELF_MASK = (
 SURVIVORS = b"isocenter/v1/sum/survivors"
 
 Entropy = Callable[[int], bytes]
+Signer = Callable[[bytes, bytes], bytes]
+"""(label, body) -> what `keys.sign` makes of them with a site's enrolled key, wherever that key is."""
 Names = tuple[str, ...]
 
 
@@ -202,7 +204,7 @@ class Circle:
 class _Secrets:
     """What a site knows of one sum and nobody else may. Dropped when the sum is closed."""
 
-    enrolled: keys.PrivateKey
+    sign: Signer
     cipher: X25519PrivateKey
     mask: X25519PrivateKey
     seed: bytes
@@ -212,12 +214,16 @@ class _Secrets:
 
 
 class Member:
-    """A site's half of one sum. Steps, each once and in this order: keys, share, open, (cover,) mask, reveal."""
+    """A site's half of one sum. Steps, each once and in this order: keys, share, open, (cover,) mask, reveal.
 
-    def __init__(self, place: Place, site: str, enrolled: keys.PrivateKey, entropy: Entropy = os.urandom) -> None:
+    Its process needs not hold the enrolled key: `sign` is asked twice in a sum, with the labels SUM_KEYS and SUM_CONTEXT. The
+    secrets of the sum itself are made here and stay here.
+    """
+
+    def __init__(self, place: Place, site: str, sign: Signer, entropy: Entropy = os.urandom) -> None:
         self.place, self.site, self._entropy = place, site, entropy
         self._secrets: _Secrets | None = _Secrets(
-            enrolled,
+            sign,
             X25519PrivateKey.from_private_bytes(entropy(SECRET_BYTES)),
             X25519PrivateKey.from_private_bytes(entropy(SECRET_BYTES)),
             entropy(SECRET_BYTES),
@@ -298,7 +304,7 @@ class Member:
             add_masks(cover, secrets.masks)
         vector.add(cover)  # refuses another shape before it changes anything
         secrets.cover, secrets.masks, self._step = None, [], "reveal"
-        return _sign(secrets.enrolled, keys.SUM_CONTEXT, self._context)
+        return _fixed(secrets.sign(keys.SUM_CONTEXT, self._context))
 
     def reveal(self, survivors: Names, vouches: bytes, quorum: int) -> bytes:
         """One share for each participant that this site holds shares of, by name: of b for survivors, of s for the others.
@@ -352,7 +358,7 @@ class Member:
     def _make_bundle(self, secrets: _Secrets) -> Bundle:
         cipher, mask = secrets.cipher.public_key().public_bytes_raw(), secrets.mask.public_key().public_bytes_raw()
         unsigned = Bundle(self.site, cipher, mask, commitment(secrets.seed), bytes(SIGNATURE_BYTES))
-        return replace(unsigned, signature=_sign(secrets.enrolled, keys.SUM_KEYS, unsigned.signed(self.place)))
+        return replace(unsigned, signature=_fixed(secrets.sign(keys.SUM_KEYS, unsigned.signed(self.place))))
 
     def _read_shares(
         self, circle: Circle, secrets: _Secrets, participants: Names, sealed: bytes
@@ -599,9 +605,9 @@ class Aggregator:
             raise StepRefused(f"step {step!r} of sum {self.place.sum} is not due: the next one is {self._step!r}")
 
 
-def _sign(key: keys.PrivateKey, label: bytes, body: bytes) -> bytes:
-    """`keys.sign` with r and s in 32 bytes each, so that every signature has one size."""
-    r, s = decode_dss_signature(keys.sign(key, label, body))
+def _fixed(signature: bytes) -> bytes:
+    """r and s in 32 bytes each, so that every signature has one size."""
+    r, s = decode_dss_signature(signature)
     return r.to_bytes(32, "big") + s.to_bytes(32, "big")
 
 

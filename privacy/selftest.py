@@ -133,7 +133,7 @@ def _masked_sum(number: int) -> tuple[list[int], list[Any]]:
     """(the opened words of three members who all add _PLAIN, what each of them sent)."""
     place, enrolled = secagg.Place("5e" * 32, "self-test", 1, number), _enrolled()
     roster = {name: key.public_key() for name, key in enrolled.items()}
-    members = {name: secagg.Member(place, name, key) for name, key in enrolled.items()}
+    members = {name: secagg.Member(place, name, functools.partial(keys.sign, key)) for name, key in enrolled.items()}
     aggregator = secagg.Aggregator(place, roster, len(MEMBERS))
     for name, member in members.items():
         aggregator.add_keys(name, member.public)

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from secagg_oracle import SHARE, Wire
 
-from privacy.secagg import Aggregator, Circle, Member, Names, Place
+from privacy import keys
+from privacy.secagg import Aggregator, Circle, Member, Names, Place, Signer
 from privacy.sharing import Encoding, Vector
 
 PLACE = Place("a5" * 32, "run-1", 1, 1)
@@ -23,6 +24,10 @@ SITES = tuple(f"s{i:02d}" for i in range(64))
 @cache
 def enrolled(site: str) -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
+
+
+def signed_by(site: str) -> Signer:
+    return partial(keys.sign, enrolled(site))
 
 
 def roster(sites: Collection[str] = SITES) -> dict[str, ec.EllipticCurvePublicKey]:
@@ -44,7 +49,7 @@ class Sum:
         self.names, self.quorum, self.place = SITES[:sites], quorum, place
         self.encoding = encoding or Encoding(values=9, counts=2, bits=32, scale=10, sites=sites)
         self.random = np.random.default_rng(seed)
-        self.members = {site: Member(place, site, enrolled(site)) for site in self.names}
+        self.members = {site: Member(place, site, signed_by(site)) for site in self.names}
         self.aggregator = Aggregator(place, roster(self.names), quorum)
         self.previous: Names = ()
         self.plain: dict[str, Vector] = {}

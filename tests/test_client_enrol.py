@@ -436,7 +436,9 @@ def test_an_approval_can_be_withdrawn_without_a_connection(served: Coordinator, 
     with pytest.raises(StudyNotApproved):
         approved(site, offered.digest, served.home.coordinator_key.public_key())
     assert served.home.roster.decisions(offered.digest) == {site.name: "approved"}
-    for _ in range(2):  # what a running node does once the coordinator is back; the second time there is nothing to send
+    for _ in range(
+        2
+    ):  # what a running node does once the coordinator is back; the second time there is nothing to send
         with Caller.open(site / "keys") as caller:
             enrol.redeliver(site, caller)
         assert served.home.roster.decisions(offered.digest) == {site.name: "declined"}

@@ -1,23 +1,27 @@
-"""The node's worker: whatever happens in it, the coordinator gets an answer, and it says nothing but a code."""
+"""The node: whatever comes and whatever happens, the coordinator gets an answer that says nothing but a code; and the node itself
+reads no image and loads nothing that could."""
 
-import functools
-import os
-import signal
-import threading
-import time
+import json
+import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import worker_probe
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.proto.node_pb2 import Node
 from flwr.supercore.task_identity import TaskIdentity
-from hospital import Hospital, study
+from hospital import Hospital
 
-from fl_client import node
-from fl_client.node import Worker
+from fl_client import node, sandbox
+from fl_client.node import Connection
+from fl_client.worker import Worker, facts_of
 from privacy import wire
-from privacy.errors import AuditFailed, WorkerDied
-from privacy.secagg import BUNDLE_BYTES
+from privacy.errors import AuditFailed
 
 
 @pytest.fixture(scope="module")
@@ -32,138 +36,146 @@ def worker(hospital: Hospital) -> Iterator[Worker]:
     made.stop()
 
 
-def message(order: wire.Order | RecordDict, kind: str = "train") -> Message:
+def message(order: wire.Order | RecordDict, kind: str = "") -> Message:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    records = order if isinstance(order, RecordDict) else order.to_records()
-    made = Message(records, dst_node_id=5, message_type=kind)
+    records, own = (order, "train") if isinstance(order, RecordDict) else (order.to_records(), order.message_type)
+    made = Message(records, dst_node_id=5, message_type=kind or own)
     made.metadata.__dict__["_message_id"] = "m1"
     return made
 
 
-def test_an_order_is_worked_on_in_another_process_and_answered(hospital: Hospital, worker: Worker) -> None:
-    report = wire.decode(worker.answer(message(hospital.order(run="one"))), *wire.REPORTS)
-    assert isinstance(report, wire.TrainReport)
-    assert len(report.vector) == hospital.encoding().size
+def journal(hospital: Hospital) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (hospital.home / "journal.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate", "query", "train.shell"])
-def test_junk_is_answered_with_a_bare_error(worker: Worker, kind: str) -> None:
-    reply = worker.answer(message(RecordDict({"isocenter": ConfigRecord({"kind": "shell", "x": "rm -rf /"})}), kind))
+def test_junk_is_answered_with_a_bare_error(hospital: Hospital, worker: Worker, kind: str) -> None:
+    junk = RecordDict({"isocenter": ConfigRecord({"kind": "shell", "x": "rm -rf /"})})
+    reply = node.answer(message(junk, kind), hospital.site, worker)
     assert reply.has_error() and reply.error.reason == "message-malformed"
+    assert journal(hospital)[-1]["kind"] == "no-order"
 
 
-@pytest.mark.parametrize(("kind", "code"), [("train.shell", "internal"), ("query", "message-malformed")])
-def test_an_order_in_a_message_of_another_kind_is_refused(
-    hospital: Hospital, worker: Worker, kind: str, code: str
+@pytest.mark.parametrize("kind", ["train.shell", "query", "evaluate"])
+def test_an_order_in_a_message_of_another_kind_is_refused_and_costs_nothing(
+    hospital: Hospital, worker: Worker, kind: str
 ) -> None:
-    """One that no handler is registered for, and one whose handler is for other orders."""
-    report = wire.decode(worker.answer(message(hospital.order(run="two"), kind)), *wire.REPORTS)
-    assert isinstance(report, wire.Refusal) and report.code == code
+    """The same order in its own kind of message is answered afterwards."""
+    order = hospital.order(run=f"two-{kind.replace('.', '-')}")
+    report = wire.decode(node.answer(message(order, kind), hospital.site, worker), *wire.REPORTS)
+    assert isinstance(report, wire.Refusal) and report.code == "message-malformed"
+    report = wire.decode(node.answer(message(order), hospital.site, worker), *wire.REPORTS)
+    assert isinstance(report, wire.TrainReport)
 
 
-def test_keys_of_a_sum_stay_in_the_worker_from_order_to_order_and_are_made_once(
-    hospital: Hospital, worker: Worker
-) -> None:
-    """The vault lives as long as the process, and a number of a sum is used once and only upwards."""
-    masked = study(
-        **{"sites__[north, south]": "sites: [north, south, east]", "protection__plain": "protection: masked"}
-    )
-    hospital.approve(masked)
+def test_the_gate_is_in_the_node_and_the_worker_hears_of_no_order_that_does_not_pass(hospital: Hospital) -> None:
+    """Replayed, of an unapproved study, forged: each is refused with a line in the journal, and no process works on it."""
 
-    def ask(number: int) -> wire.Report:
-        order = hospital.order(wire.KeysOrder, study=masked.digest, run="five", sum=number)
-        report: wire.Report = wire.decode(worker.answer(message(order, "query")), *wire.REPORTS)
-        return report
+    def never(*_: Any) -> Any:
+        pytest.fail("an order that was not admitted reached the worker")
 
-    report = ask(2)
-    assert isinstance(report, wire.KeysReport) and len(report.keys) == BUNDLE_BYTES
-    for number, code in ((2, "order-replayed"), (1, "step-refused")):
-        refusal = ask(number)
-        assert isinstance(refusal, wire.Refusal) and refusal.code == code
+    idle = cast(Worker, SimpleNamespace(carry_out=never))
+    orders = {
+        "study-not-approved": hospital.order(study="ab" * 32, run="three"),
+        "order-forged": hospital.order(run="three").signed(hospital.site.key),
+        "policy-forbids": hospital.order(run="three", round=3),
+    }
+    for code, order in orders.items():
+        report = wire.decode(node.answer(message(order), hospital.site, idle), *wire.REPORTS)
+        assert isinstance(report, wire.Refusal) and report.code == code
+        line = journal(hospital)[-1]
+        assert (line["kind"], line["facts"]["code"]) == ("refusal", code)
 
 
-def test_a_worker_that_is_killed_refuses_and_the_next_order_is_worked_on(hospital: Hospital, worker: Worker) -> None:
-    (pid,) = worker.pool._processes or {}
-
-    def kill() -> None:
-        time.sleep(0.02)
-        os.kill(pid, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    os.kill(pid, signal.SIGSTOP)  # so that the kill meets it at work
-    killer.start()
-    report = wire.decode(worker.answer(message(hospital.order(run="three"))), *wire.REPORTS)
-    killer.join()
-    assert isinstance(report, wire.Refusal) and report.code == "worker-died"
-    again = wire.decode(worker.answer(message(hospital.order(run="three", attempt=2))), *wire.REPORTS)
-    assert isinstance(again, wire.TrainReport)
-
-
-def test_a_site_yaml_broken_while_the_node_runs_is_a_refusal(
-    hospital: Hospital, worker: Worker, tmp_path: Path
-) -> None:
-    path = hospital.home / "site.yaml"
+def test_a_site_yaml_broken_while_the_node_runs_is_a_refusal(hospital: Hospital, worker: Worker) -> None:
+    path, before = hospital.home / "site.yaml", hospital.site
     good = path.read_text()
     try:
         path.write_text("nonsense: [")
-        report = wire.decode(worker.answer(message(hospital.order(run="four"))), *wire.REPORTS)
+        report = wire.decode(node.answer(message(hospital.order(run="four")), before, worker), *wire.REPORTS)
         assert isinstance(report, wire.Refusal) and report.code == "bad-document"
     finally:
         path.write_text(good)
 
 
-def _fails_its_test() -> None:
-    raise AuditFailed("the self-test of this node failed: noise: half of it")
-
-
-def _dies_at_first(mark: Path) -> None:
-    if not mark.exists():
-        mark.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _dies() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_a_node_whose_self_test_fails_stops_before_it_connects(
     hospital: Hospital, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(node, "_warm", _fails_its_test)
+    worker_probe.program(monkeypatch, "fails_its_test")
     monkeypatch.setattr(node, "connect", lambda site: pytest.fail("connected"))
+    monkeypatch.setattr(sandbox, "keep_private", lambda: None)  # it would hold for the process of the tests
     said: list[str] = []
     with pytest.raises(AuditFailed, match="half of it"):
         node.serve(hospital.home, said.append)
     assert said == []
 
 
-def test_a_worker_whose_self_test_fails_works_on_nothing(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node, "_warm", _fails_its_test)
-    made = Worker(hospital.site)
-    try:
-        report = wire.decode(made.answer(message(hospital.order(run="red"))), *wire.REPORTS)
-    finally:
-        made.stop()
-    assert isinstance(report, wire.Refusal) and report.code == "audit-failed"
-
-
-def test_a_worker_killed_while_it_starts_is_replaced_and_the_order_is_worked_on(
-    hospital: Hospital, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ("shield", "warnings"),
+    [(sandbox.Shield(True, True), 0), (sandbox.Shield(True, False), 1), (sandbox.Shield(False, False), 2)],
+)
+def test_a_node_whose_worker_is_not_held_back_says_so_loudly(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch, shield: sandbox.Shield, warnings: int
 ) -> None:
-    monkeypatch.setattr(node, "_warm", functools.partial(_dies_at_first, tmp_path / "died"))
-    made = Worker(hospital.site)
-    try:
-        report = wire.decode(made.answer(message(hospital.order(run="again"))), *wire.REPORTS)
-    finally:
-        made.stop()
-    assert isinstance(report, wire.TrainReport)
+    def connects(site: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(node, "connect", connects)
+    monkeypatch.setattr(sandbox, "keep_private", lambda: None)
+    monkeypatch.setattr(node, "Worker", lambda site: SimpleNamespace(wait=lambda: shield, stop=lambda: None))
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        node.serve(hospital.home, said.append)
+    assert [line.startswith("WARNING: ") for line in said] == [False] + [True] * warnings
 
 
-def test_a_worker_that_always_dies_is_named(hospital: Hospital, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node, "_warm", _dies)
-    made = Worker(hospital.site)
-    try:
-        with pytest.raises(WorkerDied, match="3 times"):
-            made.wait()
-    finally:
-        made.stop()
+NODE = """
+import pickle, sys
+from pathlib import Path
+from flwr.app import Message
+from flwr.supercore.task_identity import TaskIdentity
+from fl_client import node, sandbox
+from fl_client.site import Site
+from fl_client.worker import Worker, read
+from privacy import wire
+home, orders = Path(sys.argv[1]), pickle.loads(Path(sys.argv[2]).read_bytes())
+sandbox.keep_private()
+TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+site = Site.open(home)
+worker = Worker(site)
+kinds = []
+for facts in orders:
+    order = read(facts, wire.ORDERS)
+    asked = Message(order.to_records(), dst_node_id=5, message_type=order.message_type)
+    asked.metadata.__dict__["_message_id"] = "m1"
+    kinds.append(wire.decode(node.answer(asked, site, worker), *wire.REPORTS).kind)
+worker.stop()
+print(*kinds, *sorted({name.split(".")[0] for name in sys.modules} & {"torch", "monai", "pydicom", "PIL", "gdcm"}))
+"""
+
+
+def test_the_node_process_never_loads_what_reads_or_learns_from_images(hospital: Hospital, tmp_path: Path) -> None:
+    """A real node's half in a process of its own, which answers real orders."""
+    kinds = (wire.TrainOrder, wire.EvaluateOrder)
+    orders = [facts_of(hospital.order(kind, run="five", sum=n)) for n, kind in enumerate(kinds, 1)]
+    (tmp_path / "orders").write_bytes(pickle.dumps(orders))
+    command = [sys.executable, "-c", NODE, str(hospital.home), str(tmp_path / "orders")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.split() == ["train-report", "evaluate-report"], done.stderr
+
+
+def test_a_connection_goes_on_over_another_client_as_the_same_node() -> None:
+    """As when the certificate was renewed: nothing is activated or deactivated, the old client is closed, and beats go on."""
+    happened: list[str] = []
+
+    def client(name: str) -> Any:
+        return SimpleNamespace(
+            SendNodeHeartbeat=lambda request: happened.append(f"{name} beats for {request.node.node_id}"),
+            close=lambda: happened.append(f"{name} closed"),
+        )
+
+    connection = Connection(client("old"), Node(node_id=7))
+    connection.beat()
+    connection.renew(client("new"))
+    connection.beat()
+    assert happened == ["old beats for 7", "old closed", "new beats for 7"]

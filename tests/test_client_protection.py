@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fl_client import protection
-from fl_client.protection import RUNS_MAX, Vault
+from fl_client.protection import RUNS_MAX, Signing, Vault
 from fl_client.site import Site
 from models.contributions import Contribution, Sheet, count_of
 from models.metrics import ScoreHistogram
@@ -23,10 +23,11 @@ from privacy.errors import (
     PeerUntrusted,
     ProtectionError,
     SealBroken,
+    SignatureRefused,
     StepRefused,
     TooFewSurvivors,
 )
-from privacy.secagg import Aggregator, Place
+from privacy.secagg import Aggregator, Member, Place
 from privacy.sharing import Encoding
 
 NAMES = ("east", "north", "south", "west")
@@ -545,3 +546,134 @@ def test_masks_are_added_up_while_the_site_works_and_waited_for_before_it_sends(
 
 def open_parts(given: Contribution) -> tuple[Any, int, Any]:
     return given.update, given.cases, given.counts("train")
+
+
+# What the node signs -------------------------------------------------------------------------------------------------
+
+
+def asked_by_a_member(place: Place, name: str = "north") -> bytes:
+    """What a true member of that sum asks its node to sign when it makes keys."""
+    asked: list[tuple[bytes, bytes]] = []
+
+    def sign(label: bytes, body: bytes) -> bytes:
+        asked.append((label, body))
+        return keys.sign(KEYS[name], label, body)
+
+    Member(place, name, sign)
+    ((label, body),) = asked
+    assert label == keys.SUM_KEYS
+    return body
+
+
+PLACE = Place(STUDY.digest, "run-1", 1, 3)
+
+
+def signing(order: wire.Order, study: Study = STUDY) -> Signing:
+    return Signing(made_site("north"), study, order)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        made_order(wire.KeysOrder, 3),
+        made_order(wire.TrainOrder, 2, keys_next=True),
+        made_order(wire.EvaluateOrder, 2, keys_next=True),
+    ],
+    ids=lambda order: order.kind,
+)
+def test_the_node_signs_the_keys_that_its_order_needs_once(order: wire.Order) -> None:
+    body, node = asked_by_a_member(PLACE), signing(order)
+    keys.verify(KEYS["north"].public_key(), keys.SUM_KEYS, body, node.sign(keys.SUM_KEYS, body))
+    for again in (body, asked_by_a_member(PLACE)):
+        with pytest.raises(SignatureRefused):
+            node.sign(keys.SUM_KEYS, again)
+
+
+@pytest.mark.parametrize("kind", [wire.TrainOrder, wire.EvaluateOrder])
+def test_the_node_signs_one_context_of_masked_work(kind: type[wire.Order]) -> None:
+    node = signing(made_order(kind, 2))
+    keys.verify(KEYS["north"].public_key(), keys.SUM_CONTEXT, bytes(32), node.sign(keys.SUM_CONTEXT, bytes(32)))
+    with pytest.raises(SignatureRefused):
+        node.sign(keys.SUM_CONTEXT, bytes(range(32)))
+
+
+NOT_SIGNED: dict[str, tuple[wire.Order, bytes, bytes]] = {
+    "keys of the sum itself, in an order to work": (
+        made_order(wire.TrainOrder, 3, keys_next=True),
+        keys.SUM_KEYS,
+        asked_by_a_member(PLACE),
+    ),
+    "keys that the order does not ask for": (made_order(wire.TrainOrder, 2), keys.SUM_KEYS, asked_by_a_member(PLACE)),
+    "keys while opening a sum": (made_order(wire.UnmaskOrder, 2), keys.SUM_KEYS, asked_by_a_member(PLACE)),
+    "a context while opening a sum": (made_order(wire.UnmaskOrder, 2), keys.SUM_CONTEXT, bytes(32)),
+    "a context while making keys": (made_order(wire.KeysOrder, 3), keys.SUM_CONTEXT, bytes(32)),
+    "a longer context": (made_order(wire.TrainOrder, 2), keys.SUM_CONTEXT, bytes(33)),
+    "a study's digest under another label": (made_order(wire.TrainOrder, 2), keys.STUDY_DECISION, bytes(32)),
+    "an offer": (made_order(wire.KeysOrder, 3), keys.STUDY_OFFER, asked_by_a_member(PLACE)),
+    "a call": (made_order(wire.KeysOrder, 3), keys.CALL, asked_by_a_member(PLACE)),
+    "keys of another study": (
+        made_order(wire.KeysOrder, 3),
+        keys.SUM_KEYS,
+        asked_by_a_member(Place("ab" * 32, "run-1", 1, 3)),
+    ),
+    "keys of another run": (
+        made_order(wire.KeysOrder, 3),
+        keys.SUM_KEYS,
+        asked_by_a_member(Place(STUDY.digest, "run-2", 1, 3)),
+    ),
+    "keys of another attempt": (
+        made_order(wire.KeysOrder, 3),
+        keys.SUM_KEYS,
+        asked_by_a_member(Place(STUDY.digest, "run-1", 2, 3)),
+    ),
+    "keys of a later sum": (
+        made_order(wire.KeysOrder, 3),
+        keys.SUM_KEYS,
+        asked_by_a_member(Place(STUDY.digest, "run-1", 1, 33)),
+    ),
+    "keys of another site": (made_order(wire.KeysOrder, 3), keys.SUM_KEYS, asked_by_a_member(PLACE, "south")),
+    "more than keys": (made_order(wire.KeysOrder, 3), keys.SUM_KEYS, asked_by_a_member(PLACE) + b"x"),
+    "less than keys": (made_order(wire.KeysOrder, 3), keys.SUM_KEYS, asked_by_a_member(PLACE)[:-1]),
+    "a name that is none": (
+        made_order(wire.KeysOrder, 3),
+        keys.SUM_KEYS,
+        PLACE.canonical() + b"\n" + b"\xff" * 32 + bytes(96),
+    ),
+    "nothing": (made_order(wire.KeysOrder, 3), keys.SUM_KEYS, b""),
+}
+
+
+@pytest.mark.parametrize("case", NOT_SIGNED)
+def test_the_node_signs_nothing_else_and_what_is_right_afterwards(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    order, label, body = NOT_SIGNED[case]
+    node, sign = signing(order), keys.sign
+    monkeypatch.setattr(keys, "sign", lambda *_: pytest.fail("it was signed"))
+    with pytest.raises(SignatureRefused):
+        node.sign(label, body)
+    monkeypatch.setattr(keys, "sign", sign)
+    if isinstance(order, wire.KeysOrder):
+        assert node.sign(keys.SUM_KEYS, asked_by_a_member(PLACE))
+
+
+@pytest.mark.parametrize("protection", ["plain", "sealed"])
+def test_the_node_signs_nothing_for_a_study_without_masks(protection: str) -> None:
+    study = made_study(protection)
+    place = Place(study.digest, "run-1", 1, 3)
+    with pytest.raises(SignatureRefused):
+        signing(made_order(wire.KeysOrder, 3, study=study.digest), study).sign(keys.SUM_KEYS, asked_by_a_member(place))
+    with pytest.raises(SignatureRefused):
+        signing(made_order(wire.TrainOrder, 3, study=study.digest), study).sign(keys.SUM_CONTEXT, bytes(32))
+
+
+def test_a_vault_never_asks_for_the_key_where_somebody_else_signs() -> None:
+    """As in the process that trains: the site it knows has no key that it could read."""
+    asked: list[bytes] = []
+
+    def node(label: bytes, body: bytes) -> bytes:
+        asked.append(label)
+        return keys.sign(KEYS["north"], label, body)
+
+    keyless = cast(Site, SimpleNamespace(home=Path("/nowhere"), name="north"))
+    made = Vault(signer=lambda site: node).make_keys(keyless, STUDY, made_order(wire.KeysOrder, 3))
+    Aggregator(PLACE, {"north": KEYS["north"].public_key()}, 3).add_keys("north", made)
+    assert asked == [keys.SUM_KEYS]

@@ -18,7 +18,7 @@ import pytest
 from hospital import study as tiny_study
 from stage import BIN, Stage
 
-from fl_server.link import FLEET_PATHS
+from fl_server.gateway import FLEET_PATHS
 from privacy import journal, keys
 
 pytestmark = pytest.mark.deploy
@@ -140,7 +140,9 @@ def test_a_worker_killed_while_it_trains_costs_an_attempt_and_the_run_goes_on_wi
     killed_while_training(node_of(stage, "north"), folder)
     wait_for(lambda: ended(folder), "the end of the run")
     events = events_of(folder)
-    assert ("north", "worker-died") in {(e["site"], e["reason"]) for e in events if e["event"] == "site_missing"}
+    # At work it is "worker-died"; a moment before, the order meets the next process, which has no keys of the sum.
+    missing = {(e["site"], e["reason"]) for e in events if e["event"] == "site_missing"}
+    assert missing & {("north", "worker-died"), ("north", "mask-keys-lost")}
     assert [event["reason"] for event in events if event["event"] == "void"] == ["too-few-survivors"]
     assert events[-1]["event"] == "finished" and events[-1]["label"] == "complete"
     rounds = json.loads((folder / "results.json").read_text())["rounds"]
@@ -252,7 +254,7 @@ def raw(stage: Stage, line: bytes) -> int:
 
 def test_the_gateway_passes_the_fleet_calls_but_only_to_a_registered_key(stage: Stage) -> None:
     for path in FLEET_PATHS:
-        assert raw(stage, f"POST {path} HTTP/1.1".encode()) in (400, 401, 415, 422)
+        assert raw(stage, f"POST {path} HTTP/1.1".encode()) == 403  # no key is shown; see test_hostile_gateway.py
 
 
 def test_without_a_certificate_of_the_consortium_there_is_no_connection(stage: Stage, tmp_path: Path) -> None:

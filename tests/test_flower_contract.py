@@ -15,7 +15,8 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fl_client.app import make_app
-from fl_server.link import FLEET_PATHS, superlink_app
+from fl_server.gateway import FLEET_PATHS
+from fl_server.link import superlink_app
 from privacy.wire import ORDERS
 
 VALID_TYPES = {"train", "evaluate", "query"}

@@ -170,7 +170,7 @@ def test_an_honest_sum_by_hand_opens_to_the_plain_sum(liar: Liar, trained: Train
 def test_the_coordinators_own_keys_in_place_of_a_peers(liar: Liar) -> None:
     """It knows a secret key of `west` then, if anybody believes it."""
     aggregator = liar.make_keys()
-    own = Member(aggregator.place, "west", ec.generate_private_key(ec.SECP256R1()))
+    own = Member(aggregator.place, "west", functools.partial(keys.sign, ec.generate_private_key(ec.SECP256R1())))
     bundles = aggregator.close_keys(())
     assert FOUR.index("west") == 3 and bundles[-BUNDLE_BYTES:][:4] == b"west"
     order = liar.order(
@@ -229,7 +229,11 @@ def test_a_study_whose_roster_names_another_key_as_this_sites(tmp_path: Path, fe
     app = Liar(federation, "run-r", plan)
     app.programs["north"] = lone(hospital)
     own = app.ask("north", app.order(wire.KeysOrder)).keys
-    others = {name: Member(place, name, federation.hospitals[name].site.key).public for name in FOUR if name != "north"}
+    others = {
+        name: Member(place, name, functools.partial(keys.sign, federation.hospitals[name].site.key)).public
+        for name in FOUR
+        if name != "north"
+    }
     data = b"".join(bundle for _, bundle in sorted((others | {"north": own}).items()))
     order = app.order(wire.UnmaskOrder, SUM - 1, members=tuple(sorted(FOUR)), keys=data)
     assert app.refused("north", order) == "peer-untrusted"
@@ -535,7 +539,7 @@ def test_keys_of_one_study_never_cover_work_for_another(tmp_path: Path) -> None:
     liar, trap = Liar(federation, "run-t"), Liar(federation, "run-t", puppets)
     trap.programs = liar.programs
     aggregator = Aggregator(Place(puppets.digest, "run-t", 1, SUM), trap.roster, 3)
-    members = {name: Member(aggregator.place, name, key) for name, key in owned.items()}
+    members = {name: Member(aggregator.place, name, functools.partial(keys.sign, key)) for name, key in owned.items()}
     aggregator.add_keys("north", trap.ask("north", trap.order(wire.KeysOrder)).keys)
     for name, member in members.items():
         aggregator.add_keys(name, member.public)

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from secagg_cast import ORDER, PLACE, SITES, Sum, check_uniform, enrolled, refused, stream
+from secagg_cast import ORDER, PLACE, SITES, Sum, check_uniform, refused, signed_by, stream
 
 from privacy import keys, secagg
 from privacy.errors import TooFewSurvivors
@@ -146,7 +146,7 @@ def cast(monkeypatch: pytest.MonkeyPatch) -> dict[str, Member]:
     for site, known in ANSWERS["sites"].items():
         secrets, later = iter([bytes.fromhex(known[use]) for use in ("cipher", "mask", "seed")]), stream(site)
         key = ec.derive_private_key(int(known["enrolled"], 16), ec.SECP256R1())
-        members[site] = Member(_place(), site, key, partial(_draw, secrets, later))
+        members[site] = Member(_place(), site, partial(sign, key), partial(_draw, secrets, later))
     return members
 
 
@@ -252,7 +252,7 @@ def _masked_zeros(monkeypatch: pytest.MonkeyPatch, place: Place, order: bytes) -
         lambda key, label, body: key.sign(label + b"\n" + body, ec.ECDSA(hashes.SHA256(), deterministic_signing=True)),
     )
     run = Sum(4, place=place, encoding=encoding)
-    run.members = {site: Member(place, site, enrolled(site), stream(site)) for site in run.names}
+    run.members = {site: Member(place, site, signed_by(site), stream(site)) for site in run.names}
     run.keys().share().open(lambda site: order).mask(fill=lambda site: encoding.zeros())
     return {site: np.frombuffer(packed, "<u4") for site, packed in run.vectors.items()}
 

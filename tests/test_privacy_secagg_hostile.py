@@ -12,7 +12,7 @@ import pytest
 import secagg_oracle as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from secagg_cast import ORDER, PLACE, SITES, Sum, check_uniform, corrupt, enrolled, refused, roster
+from secagg_cast import ORDER, PLACE, SITES, Sum, check_uniform, corrupt, enrolled, refused, roster, signed_by
 
 from privacy.errors import MessageMalformed, PeerUntrusted, ShareInvalid, StepRefused, TooFewSurvivors
 from privacy.secagg import NO_SHARE, Aggregator, Bundle, Member, Place
@@ -23,7 +23,7 @@ from privacy.sharing import SHARE_BYTES, Encoding, split, threshold
 
 def bundle_of(site: str, place: Place = PLACE, signer: str = "", **parts: bytes) -> bytes:
     """Keys of `site`, some of their parts replaced, signed by the key of `signer`."""
-    made = vars(Bundle.from_bytes(Member(place, site, enrolled(site)).public)) | parts
+    made = vars(Bundle.from_bytes(Member(place, site, signed_by(site)).public)) | parts
     unsigned = Bundle(**made)
     message = oracle.signed_bytes(place.canonical(), unsigned.to_bytes()[:-64])
     return unsigned.to_bytes()[:-64] + oracle.sign(enrolled(signer or site), message)

@@ -150,3 +150,36 @@ def test_memory_of_callers_is_bounded() -> None:
         assert len(app.empty_at) == 1
 
     asyncio.run(many())
+
+
+def test_a_body_without_end_is_not_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doorbell, "BODY_BYTES_MAX", 1000)
+    flower, read, statuses = Flower(), 0, list[int]()
+
+    async def receive() -> dict[str, Any]:
+        nonlocal read
+        read += 100
+        return {"type": "http.request", "body": b"x" * 100, "more_body": True}
+
+    async def send(event: Any) -> None:
+        statuses.extend([event["status"]] if "status" in event else [])
+
+    scope = {"type": "http", "path": "/v1/fleet/push-object", "headers": []}
+    asyncio.run(Doorbell(flower)(scope, receive, send))
+    assert read == 1100 and statuses == [413] and flower.bodies == []
+    for size, reached in ((1000, 1), (1001, 1)):
+        asyncio.run(call(Doorbell(flower), "/v1/fleet/push-object", parts=(b"x" * size,)))
+        assert len(flower.bodies) == reached
+
+
+def test_flower_does_not_hear_of_a_caller_who_has_gone_in_the_middle() -> None:
+    flower, events = Flower(), [{"type": "http.request", "body": b"x", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def receive() -> dict[str, Any]:
+        return events.pop(0)
+
+    async def send(event: Any) -> None:
+        return None
+
+    asyncio.run(Doorbell(flower)({"type": "http", "path": "/v1/fleet/push-object", "headers": []}, receive, send))
+    assert flower.bodies == [] and events == []

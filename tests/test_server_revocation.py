@@ -36,7 +36,7 @@ def test_a_revoked_party_is_refused_at_its_next_call_in_words(served: Coordinato
         other.offers()
     assert served.home.roster.admitted_sites().keys() == {"south"}
     assert served.home.roster.revoked_nodes() == {"north": 2**64 - 1}
-    served.home.roster.set_node("north", None)
+    served.home.roster.forget_node("north", 2**64 - 1)
     assert served.home.roster.revoked_nodes() == {}
 
 

@@ -276,7 +276,9 @@ def test_each_refusal_has_its_reason_and_changes_nothing(home: Home) -> None:
     authority.enrol(home, line.token, "north", "site", csr)
 
 
-def test_an_expired_invitation_makes_nobody_and_is_still_answered_for_whoever_it_made(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_expired_invitation_makes_nobody_and_is_still_answered_for_whoever_it_made(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     line, used = home.invite("north", "site"), home.invite("south", "site")
     authority.enrol(home, used.token, "south", "site", keys.make_csr(OTHER, "south"))
     now = time.time()
