@@ -154,6 +154,7 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
     contribution = Contribution(
         _archive(study, cohort.ingested), sheet, update.cases, update.loss, update.delta, update.summed
     )
+    site.note_release(study, order, len(cohort.identities), float(np.linalg.norm(contribution.update)))
     vector, vouch = sending.protect(contribution)
     return TrainReport(
         **order.naming(),

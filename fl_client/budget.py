@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fl_client.consent import consents
-from fl_client.site import Policy, Site
+from fl_client.policy import Policy
+from fl_client.site import Site
 from privacy.ledger import YEAR_S, Spending
 
 

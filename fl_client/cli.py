@@ -3,6 +3,7 @@
 import json
 import logging
 import signal
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +14,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fl_client import enrol
+from fl_client.policy import Pause
 from fl_client.site import Site, SiteFile
 from models.study import Study, read
+from privacy import heads, journal_cli, keys
+from privacy.calls import Enrolment
 from privacy.console import run as run_command
 from privacy.console import show_version
 from privacy.deidentify import guarded
 from privacy.errors import DataError, DocumentError, TrustError
+from privacy.journal_cli import Book
 
 app = typer.Typer(
     help="Run a hospital's node: images stay here, you decide what is learned from them.",
@@ -173,6 +178,75 @@ def decline(digest: Digest, home: Home = Path()) -> None:
     console.print(f"Declined {offer.digest[:12]}.", highlight=False)
 
 
+@app.command()
+def rules(home: Home = Path(), as_json: AsJson = False) -> None:
+    """Say for each study that waits here which rule of site.yaml approves it, or why none does; nothing is approved by this."""
+    from fl_client.rules import approving
+
+    site, rows = Site.open(home), list[dict[str, Any]]()
+    for offer in enrol.fetch_offers(home):
+        if offer.decision is None:
+            number, why = approving(site, offer, datetime.now().date())
+            rows.append({"digest": offer.digest, "title": offer.study.title, "rule": number, "why_not": why})
+    if as_json:
+        print(json.dumps(rows))
+        return
+    if not rows:
+        console.print("No study waits for an answer.")
+    for row in rows:
+        said = f"approved by rule {row['rule']}" if row["rule"] else f"waits for you: {'; '.join(row['why_not'])}"
+        console.print(f"{row['digest'][:12]} {row['title']}: {said}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def pause(
+    home: Home = Path(),
+    hours: Annotated[
+        float | None, typer.Option("--hours", min=0.01, help="For so long; left out: until resumed.")
+    ] = None,
+) -> None:
+    """Take no new orders from now on, until `fl-client resume`; sums that this site is in already are still opened."""
+    site, now = Site.open(home), time.time()
+    held = Pause(now, None if hours is None else now + hours * 3600)
+    held.store(home)
+    site.journal.append("paused", hours=hours or 0)
+    console.print(f"{site.name} is {held}.", highlight=False)
+
+
+@app.command()
+def resume(home: Home = Path()) -> None:
+    """Take orders again after `fl-client pause`."""
+    site = Site.open(home)
+    if not Pause.path(home).exists():
+        console.print(f"{site.name} is not paused.", highlight=False)
+        return
+    Pause.path(home).unlink()
+    site.journal.append("resumed")
+    console.print(f"{site.name} takes orders again.", highlight=False)
+
+
+@app.command()
+def egress(
+    home: Home = Path(),
+    study: Annotated[str | None, typer.Option("--study", help="Only this study; the beginning of its digest.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List in words everything that left this building, by study and round, after the journal was checked."""
+    from fl_client import egress as leaving
+
+    report = leaving.read(home, study)
+    if as_json:
+        print(json.dumps(report.to_json()))
+        return
+    table = Table(*leaving.HEADINGS, box=None, pad_edge=False, header_style="bold")
+    for row in report.rows:
+        table.add_row(*row.row())
+    if report.rows:
+        console.print(table)
+    for sentence in report.sentences():
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
 def _ask_about_changed(changed: list[enrol.Peer], yes: bool) -> None:
     """Have a person type what each site with another key than before says on the telephone; raises TrustError.
 
@@ -217,6 +291,10 @@ def show_study(study: Study, site: Site, researcher: str, peers: list[enrol.Peer
         (
             "Here",
             f"{plan.rounds} rounds of training on your labelled images" if trains else "evaluation only, no training",
+        ),
+        (
+            "Network",
+            f"{study.network.name}; one round may take {part.round_timeout_s / 60:g} minutes at most",
         ),
         ("Others", _others(study, peers)),
         ("Stays", "images, identifiers, dates, file names, the score of any single image"),
@@ -380,6 +458,17 @@ def budget(
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     if plot is not None:
         console.print(f"Plot: {plot}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _book(home: Path) -> Book:
+    """This site's journal: its own heads carry the key of its certificate, the coordinator's the key noted at joining."""
+    name, folder = Enrolment.open(home / "keys").name, home / "keys"
+    own = keys.public_key_of(keys.load_certificate((folder / "site.pem").read_bytes()))
+    pinned = keys.load_public((folder / "coordinator.pem").read_bytes())
+    return Book(home / "journal.jsonl", name, [own], {heads.COORDINATOR: [pinned]})
+
+
+app.add_typer(journal_cli.commands(_book), name="journal")
 
 
 def _tell(sentence: str) -> None:

@@ -150,8 +150,8 @@ def _day(time_ms: int) -> str:
     return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d")
 
 
-def decide(home: Path, offer: Offer, decision: Decision) -> None:
-    """Sign the decision, make it hold here, note it in the journal, then send it.
+def decide(home: Path, offer: Offer, decision: Decision, rule: int = 0) -> None:
+    """Sign the decision, make it hold here, note it in the journal, then send it. `rule`: of site.yaml, 0 for a person.
 
     It holds at this site even when sending fails: then Unreachable is raised, and the command can be repeated.
     Nothing is approved whose roster `check_roster` refuses.
@@ -169,7 +169,7 @@ def decide(home: Path, offer: Offer, decision: Decision) -> None:
     unsent.parent.mkdir(mode=0o700, exist_ok=True)
     unsent.touch(mode=0o600)
     Consent(replace(offer, decision=decision), statement, signature).store(home)
-    Journal(home / "journal.jsonl").append(decision, study=offer.digest)
+    Journal(home / "journal.jsonl").append(decision, study=offer.digest, rule=rule)
     try:
         with _caller(home) as caller:
             caller.decide(statement.body(), signature)

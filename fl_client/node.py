@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -48,9 +49,20 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fl_client import orders, sandbox
 from fl_client.site import Site
+from fl_client.upkeep import Upkeep
 from fl_client.worker import Worker
 from privacy import keys
-from privacy.errors import DocumentError, MessageMalformed, NodeRunning, NotEnrolled, Unreachable, WrongAuthority
+from privacy.errors import (
+    CertificateExpired,
+    CertificateRevoked,
+    DocumentError,
+    MessageMalformed,
+    NodeRunning,
+    NotEnrolled,
+    Unreachable,
+    WrongAuthority,
+)
+from privacy.syslog import Forwarder
 from privacy.wire import REPORTS, Refusal, Report, decode
 
 HELD_S = 0.5
@@ -151,7 +163,7 @@ def connect(site: Site) -> Iterator[Connection]:
         connection = Connection(client, _activate(client, public, site.state / "node"))
         yield connection
     except httpx.HTTPStatusError as error:
-        raise _explained(error.response.status_code) from error
+        raise _explained(error.response) from error
     except httpx.ConnectError as error:
         raise _explained_connect(error, site) from error
     except httpx.HTTPError as error:
@@ -168,6 +180,8 @@ def fleet_client(site: Site) -> FleetHttpClient:
     """A client for the gateway named in site.yaml, with the site's present certificate; nothing is sent yet."""
     if site.settings.coordinator is None:
         raise NotEnrolled("site.yaml names no coordinator")
+    if keys.ended(keys.load_certificate((site.home / "keys" / "site.pem").read_bytes())):
+        raise CertificateExpired("the certificate of this site has ended")
     identity = NodeAuthHttpInterceptor(site.key, site.key.public_key())
     return _Fleet(site.settings.coordinator.gateway, tls_context(site), identity)
 
@@ -220,6 +234,11 @@ class _Fleet(FleetHttpClient):
     def __init__(self, gateway: str, context: ssl.SSLContext, identity: NodeAuthHttpInterceptor) -> None:
         version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
         super().__init__(f"https://{gateway}", interceptors=(version, identity), verify=context, timeout=CALL_TIMEOUT_S)
+        # Flower's client goes wherever an answer sends it, and wherever an environment variable says. Ours goes to the gateway.
+        self._client.close()
+        self._client = httpx.Client(
+            verify=context, timeout=CALL_TIMEOUT_S, follow_redirects=False, trust_env=False, http2=False
+        )
 
 
 def serve(home: Path, tell: Tell) -> None:
@@ -234,24 +253,41 @@ def serve(home: Path, tell: Tell) -> None:
 
 
 def _serve(site: Site, tell: Tell) -> None:
-    worker, unsent, pause = Worker(site), deque[Message](), RETRY_FIRST_S
+    worker, unsent, pause, upkeep = Worker(site), deque[Message](), RETRY_FIRST_S, Upkeep(site.home, tell)
+
+    def fresh() -> FleetHttpClient | None:
+        if not upkeep.renewed.is_set():
+            return None
+        upkeep.renewed.clear()
+        return fleet_client(site)
+
+    site.note_settings()
+    target = site.settings.syslog
+    forwarder = Forwarder(site.home / "journal.jsonl", target, site.home / "syslog.json") if target else None
     try:
+        if forwarder:
+            forwarder.start()
         shield = worker.wait()
         tell("Self-test passed: noise, clip, draws, masks and isolation of patients are as they should be.")
         for gap in shield.gaps:
             tell(f"WARNING: {gap}")
+        upkeep.start()
         while True:
             try:
                 with connect(site) as connection:
                     tell(f"{site.name} is connected and waits for orders.")
                     pause = RETRY_FIRST_S
-                    _answer_orders(connection, lambda message: answer(message, site, worker), unsent, tell)
+                    reply = partial(answer, site=site, worker=worker)
+                    _answer_orders(connection, reply, unsent, tell, fresh)
             except Unreachable as error:
                 tell(f"{error}; trying again in {pause:g} s")
                 time.sleep(pause)
                 pause = min(pause * 2, RETRY_MOST_S)
     finally:
+        upkeep.stop()
         worker.stop()
+        if forwarder:
+            forwarder.stop()
 
 
 def answer(message: Message, site: Site, worker: Worker) -> Message:
@@ -264,6 +300,7 @@ def answer(message: Message, site: Site, worker: Worker) -> Message:
             present = Site.open(site.home)
         except (DocumentError, NotEnrolled) as error:
             return orders.refuse(message, site, error.code)
+        present.note_settings()
         return orders.answer(message, present, worker.carry_out)
     except MessageMalformed:
         # Without an answer the coordinator would wait for its deadline; the text is one of our public codes.
@@ -272,9 +309,16 @@ def answer(message: Message, site: Site, worker: Worker) -> Message:
 
 
 def _answer_orders(
-    connection: Connection, reply: Callable[[Message], Message], unsent: deque[Message], tell: Tell
+    connection: Connection,
+    reply: Callable[[Message], Message],
+    unsent: deque[Message],
+    tell: Tell,
+    fresh: Callable[[], FleetHttpClient | None],
 ) -> None:
-    """Work through orders one by one until the link breaks, with heartbeats from a thread of their own."""
+    """Work through orders one by one until the link breaks, with heartbeats from a thread of their own.
+
+    `fresh`: asked before each look for orders, gives a client to go on with as the same node, or None for the present one.
+    """
     done = threading.Event()
     threading.Thread(target=_keep_beating, args=(connection, done), daemon=True).start()
     pause = PAUSE_FIRST_S
@@ -283,6 +327,8 @@ def _answer_orders(
             while unsent:
                 connection.send(unsent[0])
                 unsent.popleft()
+            if client := fresh():
+                connection.renew(client)
             asked = time.monotonic()
             message = connection.receive()
             if message is None:
@@ -311,13 +357,24 @@ def _sentence(reply: Message, seconds: float) -> str:
     return f"round {report.round}: {what} ({seconds:.1f} s)"
 
 
-def _explained(status: int) -> Exception:
-    if status == 401:
+def _explained(answer: httpx.Response) -> Exception:
+    """What an answer that is no success means; a body of the gateway's own is one of its codes."""
+    if answer.status_code == httpx.codes.FORBIDDEN:
+        code = answer.text.strip()[:64] if len(answer.content) <= 64 else ""
+        named = {
+            CertificateRevoked.code: CertificateRevoked("the coordinator revoked this site"),
+            CertificateExpired.code: CertificateExpired("the certificate of this site has ended"),
+        }
+        return named.get(code) or NotEnrolled(
+            "the gateway does not take this site's certificate",
+            remedy="Ask the coordinator whether the site was removed; join again with a new invitation.",
+        )
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
         return NotEnrolled(
             "the coordinator does not know this site's key",
             remedy="Ask the coordinator whether the site was removed; join again with a new invitation.",
         )
-    return Unreachable(f"the gateway answered {status}")
+    return Unreachable(f"the gateway answered {answer.status_code}")
 
 
 def _explained_connect(error: httpx.ConnectError, site: Site) -> Exception:

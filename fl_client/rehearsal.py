@@ -14,7 +14,8 @@ from fl_client.cohort import Cohort, Split
 from fl_client.consent import Consent, Offer
 from fl_client.ingest import Index, ingest
 from fl_client.phantom import VENDORS, make_hospital
-from fl_client.site import Policy, Site, Source
+from fl_client.policy import Policy
+from fl_client.site import Site, Source
 from models.labels import LabelTable
 from models.study import Study
 from privacy import keys

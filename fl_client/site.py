@@ -7,18 +7,23 @@
       state/                  index.sqlite and cache/ (images, 0700); can be made again
       orders.sqlite           what was answered, so that no order is answered twice
       ledger.sqlite           what was spent of each patient's privacy, by all studies, for ever
+      paused.json             there while the site is paused
+      private/                full texts of what went wrong, for people here only (0700)
       journal.jsonl           everything this site sent or refused, hash-chained
 
 Trust rules, in the order `Site.admit` applies them:
  1. the order carries the coordinator's signature and is not stale;
  2. the study it names was offered with the coordinator's signature, and this site approved it;
- 3. the policy in site.yaml permits the study, today;
+ 3. the policy in site.yaml permits the study, today, and work may begin now: hours, and no pause;
  4. the round is one of the study's rounds, and this order was not answered before, which is durable before work starts.
 
 Before training, `Site.reserve` charges the patients for it: what a policy's ε does not cover is not trained.
 """
 
+import datetime as dt
+import functools
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -26,24 +31,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fl_client.consent import approved
+from fl_client.policy import Pause, Policy, Rule, broken
 from models.labels import LabelMap
-from models.study import PROTECTIONS, Document, Name, Protection, Study, read
+from models.study import Document, Name, Study, read
 from privacy import keys
 from privacy.errors import (
     DataError,
     DeltaTooLarge,
     NotEnrolled,
     OrderReplayed,
+    OutsideHours,
     PolicyForbids,
     PrivacyError,
+    SitePaused,
     StudyNotApproved,
 )
 from privacy.journal import Journal
 from privacy.noise import GRID_BITS
 from privacy.sharing import Encoding
+from privacy.syslog import checked_target
 from privacy.wire import (
     EvaluateOrder,
     EvaluateReport,
@@ -52,6 +61,7 @@ from privacy.wire import (
     Refusal,
     Report,
     TrainOrder,
+    UnmaskOrder,
     UnmaskReport,
     WorkReport,
 )
@@ -84,34 +94,6 @@ class Source(Document):
     )
 
 
-class Policy(Document):
-    """What this site permits. A study can only be stricter."""
-
-    least_protection: Protection = Field(
-        default="masked", description="the least protection of this site's updates that a study may have"
-    )
-    minimum_patients: int = Field(
-        default=10, ge=1, description="least patients in each split; a study may ask for more"
-    )
-    maximum_rounds: int = Field(default=1000, ge=1, description="most rounds of a study")
-    epsilon_per_study: float = Field(
-        default=8, gt=0, le=1000, description="most ε that one study may spend of any patient here"
-    )
-    epsilon_per_year: float = Field(
-        default=10, gt=0, le=1000, description="most ε that all studies together may spend of any patient in 365 days"
-    )
-    epsilon_total: float = Field(
-        default=20, gt=0, le=1000, description="most ε that all studies together may spend of any patient, for ever"
-    )
-    delta: float = Field(
-        default=1e-5, gt=0, lt=0.01, description="δ at which these ε are counted; below 1 / patients of this site"
-    )
-    permit_without_privacy: bool = Field(
-        default=False,
-        description="whether studies without differential privacy may train here; no ε covers what they reveal",
-    )
-
-
 class Resources(Document):
     """What training may use of this machine. It holds from the next order on; a training process over a limit is stopped."""
 
@@ -131,7 +113,17 @@ class SiteFile(Document):
     coordinator: Coordinator | None = None
     data: Source | None = None
     policy: Policy = Policy()
+    approve: list[Rule] = Field(default=[], max_length=100, description="studies that are approved without asking")
     resources: Resources = Resources()
+    syslog: str | None = Field(
+        default=None,
+        description="where journal lines are sent as well: udp://host:514, tcp://host:601 or unix:///dev/log",
+    )
+
+    @field_validator("syslog")
+    @classmethod
+    def _syslog(cls, text: str | None) -> str | None:
+        return checked_target(text)
 
     @staticmethod
     def path(home: Path) -> Path:
@@ -202,7 +194,10 @@ class Site:
         return Journal(self.home / "journal.jsonl")
 
     def admit(self, order: Order) -> Study:
-        """The study that `order` may work on. Raises OrderForged, StudyNotApproved, PolicyForbids or OrderReplayed."""
+        """The study that `order` may work on.
+
+        Raises OrderForged, StudyNotApproved, PolicyForbids, SitePaused, OutsideHours or OrderReplayed.
+        """
         order.verify(self.coordinator)
         study = approved(self.home, order.study, self.coordinator)
         self.check_policy(study)
@@ -211,49 +206,38 @@ class Site:
             raise StudyNotApproved(f"the study does not name {self.name} for {order.kind}")
         if order.round > study.training.rounds:
             raise PolicyForbids(f"round {order.round} of a study of {study.training.rounds} rounds")
+        self._check_moment(order)
         self._remember(order, study)
         return study
 
     def check_policy(self, study: Study) -> None:
         """Raise PolicyForbids with one sentence for each rule of site.yaml that `study` breaks."""
-        policy, broken = self.settings.policy, []
-        if PROTECTIONS.index(study.protection) > PROTECTIONS.index(policy.least_protection):
-            too = ", and so would whoever can look into its server" if study.protection == "plain" else ""
-            broken.append(
-                f"protection: {study.protection}: the coordinator would see this site's own model update, not only a sum "
-                f"over sites{too}; policy.least_protection in site.yaml is {policy.least_protection}"
-            )
-        if study.training.rounds > policy.maximum_rounds:
-            broken.append(
-                f"{study.training.rounds} rounds are more than policy.maximum_rounds ({policy.maximum_rounds})"
-            )
-        broken += self._broken_privacy(study)
-        if broken:
-            raise PolicyForbids("; ".join(broken))
+        data_set = self.settings.data.name if self.settings.data else ""
+        if found := broken(self.settings.policy, study, self.name, data_set):
+            raise PolicyForbids("; ".join(found))
 
-    def _broken_privacy(self, study: Study) -> list[str]:
-        """What `study` says or leaves out about differential privacy, held against site.yaml and against itself."""
-        policy, plan = self.settings.policy, study.privacy
-        if self.name not in study.participation.sites:
-            return []  # nothing is trained on its patients
-        if plan == "none":
-            sentence = (
-                "privacy: none: nothing bounds what the model reveals of a patient; policy.permit_without_privacy in site.yaml "
-                "is false"
-            )
-            return [] if policy.permit_without_privacy else [sentence]
-        if plan.noise_multiplier is None:
-            return ["privacy has no noise_multiplier, so nothing can be said of its ε"]
-        from privacy import accounting
+    def _check_moment(self, order: Order) -> None:
+        """Raise SitePaused or OutsideHours if no work may begin now.
 
-        broken = study.private_conflicts()
-        spends = accounting.epsilon([study.event(study.budgeted_rounds)], policy.delta)
-        if spends > policy.epsilon_per_study:
-            broken.append(
-                f"the study spends an ε of {spends:.2f} of a patient at δ = {policy.delta:g}, and policy.epsilon_per_study in "
-                f"site.yaml is {policy.epsilon_per_study:g}"
-            )
-        return broken
+        Helping to open a sum that this site is in already needs no images, and without it the work of all others is lost.
+        """
+        if isinstance(order, UnmaskOrder):
+            return
+        if pause := self.pause:
+            raise SitePaused(f"{self.name} is {pause}")
+        if not self.settings.policy.hours.permit(dt.datetime.now()):
+            raise OutsideHours(f"policy.hours in site.yaml permits work on {self.settings.policy.hours}")
+
+    @property
+    def pause(self) -> Pause | None:
+        """The pause that holds now. Raises DocumentError if its file is damaged."""
+        return Pause.open(self.home, time.time())
+
+    def note_settings(self) -> None:
+        """A line in the journal if site.yaml is not what it was at the last such line: its SHA-256, nothing of its content."""
+        now, before = keys.digest(SiteFile.path(self.home).read_bytes()), self.journal.last("settings")
+        if before is None or before["digest"] != now:
+            self.journal.append("settings", digest=now)
 
     @property
     def ledger(self) -> "Ledger":
@@ -417,6 +401,14 @@ class Site:
         """The enrolled key; raises NotEnrolled or KeyFileUnsafe."""
         return keys.load_key(self.home / "keys" / "site.key")
 
+    def note_release(self, study: Study, order: TrainOrder, patients: int, norm: float) -> None:
+        """Write down how long the update is that is about to be protected, and the ε at policy.delta that this order spends."""
+        facts: dict[str, Any] = {**order.naming(), "norm": float(f"{norm:.4g}")}
+        if study.privacy != "none":
+            spends = _epsilon(self.terms(study, 1, patients, order.model.size), self.settings.policy.delta)
+            facts["epsilon"] = float(f"{spends:.4g}")
+        self.journal.append("release", **facts)
+
     def note(self, report: Report, seen: Seen = Seen()) -> None:
         """Write what is about to leave into the journal: kinds, sizes, protection; durable before it is sent."""
         facts: dict[str, Any] = report.naming()
@@ -433,6 +425,13 @@ class Site:
             if isinstance(report, EvaluateReport):
                 facts |= {"split": report.split, "figures": int((report.figures[:, 0] >= 0).sum())}
         self.journal.append(report.kind, **facts)
+
+
+@functools.cache
+def _epsilon(event: "PrivacyEvent", delta: float) -> float:
+    from privacy import accounting  # its mathematics takes a second to load
+
+    return accounting.epsilon([event], delta)
 
 
 def _check_room(study: Study, patients: int, sites: int) -> None:

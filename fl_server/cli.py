@@ -10,8 +10,9 @@ from rich.table import Table
 
 from fl_server.roster import Home, Party, ServerFile
 from models.study import parse
-from privacy import console, keys
+from privacy import console, heads, journal_cli, keys
 from privacy.deidentify import guarded
+from privacy.journal_cli import Book
 
 if TYPE_CHECKING:
     from fl_server.authority import Request
@@ -233,6 +234,16 @@ def start(home: HomeOption = Path()) -> None:
 
     with guarded(opened.root):
         link.serve(opened)
+
+
+def _book(home: Path) -> Book:
+    """The coordinator's journal: its own heads carry its key, the sites' theirs, those of revoked keys included."""
+    opened = Home.open(home)
+    own = [opened.coordinator_key.public_key()]
+    return Book(home / "journal.jsonl", heads.COORDINATOR, own, opened.roster.known_keys())
+
+
+app.add_typer(journal_cli.commands(_book), name="journal")
 
 
 def _party_json(party: Party) -> dict[str, str | None]:

@@ -26,7 +26,7 @@ from fl_server import authority
 from fl_server.roster import Home, Offered, Party
 from models.study import Study
 from privacy import consortium_pb2 as pb
-from privacy import consortium_pb2_grpc, keys
+from privacy import consortium_pb2_grpc, heads, keys
 from privacy.calls import (
     REMEDY,
     REQUEST_BYTES_MAX,
@@ -51,6 +51,7 @@ from privacy.errors import (
     TooFewApprovals,
     TrustError,
 )
+from privacy.heads import SignedHead
 
 SKEW_SECONDS = 120
 WATCHERS_MAX = 16  # streams that may hold a thread at once
@@ -95,11 +96,14 @@ class Hooks:
     """(digest, researcher) -> run id. The approvals were counted already."""
 
 
-def serve(home: Home, hooks: Hooks) -> Any:
-    """A started `grpc.Server` on the service port, with a health service. Raises DocumentError if the port is taken."""
+def serve(home: Home, hooks: Hooks, refused: Callable[[str], object] = lambda code: None) -> Any:
+    """A started `grpc.Server` on the service port, with a health service. Raises DocumentError if the port is taken.
+
+    `refused` gets the public code of each call that ends with an error.
+    """
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="consortium"),
-        interceptors=[Gate(home)],
+        interceptors=[Gate(home, refused)],
         maximum_concurrent_rpcs=CALLS_MAX,
         options=[
             ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
@@ -137,8 +141,8 @@ def serve(home: Home, hooks: Hooks) -> Any:
 class Gate:
     """A gRPC server interceptor: authenticates each call over its raw bytes, and turns errors into status."""
 
-    def __init__(self, home: Home) -> None:
-        self._home = home
+    def __init__(self, home: Home, refused: Callable[[str], object]) -> None:
+        self._home, self._refused = home, refused
         self._ca = keys.load_certificate(home.ca_pem)
 
     def intercept_service(self, continuation: Callable[[Any], Any], call: Any) -> Any:
@@ -207,6 +211,7 @@ class Gate:
             error = IsocenterError(
                 "the coordinator could not do this; its log says why", remedy="Tell the coordinator."
             )
+        self._refused(error.code)
         if error.remedy != type(error).remedy:
             context.set_trailing_metadata(((REMEDY, error.remedy.encode()),))
         context.abort(_status(error), details_of(error))
@@ -264,6 +269,14 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
         with self._enrolling:
             certificate = authority.renew(self._home, self._caller(context), request.csr)
         return pb.RenewReply(certificate=keys.certificate_pem(certificate))
+
+    def Witness(self, request: pb.WitnessRequest, context: Any) -> pb.WitnessReply:  # noqa: N802  name in consortium.proto
+        site, head = self._caller(context), SignedHead.read(request.head)
+        if head.party != site.name:
+            raise SignatureInvalid("a site shows the head of its own journal only")
+        heads.witness(self._home.journal, head, [site.public_key])
+        own = heads.own_head(self._home.journal, heads.COORDINATOR, self._home.coordinator_key)
+        return pb.WitnessReply(head=own.to_bytes())
 
     def Offers(self, request: pb.OffersRequest, context: Any) -> pb.OffersReply:  # noqa: N802  name in consortium.proto
         roster, site = self._home.roster, self._caller(context)

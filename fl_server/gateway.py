@@ -19,6 +19,7 @@ import logging
 import re
 import socket
 import ssl
+import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -186,14 +187,16 @@ def answer(code: str) -> bytes:
 class Refusals:
     """Counts refusals by code, and writes sums of them to the journal."""
 
-    def __init__(self, note: Callable[..., object]) -> None:
-        self._note = note  # Journal.append
-        self._counts = Counter[str]()
+    def __init__(self, note: Callable[..., object], kind: str = "gateway-refused") -> None:
+        self._note, self._kind = note, kind  # Journal.append, and what its lines are called
+        self._counts, self._lock = Counter[str](), threading.Lock()
         self._last: dict[str, tuple[float, float]] = {}
         """Code -> when its last line was written, and how long the next one waits."""
 
     def count(self, code: str) -> None:
-        self._counts[code] += 1
+        """One more; from any thread."""
+        with self._lock:
+            self._counts[code] += 1
 
     async def write(self, now: float, everything: bool = False) -> None:
         """Write what is due, or `everything`. What cannot be written is kept, and said in the log."""
@@ -201,11 +204,13 @@ class Refusals:
             last, pause = self._last.get(code, (now - 2 * REPORT_MOST_S, REPORT_FIRST_S))
             if now - last < pause and not everything:
                 continue
-            count = self._counts.pop(code)
+            with self._lock:
+                count = self._counts.pop(code)
             try:
-                await asyncio.to_thread(self._note, "gateway-refused", code=code, count=count)
+                await asyncio.to_thread(self._note, self._kind, code=code, count=count)
             except (IsocenterError, OSError) as error:
-                self._counts[code] += count
+                with self._lock:
+                    self._counts[code] += count
                 log.error("the journal does not take what the gateway refused: %s", error)
             quiet = now - last > 2 * pause
             self._last[code] = now, REPORT_FIRST_S if quiet else min(2 * pause, REPORT_MOST_S)

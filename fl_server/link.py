@@ -34,12 +34,13 @@ from flwr.superlink.main import create_app
 
 from fl_server import consortium
 from fl_server.doorbell import Doorbell
-from fl_server.gateway import Gateway, Limits, Standing, gateway_context
+from fl_server.gateway import Gateway, Limits, Refusals, Standing, gateway_context
 from fl_server.roster import Home
 from fl_server.run import Run, list_runs
 from models.study import Study
 from privacy import keys
 from privacy.errors import IsocenterError, RunError
+from privacy.syslog import Forwarder
 
 LOOPBACK = "127.0.0.1"
 RESTART_PAUSE_S = 1.0  # before a dead executor is started again, so that a crash at start does not spin
@@ -76,11 +77,17 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
         if inside.done() or outside.done():
             raise RunError("the SuperLink or the gateway did not start", remedy="See the lines above.")
         await asyncio.sleep(0.02)
-    service = await asyncio.to_thread(consortium.serve, home, hooks(home, port))
+    refusals = Refusals(home.journal.append, "call-refused")
+    service = await asyncio.to_thread(consortium.serve, home, hooks(home, port), refusals.count)
+    await asyncio.to_thread(home.note_settings)
+    forwarder = Forwarder(home.journal.path, settings.syslog, home.root / "syslog.json") if settings.syslog else None
+    if forwarder:
+        forwarder.start()
     background = [
         outside,
         asyncio.create_task(_keep_executor(home, port, secret)),
         asyncio.create_task(_keep_revoked_out(home, port)),
+        asyncio.create_task(_keep_writing(refusals)),
     ]
     ready(
         f"Coordinator {settings.name} is ready: gateway {settings.host}:{settings.gateway_port}, "
@@ -97,8 +104,18 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
         server.should_exit = True
         await asyncio.wait([inside], timeout=STOP_S)
         await asyncio.to_thread(stopped.wait)
+        await refusals.write(loop.time(), everything=True)
+        if forwarder:
+            await asyncio.to_thread(forwarder.stop)
     if not outside.cancelled():
         outside.result()
+
+
+async def _keep_writing(refusals: Refusals) -> None:
+    """Sums of what the consortium service refused, into the journal."""
+    while True:
+        await asyncio.sleep(REVOKED_LOOK_S)
+        await refusals.write(asyncio.get_running_loop().time())
 
 
 def superlink_app(database: Path, port: int, secret: bytes) -> Any:

@@ -49,6 +49,7 @@ from privacy.errors import (
     TrustError,
 )
 from privacy.journal import Journal
+from privacy.syslog import checked_target
 
 SECONDS_BUSY = 20.0  # how long a writer waits for another process's transaction
 NONCES_PER_PARTY = 20_000  # of the last minutes: more than 80 calls a second from one party is no honest use
@@ -71,6 +72,16 @@ class ServerFile(Document):
         le=3650,
         description="how long a certificate of a site or researcher is valid; it is renewed in its last third",
     )
+
+    syslog: str | None = Field(
+        default=None,
+        description="where journal lines are sent as well: udp://host:514, tcp://host:601 or unix:///dev/log",
+    )
+
+    @field_validator("syslog")
+    @classmethod
+    def _syslog(cls, text: str | None) -> str | None:
+        return checked_target(text)
 
     @field_validator("host")
     @classmethod
@@ -202,6 +213,12 @@ class Home:
         token = self.roster.invite(name, role, self.settings.invitation_hours)
         self.journal.append("invited", party=name, role=role)
         return InvitationLine(name, self.settings.host, self.settings.service_port, self.ca_fingerprint, token)
+
+    def note_settings(self) -> None:
+        """A line in the journal if server.yaml is not what it was at the last such line: its SHA-256."""
+        now, before = keys.digest((self.root / "server.yaml").read_bytes()), self.journal.last("settings")
+        if before is None or before["digest"] != now:
+            self.journal.append("settings", digest=now)
 
     def revoke(self, name: str) -> "Party":
         """From now on nothing that `name` says or shows is believed; raises NotEnrolled, TrustError if it was revoked before."""
@@ -432,6 +449,15 @@ class Roster:
     def admitted_sites(self) -> dict[str, str]:
         """Each site that is enrolled and not revoked, with its key as studies name it."""
         return {site.name: keys.point_hex(site.public_key) for site in self.sites() if not site.revoked}
+
+    def known_keys(self) -> dict[str, list[keys.PublicKey]]:
+        """Every key that ever spoke for a name, the present one and those that were revoked."""
+        found: dict[str, list[keys.PublicKey]] = {}
+        with self._transaction() as db:
+            rows = db.execute("SELECT name, public_key FROM parties UNION SELECT name, public_key FROM retired_keys")
+            for name, pem in rows:
+                found.setdefault(name, []).append(keys.load_public(pem))
+        return found
 
     def revoked(self) -> set[str]:
         """Names of the parties that are revoked."""

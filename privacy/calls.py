@@ -42,6 +42,7 @@ from privacy.errors import (
     Unreachable,
     WrongAuthority,
 )
+from privacy.heads import SignedHead
 
 Decision = Literal["approved", "declined"]
 PartyRole = Literal["site", "researcher"]
@@ -365,6 +366,10 @@ class Caller:
             raise TrustError("the coordinator answered with a certificate that renews nothing")
         keys.write_public(path, keys.certificate_pem(renewed))
         return True
+
+    def witness(self, head: SignedHead) -> SignedHead:
+        """Site: have the coordinator witness the head of this site's journal; the head of its own, still to be checked."""
+        return SignedHead.read(self._call("Witness", pb.WitnessRequest(head=head.to_bytes())).head)
 
     def offers(self) -> list[pb.Offer]:
         """Site: the studies that name this site. Their signatures are still to be checked."""

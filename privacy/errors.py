@@ -12,12 +12,15 @@
     │   ├── AwaitingSignature     the authority is offline, and signs by hand
     │   ├── SignatureInvalid      a signature, or what it covers, is not what it should be
     │   ├── ClockSkewed           caller and coordinator disagree about the time
+    │   ├── HeadContradicted      a signed head of a journal that does not follow the one before it
     │   └── KeyFileUnsafe         a private key that others can read
     ├── OrderRefused              the gate of a site said no
     │   ├── StudyNotApproved      nobody at this site approved the digest
     │   ├── OrderForged           the order is not signed by the coordinator
     │   ├── OrderReplayed         this round and attempt was answered before
-    │   └── PolicyForbids         site.yaml does not permit it
+    │   ├── PolicyForbids         site.yaml does not permit it
+    │   ├── OutsideHours          site.yaml permits work at other hours
+    │   └── SitePaused            somebody at the site paused it
     ├── DataError
     │   ├── ImageLeftOut          one file, with one of the named reasons of `fl_client.ingest`
     │   ├── LabelTableError       a label table that cannot be read as mapped
@@ -51,7 +54,6 @@
     │   └── TrainingStopped       the site was told to stop in the middle of a round
     ├── Unreachable               nothing answered at the address
     ├── JournalDamaged            a line of a journal was changed, removed, reordered or cut off
-    │   └── HeadContradicted      a signed head of a journal that does not follow the one before it
     ├── MessageMalformed          a message or record that does not follow its schema
     ├── NodeRunning               a second node for one site's home
     ├── WorkerDied                the process that trains ended without an answer
@@ -133,6 +135,14 @@ class ClockSkewed(TrustError):
     remedy = "Set the clock of this machine (time synchronisation), then run the command again."
 
 
+class HeadContradicted(TrustError):
+    code = "head-contradicted"
+    remedy = (
+        "Somebody rewrote a journal, cut it off, or put back an old copy. Keep both journals as they are, and compare them: "
+        "`fl-client journal verify --witness OTHER` names the line."
+    )
+
+
 class KeyFileUnsafe(TrustError):
     code = "key-file-unsafe"
     remedy = "Run `chmod 600` on the file named above."
@@ -159,6 +169,16 @@ class OrderReplayed(OrderRefused):
 class PolicyForbids(OrderRefused):
     code = "policy-forbids"
     remedy = "Ask the researcher for another study, or change the policy in site.yaml."
+
+
+class OutsideHours(OrderRefused):
+    code = "outside-hours"
+    remedy = "Nothing to do: the site works again within its hours. They stand below `policy.hours` in site.yaml."
+
+
+class SitePaused(OrderRefused):
+    code = "site-paused"
+    remedy = "Run `fl-client resume` when the site may work again."
 
 
 class DataError(IsocenterError):
@@ -346,14 +366,6 @@ class MessageMalformed(IsocenterError):
 class JournalDamaged(IsocenterError):
     code = "journal-damaged"
     remedy = "Keep the file as it is, find out who changed it, and restore the journal from a backup beside it."
-
-
-class HeadContradicted(JournalDamaged):
-    code = "head-contradicted"
-    remedy = (
-        "Somebody rewrote a journal, cut it off, or put back an old copy. Keep both journals as they are, and compare them: "
-        "`fl-client journal verify --witness OTHER` names the line."
-    )
 
 
 class NodeRunning(IsocenterError):

@@ -92,9 +92,7 @@ class Journal:
         """The facts of every line of this kind, oldest first; raises JournalDamaged unless the whole chain is in place."""
         with self._locked() as file:
             self._whole(file)
-            verify(self.path)
-            entries = [json.loads(line) for line in self.path.read_bytes().splitlines()]
-        return [entry["facts"] for entry in entries if entry["kind"] == kind]
+            return [entry["facts"] for entry in entries(self.path) if entry["kind"] == kind]
 
     def append(self, kind: str, **facts: Fact) -> str:
         """Write one line and return its hash, after it has reached the disk. Raises MessageMalformed for free text."""
@@ -162,11 +160,21 @@ def verify(path: Path, head: str | None = None) -> int:
     With `head`, a hash noted earlier, the line it belongs to must be there too: nothing before it was changed and the
     journal was not cut off before it.
     """
+    count, seen = 0, head in (None, BEGINNING)
+    for entry in entries(path):
+        count, seen = count + 1, seen or entry["hash"] == head
+    if not seen:
+        raise JournalDamaged(f"{path}: the noted head is not in the chain after line {count} (cut off or rewritten)")
+    return count
+
+
+def entries(path: Path) -> Iterator[dict[str, Any]]:
+    """Every line of a journal as an object, in order; raises JournalDamaged at the first one that is not in its place."""
     try:
         file = path.open("rb")
     except OSError as error:
         raise JournalDamaged(f"{path} cannot be read: {error.strerror}") from None
-    count, previous, seen = 0, BEGINNING, head in (None, BEGINNING)
+    count, previous = 0, BEGINNING
     with file:
         while line := file.readline(LINE_BYTES_MAX + 1):
             place = f"{path}, line {count + 1}"
@@ -176,10 +184,7 @@ def verify(path: Path, head: str | None = None) -> int:
             if number != count + 1 or before != previous:
                 raise JournalDamaged(f"{place}: does not continue line {count} (removed, inserted or reordered lines)")
             count, previous = number, own
-            seen = seen or own == head
-    if not seen:
-        raise JournalDamaged(f"{path}: the noted head is not in the chain after line {count} (cut off or rewritten)")
-    return count
+            yield json.loads(line)
 
 
 def _write(file: int, end: _End, kind: str, facts: dict[str, Fact]) -> _End:

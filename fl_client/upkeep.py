@@ -1,0 +1,97 @@
+"""What a node does beside orders, in a thread of its own: certificate, statements, rules, heads of journals.
+
+Each round of upkeep is one connection to the consortium service. Whatever fails is tried again at the next; nothing here holds up
+an order, and nothing here is needed to refuse one.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fl_client import enrol, rules
+from fl_client.site import SiteFile
+from models.study import read
+from privacy import calls, heads, keys
+from privacy.errors import IsocenterError, TrustError, Unreachable
+from privacy.journal import Journal
+
+PERIOD_S = 60.0
+EXCHANGE_S = 900.0  # heads are exchanged this often while the journal grows
+EXCHANGE_MOST_S = 86_400.0  # and this often while it does not
+log = logging.getLogger("isocenter.upkeep")
+
+
+@dataclass
+class Upkeep:
+    """Run `start`, and `stop` at the end. `renewed` is set when there is a new certificate for the next connection."""
+
+    home: Path
+    tell: Callable[[str], None]
+    renewed: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
+        self._told = ""
+        self._exchanged_s, self._exchanged_head = -EXCHANGE_MOST_S, ""
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Return when the thread has ended, or is stuck in a call that its own deadline ends."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2.0)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self.once()
+                self._told = ""
+            except Unreachable as error:
+                log.info("upkeep waits: %s", error.code)
+            except IsocenterError as error:
+                if error.code != self._told:  # once, not every minute
+                    self.tell(f"{error} {error.remedy}")
+                self._told = error.code
+            except Exception:
+                log.exception("upkeep failed and is tried again")
+            if self._stopping.wait(PERIOD_S):
+                return
+
+    def once(self) -> None:
+        """One round of upkeep. Raises what the first failing part raises; the parts after it have to wait."""
+        before = (self.home / "keys" / "site.pem").read_bytes()
+        with calls.Caller.open(self.home / "keys", self._service()) as caller:
+            if (self.home / "keys" / "site.pem").read_bytes() != before:
+                self.tell("The certificate was renewed.")
+                Journal(self.home / "journal.jsonl").append("renewed", certificate=self._fingerprint())
+                self.renewed.set()
+            enrol.redeliver(self.home, caller)
+            for digest in rules.carry_out(self.home, self.tell):
+                log.info("study %s was approved by rule", digest[:12])
+            self._exchange(caller)
+
+    def _service(self) -> str | None:
+        coordinator = read(SiteFile, SiteFile.path(self.home)).coordinator
+        return coordinator.service if coordinator else None
+
+    def _fingerprint(self) -> str:
+        return keys.fingerprint(keys.load_certificate((self.home / "keys" / "site.pem").read_bytes()))
+
+    def _exchange(self, caller: calls.Caller) -> None:
+        """Have the coordinator witness the head of this journal, and witness the head of the coordinator's."""
+        mine, now = Journal(self.home / "journal.jsonl"), time.monotonic()
+        waited, grown = now - self._exchanged_s, mine.head != self._exchanged_head
+        if waited < (EXCHANGE_S if grown else EXCHANGE_MOST_S):
+            return
+        theirs = caller.witness(heads.own_head(mine, caller.name, keys.load_key(self.home / "keys" / "site.key")))
+        if theirs.party != heads.COORDINATOR:
+            raise TrustError("the coordinator answered with the head of another party's journal")
+        pinned = keys.load_public((self.home / "keys" / "coordinator.pem").read_bytes())
+        heads.witness(mine, theirs, [pinned])
+        self._exchanged_s, self._exchanged_head = now, mine.head
