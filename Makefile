@@ -1,6 +1,6 @@
 # Isocenter. `make` alone lists what there is. Nothing is needed but make and Python 3.11 or 3.12.
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check bench acceptance docs clean
+.PHONY: help env demo test check bench acceptance docs sbom clean
 
 PYTHON := .venv/bin/python
 STAMP := .venv/.installed
@@ -43,6 +43,9 @@ acceptance: env ## train on real radiographs, where they are present (OUT=folder
 
 docs: env ## make the reference pages of docs/ from the code
 	@$(PYTHON) tests/test_docs.py --write
+
+sbom: env ## list what Isocenter is made of, from constraints.txt, as CycloneDX (docs/sbom.cdx.json)
+	@$(PYTHON) deploy/sbom.py
 
 clean: ## remove what the other targets made, the environment too
 	@rm -rf .venv demo build dist bench.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -220,8 +220,8 @@ def resume(home: Home = Path()) -> None:
     if not Pause.path(home).exists():
         console.print(f"{site.name} is not paused.", highlight=False)
         return
+    site.journal.append("resumed")  # first: a site never works on without this line
     Pause.path(home).unlink()
-    site.journal.append("resumed")
     console.print(f"{site.name} takes orders again.", highlight=False)
 
 

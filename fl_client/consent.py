@@ -4,8 +4,11 @@ One file for each study the site answered, studies/<digest>.json (0600): the off
 statement that went to the coordinator. This file, not what the coordinator remembers, decides about orders.
 """
 
+import fcntl
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +106,16 @@ def approved(home: Path, digest: str, coordinator: keys.PublicKey) -> Study:
     except SignatureInvalid:
         raise OrderForged("the study that was approved here is not signed by the coordinator") from None
     return consent.offer.study
+
+
+@contextmanager
+def deciding(home: Path) -> Iterator[None]:
+    """One decision at a time, whichever process makes it: a rule must not overtake a person who is just deciding."""
+    folder = home / "studies"
+    folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+    with (folder / "deciding.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def consents(home: Path) -> list[Consent]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from fl_client.consent import Consent, Offer, consents
+from fl_client.consent import Consent, Offer, consents, deciding
 from fl_client.site import SiteFile
 from models.study import Study, parse, read
 from privacy import calls, keys
@@ -64,7 +64,12 @@ def fetch_offers(home: Path) -> list[Offer]:
             offers.append(_checked(received, site, ca, coordinator))
         except IsocenterError as error:
             _log.warning("offer %d of the coordinator is not genuine and is left out: %s", number + 1, error)
-            Journal(home / "journal.jsonl").append("offer-refused", code=error.code)
+            journal, which = (
+                Journal(home / "journal.jsonl"),
+                keys.digest(received.SerializeToString(deterministic=True)),
+            )
+            if journal.last("offer-refused", offer=which) is None:  # a node asks every minute
+                journal.append("offer-refused", code=error.code, offer=which)
     return [replace(offer, decision=_decision(home, offer.digest)) for offer in offers]
 
 
@@ -154,22 +159,24 @@ def decide(home: Path, offer: Offer, decision: Decision, rule: int = 0) -> None:
     """Sign the decision, make it hold here, note it in the journal, then send it. `rule`: of site.yaml, 0 for a person.
 
     It holds at this site even when sending fails: then Unreachable is raised, and the command can be repeated.
-    Nothing is approved whose roster `check_roster` refuses.
+    Nothing is approved whose roster `check_roster` refuses, and nothing by rule that this site ever decided about: TrustError.
     """
     if decision == "approved":
         check_roster(home, offer.study)
     enrolment = Enrolment.open(home / "keys")
     key = keys.load_key(home / "keys" / "site.key")
-    before = Consent.open(home, offer.digest)
-    # Later than the last one even if the clock was set back, or the coordinator would take this for the older statement.
-    least = before.statement.time_ms + 1 if before else 0
-    statement = Statement(offer.digest, enrolment.name, decision, max(time.time_ns() // 1_000_000, least))
-    signature = keys.sign(key, keys.STUDY_DECISION, statement.body())
-    unsent = _unsent(home, offer.digest)  # before the decision, so that one that holds is never left unsent
-    unsent.parent.mkdir(mode=0o700, exist_ok=True)
-    unsent.touch(mode=0o600)
-    Consent(replace(offer, decision=decision), statement, signature).store(home)
-    Journal(home / "journal.jsonl").append(decision, study=offer.digest, rule=rule)
+    with deciding(home):
+        if rule and decided_before(home, offer.digest):
+            raise TrustError("this site decided about the study before", remedy="Nothing to do: that decision holds.")
+        before = Consent.open(home, offer.digest)
+        # Later than the last one even if the clock was set back, or the coordinator would take this for the older statement.
+        least = before.statement.time_ms + 1 if before else 0
+        statement = Statement(offer.digest, enrolment.name, decision, max(time.time_ns() // 1_000_000, least))
+        signature = keys.sign(key, keys.STUDY_DECISION, statement.body())
+        unsent = _unsent(home, offer.digest)  # before the decision, so that one that holds is never left unsent
+        unsent.touch(mode=0o600)
+        Consent(replace(offer, decision=decision), statement, signature).store(home)
+        Journal(home / "journal.jsonl").append(decision, study=offer.digest, rule=rule)
     try:
         with _caller(home) as caller:
             caller.decide(statement.body(), signature)
@@ -179,6 +186,13 @@ def decide(home: Path, offer: Offer, decision: Decision, rule: int = 0) -> None:
             remedy="A running node sends it as soon as the coordinator can be reached; or run the command again then.",
         ) from None
     unsent.unlink(missing_ok=True)
+
+
+def decided_before(home: Path, digest: str) -> bool:
+    """Whether this site ever decided about the study: by the decision that holds, or by the journal where that was removed."""
+    journal = Journal(home / "journal.jsonl")
+    lines = (journal.last(decision, study=digest) for decision in ("approved", "declined"))
+    return Consent.open(home, digest) is not None or any(line is not None for line in lines)
 
 
 def redeliver(home: Path, caller: calls.Caller) -> None:

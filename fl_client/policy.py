@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from models.study import PROTECTIONS, Document, Name, Protection, Study
 from privacy import keys
@@ -22,7 +22,7 @@ DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 TaskKind = Literal["classification"]
 NetworkName = Literal["small_cnn", "densenet121", "linear"]
 NETWORKS: tuple[NetworkName, ...] = ("small_cnn", "densenet121", "linear")
-MINUTES_OF_A_DAY = 24 * 60
+SECONDS_MOST = 2**36  # of a moment that can be shown, in the year 4147; what is beyond is no time
 
 
 def _minutes(text: str) -> int:
@@ -39,12 +39,12 @@ class Hours(Document):
 
     @field_validator("begin", "end", mode="before")
     @classmethod
-    def _time(cls, given: object) -> object:
-        # Without quotation marks YAML reads 19:00 as a number to the base of sixty: 1140 minutes, which is what was meant.
-        text = f"{given // 60:02}:{given % 60:02}" if type(given) is int and 0 <= given <= MINUTES_OF_A_DAY else given
-        if not isinstance(text, str) or not re.fullmatch(r"([01]?\d|2[0-3]):[0-5]\d|24:00", text):
-            raise ValueError('expected a time of day such as "19:00"')
-        return text
+    def _time(cls, given: object, info: ValidationInfo) -> object:
+        # YAML reads 19:00 without quotation marks as 1140, and 20 may mean an hour: a number is never guessed at.
+        midnight = "|24:00" if info.field_name == "end" else ""
+        if not isinstance(given, str) or not re.fullmatch(rf"([01]?\d|2[0-3]):[0-5]\d{midnight}", given):
+            raise ValueError('expected a time of day in quotation marks, such as "19:00"')
+        return given
 
     @model_validator(mode="after")
     def _not_empty(self) -> "Hours":
@@ -173,6 +173,14 @@ def epsilon_of(study: Study, delta: float) -> float:
     return accounting.epsilon([study.event(study.budgeted_rounds)], delta)
 
 
+def epsilon_of_figures(study: Study, delta: float) -> float:
+    """The ε that a noised release of test figures spends of a patient of the test split; 0 without one."""
+    from privacy import accounting
+
+    event = study.figures_event()
+    return 0.0 if event is None else accounting.epsilon([event], delta)
+
+
 # Pause ---------------------------------------------------------------------------------------------------------------
 
 
@@ -193,9 +201,11 @@ class Pause:
         try:
             found = json.loads(cls.path(home).read_bytes())
             pause = cls(float(found["since_s"]), None if found["until_s"] is None else float(found["until_s"]))
+            if not 0 <= (pause.until_s or 0) <= SECONDS_MOST:  # nor what is not a number
+                raise ValueError("no time")
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
             raise DocumentError(
                 f"{cls.path(home)} is damaged, so this site does no work",
                 remedy="Run `fl-client resume`, or pause it anew.",

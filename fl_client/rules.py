@@ -1,20 +1,24 @@
 """Approval by rule: what site.yaml lets the node approve without asking anybody, carried out as if by hand.
 
-No rule ever answers for a person: a study that was declined or withdrawn here stays so, one that names another key than before
-for any site waits for a telephone call, and the policy holds as it does for everybody. What patients have left of their budgets
-is not looked at here, because the node reads no images: the ledger refuses the first order that would exceed it.
+No rule ever answers for a person: a study that was declined or withdrawn here stays so, another version of it waits for a person,
+one that names another key than before for any site waits for a telephone call, and the policy holds as it does for everybody. A
+paused site approves nothing by rule. What patients have left of their budgets is not looked at here, because the node reads no
+images: the ledger refuses the first order that would exceed it.
 """
 
 import datetime as dt
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
 from fl_client import enrol
-from fl_client.consent import Offer
-from fl_client.policy import Rule, epsilon_of
+from fl_client.consent import Offer, consents
+from fl_client.policy import Rule, epsilon_of, epsilon_of_figures
 from fl_client.site import Site
 from models.study import Study
-from privacy.errors import IsocenterError
+from privacy.errors import IsocenterError, Unreachable
+
+log = logging.getLogger("isocenter.rules")
 
 
 def misses(rule: Rule, study: Study, researcher: str, delta: float, today: dt.date) -> list[str]:
@@ -30,13 +34,13 @@ def misses(rule: Rule, study: Study, researcher: str, delta: float, today: dt.da
         found.append(f"it does not list the network {study.network.name}")
     if rule.targets and (other := [target for target in study.task.targets if target not in rule.targets]):
         found.append(f"it does not list {', '.join(other)}")
-    if study.training.rounds > rule.rounds:
-        found.append(f"{study.training.rounds} rounds are more than {rule.rounds}")
+    if study.budgeted_rounds > rule.rounds:
+        found.append(f"{study.budgeted_rounds} rounds, spare ones included, are more than {rule.rounds}")
     if study.participation.quorum < rule.minimum_sites:
         found.append(f"a sum over {study.participation.quorum} sites is of fewer than {rule.minimum_sites}")
     if study.privacy == "none" or study.privacy.noise_multiplier is None:
         found.append("the study has no differential privacy, which no rule approves")
-    elif (spends := epsilon_of(study, delta)) > rule.epsilon:
+    elif (spends := max(epsilon_of(study, delta), epsilon_of_figures(study, delta))) > rule.epsilon:
         found.append(f"the study spends an ε of {spends:.2f}, more than {rule.epsilon:g}")
     return found
 
@@ -58,8 +62,16 @@ def approving(site: Site, offer: Offer, today: dt.date) -> tuple[int | None, lis
 
 
 def _if_permitted(site: Site, offer: Offer, number: int) -> tuple[int | None, list[str]]:
-    """What binds a person's approval binds a rule's as well."""
+    """What binds a person's approval binds a rule's as well, and what a person once said no to waits for one."""
+    study = offer.study
     try:
+        if pause := site.pause:
+            return None, [f"this site is {pause}"]
+        if enrol.decided_before(site.home, offer.digest):
+            return None, ["this site decided about it before"]
+        declined = [held.offer.study for held in consents(site.home) if held.statement.decision == "declined"]
+        if any(study.name == other.name or study.learned == other.learned for other in declined):
+            return None, ["another version of it was declined here, so a person has to read this one"]
         changed = [peer.name for peer in enrol.peers(site.home, offer.study) if peer.changed]
         if changed:
             return None, [f"the key of {', '.join(changed)} changed, and a person has to ask by telephone"]
@@ -76,9 +88,16 @@ def carry_out(home: Path, tell: Callable[[str], None]) -> list[str]:
         return []
     done = []
     for offer in enrol.fetch_offers(home):
-        number, _ = approving(site, offer, dt.date.today())
-        if number is not None:
+        try:
+            number, _ = approving(site, offer, dt.date.today())
+            if number is None:
+                continue
             enrol.decide(home, offer, "approved", rule=number)
-            tell(f"Approved {offer.digest[:12]} ({offer.study.title}) by rule {number} of site.yaml.")
-            done.append(offer.digest)
+        except Unreachable:
+            pass  # it holds here, and upkeep sends it later
+        except IsocenterError as error:  # the others are looked at all the same
+            log.warning("study %s is not approved by rule: %s", offer.digest[:12], error)
+            continue
+        tell(f"Approved {offer.digest[:12]} ({offer.study.title}) by rule {number} of site.yaml.")
+        done.append(offer.digest)
     return done

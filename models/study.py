@@ -501,6 +501,8 @@ def parse(kind: type[D], text: str, name: str) -> D:
         raise DocumentError(f"{name}, line {line}: {error.problem or 'not YAML'}") from None
     except (yaml.YAMLError, RecursionError):
         raise DocumentError(f"{name}: not YAML") from None
+    except (ValueError, LookupError, TypeError, AttributeError):  # PyYAML's own, for tags and numbers it cannot convert
+        raise DocumentError(f"{name}: a value does not fit its tag, or has too many digits") from None
     if not isinstance(data, dict):
         raise DocumentError(f"{name}, line 1: expected keys and values, found {type(data).__name__}")
     try:

@@ -10,6 +10,7 @@ for its lines.
 """
 
 import json
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ SIGNED, WITNESSED, CONTRADICTED = "head-signed", "head-witnessed", "head-contrad
 COORDINATOR = "coordinator"  # the party under which a coordinator's heads stand in the sites' journals
 HEAD_BYTES_MAX = 1024
 LINES_MAX = 2**53
+_witnessing = threading.Lock()  # from the look at the last head to the next line; one process serves Witness
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ def own_head(journal: Journal, party: str, key: keys.PrivateKey) -> SignedHead:
 def witness(journal: Journal, head: SignedHead, candidates: Sequence[keys.PublicKey]) -> None:
     """Write another party's head into `journal`. Raises SignatureInvalid, or HeadContradicted if it does not follow the last."""
     head.verify(candidates)
+    with _witnessing:
+        _compare_and_note(journal, head)
+
+
+def _compare_and_note(journal: Journal, head: SignedHead) -> None:
     before = journal.last(WITNESSED, party=head.party)
     if before is not None and (
         head.lines < before["lines"] or (head.lines == before["lines"] and head.head != before["head"])
@@ -144,9 +151,11 @@ def verify(
         chain.append(entry["hash"])
         if entry["kind"] not in (SIGNED, WITNESSED, CONTRADICTED):
             continue
-        head = SignedHead.of_facts(entry["facts"])
         try:
+            head = SignedHead.of_facts(entry["facts"])
             head.verify(own if entry["kind"] == SIGNED else others.get(head.party, ()))
+        except MessageMalformed as error:
+            raise JournalDamaged(f"{path}, line {number}: {error}") from None
         except SignatureInvalid as error:
             raise SignatureInvalid(f"{path}, line {number}: {error}") from None
         if entry["kind"] == SIGNED:
@@ -178,4 +187,7 @@ def held_of(path: Path, party: str) -> Iterator[SignedHead]:
     """The heads of `party` that another journal, whose chain is checked on the way, witnessed. Raises JournalDamaged."""
     for entry in entries(path):
         if entry["kind"] in (WITNESSED, CONTRADICTED) and entry["facts"].get("party") == party:
-            yield SignedHead.of_facts(entry["facts"])
+            try:
+                yield SignedHead.of_facts(entry["facts"])
+            except MessageMalformed as error:
+                raise JournalDamaged(f"{path}, line {entry['n']}: {error}") from None

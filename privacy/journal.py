@@ -37,6 +37,7 @@ INT_MAX = 2**63 - 1
 Fact = str | int | float | list[str]
 _WORD = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 _KEY = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z")
 _log = logging.getLogger(__name__)
 
 
@@ -184,7 +185,20 @@ def entries(path: Path) -> Iterator[dict[str, Any]]:
             if number != count + 1 or before != previous:
                 raise JournalDamaged(f"{place}: does not continue line {count} (removed, inserted or reordered lines)")
             count, previous = number, own
-            yield json.loads(line)
+            yield _checked(json.loads(line), place)
+
+
+def _checked(entry: dict[str, Any], place: str) -> dict[str, Any]:
+    """The entry; JournalDamaged if its hash fits, but `append` would not have written it: whoever forged a chain writes neither
+    on the reader's screen nor into a reader that expects facts."""
+    kind, when, facts = entry["kind"], entry["time"], entry["facts"]
+    try:
+        if not (isinstance(kind, str) and isinstance(when, str) and isinstance(facts, dict) and _TIME.fullmatch(when)):
+            raise MessageMalformed("not an entry of a journal")
+        check_facts(kind, facts)
+    except MessageMalformed:
+        raise JournalDamaged(f"{place}: not a line that a journal writes") from None
+    return entry
 
 
 def _write(file: int, end: _End, kind: str, facts: dict[str, Fact]) -> _End:

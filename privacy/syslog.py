@@ -245,10 +245,11 @@ class _Link:
         return cls(made, to.transport)
 
     def check(self) -> None:
-        """Raise OSError if an error came back since; what the server says is read and forgotten."""
+        """Raise OSError if an error came back since, or the server closed the connection; what it says is not read."""
         self.socket.setblocking(False)
         try:
-            self.socket.recv(4096)
+            if self.socket.recv(4096) == b"" and self.transport == "tcp":  # Linux then tells of no error behind it
+                raise ConnectionResetError(errno.ECONNRESET, "the server closed the connection")
         except BlockingIOError:
             pass
         finally:

@@ -53,6 +53,7 @@ PYDICOM_DOORS = {
 # These are loaded where no network is trained: on the way to a first sentence on the screen, or to check a signature.
 TORCH_FREE = {
     "fl_client/cli.py",
+    "fl_client/egress.py",
     "fl_client/enrol.py",
     "fl_client/node.py",
     "fl_client/orders.py",
@@ -84,6 +85,7 @@ TORCH_FREE = {
     "privacy/noise.py",
     "privacy/secagg.py",
     "privacy/sharing.py",
+    "privacy/syslog.py",
     "privacy/wire.py",
 }
 # Ciphers, key derivation and sealing; what others import of `cryptography` are the types of keys and certificates.

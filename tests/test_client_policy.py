@@ -121,12 +121,11 @@ def test_hours_that_are_none_are_refused_with_the_line(text: str) -> None:
         parse(SiteFile, f"site: north\npolicy:\n  hours:\n    {text}\n", "site.yaml")
 
 
-def test_times_without_quotation_marks_mean_what_they_say() -> None:
-    """YAML reads 19:00 as a number to the base of sixty."""
-    found = parse(
-        SiteFile, "site: north\npolicy:\n  hours:\n    begin: 19:00\n    end: 06:30\n", "site.yaml"
-    ).policy.hours
-    assert (found.begin, found.end) == ("19:00", "06:30")
+@pytest.mark.parametrize("text", ["begin: 19:00", "begin: 20", "begin: 8", "end: 700", "end: 0", 'begin: "24:00"'])
+def test_a_number_is_never_guessed_to_be_a_time(text: str) -> None:
+    """YAML reads 19:00 as 1140; read as minutes, `begin: 20` and `end: 6` would be nearly the whole day, not the night."""
+    with pytest.raises(DocumentError, match=r'line 4: .*in quotation marks, such as "19:00"'):
+        parse(SiteFile, f"site: north\npolicy:\n  hours:\n    {text}\n", "site.yaml")
 
 
 def _policy(hospital: Hospital, **change: Any) -> None:
@@ -186,7 +185,8 @@ def test_a_pause_ends_by_itself_and_a_damaged_one_is_a_pause(
     assert "paused until 20" in run.invoke(app, ["pause", "--hours", "2", *where]).output
     assert Pause.open(hospital.home, now + 7100) is not None
     assert Pause.open(hospital.home, now + 7300) is None
-    for content in (b"", b"{}", b"[" * 9000, b'{"since_s":"x","until_s":null}'):
+    moments = [b'{"since_s":1,"until_s":%b}' % text for text in (b"NaN", b"1e999", b"9" * 400, b"1e18", b"-1")]
+    for content in (b"", b"{}", b"[" * 9000, b'{"since_s":"x","until_s":null}', *moments):
         Pause.path(hospital.home).write_bytes(content)
         with pytest.raises(DocumentError, match="does no work"):
             _gate(hospital).admit(hospital.order())

@@ -210,6 +210,12 @@ def test_what_is_not_as_it_should_be_is_a_warning(journal: Journal, kind: str, p
     assert syslog.frame(lines_of(journal)[0], 1).startswith(b"<%d>1 " % priority)
 
 
+def test_a_name_that_is_longer_than_syslog_permits_is_cut(journal: Journal) -> None:
+    journal.append("a" * 100)
+    found = HEADER.fullmatch(syslog.frame(lines_of(journal)[0], 1))
+    assert found and found[6] == b"a" * 32 and found[7] == lines_of(journal)[0]
+
+
 @pytest.mark.parametrize("transport", ["udp", "tcp", "unix"])
 def test_a_server_that_is_down_gets_every_line_when_it_is_up_and_the_log_says_so_once(
     journal: Journal, memory: Path, tmp_path: Path, transport: str, caplog: pytest.LogCaptureFixture
@@ -250,6 +256,21 @@ def test_a_server_that_restarts_misses_no_line(journal: Journal, memory: Path, t
         with kind(port) as second:
             eventually(lambda: set(second.numbers()) >= {2, 3, 4})
             assert 1 not in second.numbers(), "what the first server had is not sent again"
+
+
+def test_one_line_into_a_connection_that_was_closed_arrives_without_another_line(
+    journal: Journal, memory: Path
+) -> None:
+    first = Stream()
+    port: int = first.socket.getsockname()[1]
+    with forwarding(journal, first.target, memory):
+        with first:
+            journal.append("train-report", round=1)
+            eventually(memory.exists)
+        journal.append("train-report", round=2)
+        time.sleep(0.1)
+        with Stream(port) as second:
+            eventually(lambda: second.numbers() == [2])
 
 
 def test_a_restart_sends_only_new_lines(journal: Journal, memory: Path) -> None:
@@ -370,9 +391,9 @@ def test_text_that_the_journal_did_not_write_is_not_sent_on(journal: Journal, me
         file.write(
             b"ZZTEST^PATIENT\n" + b'{"kind":"ZZTEST PATIENT","time":"2026-01-31T12:00:00Z"}\n' + b"\xff" * 400_000
         )
-        file.write(b"\n[[[\n")
+        file.write(b'\n{"kind":"joined","time":"ZZTEST"}\n[[[\n')
     with Datagrams.udp() as server, forwarding(journal, server.target, memory):
-        eventually(lambda: len(server.came) >= 6)
+        eventually(lambda: len(server.came) >= 7)
     assert body_of(server.came[0]) == lines_of(journal)[0]
     assert not [message for message in server.came if b"ZZTEST" in message or b"\xff" in message]
     assert all(b" damaged-line - line " in message for message in server.came[1:])
@@ -402,6 +423,34 @@ def test_nobody_waits_for_a_server_that_accepts_and_never_reads(
         with forwarding(journal, f"tcp://127.0.0.1:{deaf.getsockname()[1]}", memory):
             time.sleep(0.5)
         assert not memory.exists(), "nothing counts that the other side did not acknowledge"
+
+
+def test_what_the_other_side_has_not_acknowledged_does_not_count(journal: Journal, memory: Path) -> None:
+    for _ in range(3):
+        journal.append("approved", list_of=["a" * 120] * 250)
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.bind(("127.0.0.1", 0))
+        slow.listen()
+        with forwarding(journal, f"tcp://127.0.0.1:{slow.getsockname()[1]}", memory):
+            connection, _ = slow.accept()
+            with connection:
+                time.sleep(0.4)
+                assert not memory.exists()
+                connection.settimeout(0.05)
+                threading.Thread(target=drain, args=(connection,), daemon=True).start()
+                eventually(memory.exists)
+
+
+def drain(connection: socket.socket) -> None:
+    while True:
+        try:
+            if not connection.recv(65536):
+                return
+        except TimeoutError:
+            continue
+        except OSError:  # the test is over
+            return
 
 
 def test_a_missing_journal_is_waited_for(memory: Path, tmp_path: Path) -> None:
