@@ -3,24 +3,30 @@ reads no image and loads nothing that could."""
 
 import json
 import pickle
+import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import httpx
 import pytest
 import worker_probe
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from hospital import Hospital
 
 from fl_client import node, sandbox
 from fl_client.node import Connection
 from fl_client.worker import Worker, facts_of
-from privacy import wire
+from privacy import keys, wire
 from privacy.errors import AuditFailed
 
 
@@ -179,3 +185,46 @@ def test_a_connection_goes_on_over_another_client_as_the_same_node() -> None:
     connection.renew(client("new"))
     connection.beat()
     assert happened == ["old beats for 7", "old closed", "new beats for 7"]
+
+
+def test_a_gateway_cannot_send_the_node_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's own client follows redirects, also out of TLS, and obeys the proxies of its environment."""
+    asked: list[str] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.send_error(500)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Redirecting(Elsewhere):
+        def do_POST(self) -> None:
+            self.send_response(307)
+            self.send_header("Location", f"http://127.0.0.1:{inside.server_port}/inside")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    key = keys.make_key(tmp_path / "ca.key")
+    authority, tls = keys.make_ca(key, "demo"), keys.make_key(tmp_path / "tls.key")
+    shown = keys.issue(authority, keys.make_csr(tls, "demo"), "demo", "server", 10, "127.0.0.1")
+    (tmp_path / "tls.pem").write_bytes(keys.certificate_pem(shown))
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(tmp_path / "tls.pem", tmp_path / "tls.key")
+    client = ssl.create_default_context(cadata=keys.certificate_pem(authority.certificate).decode())
+    inside, gateway = (ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in (Elsewhere, Redirecting))
+    gateway.socket = server.wrap_socket(gateway.socket, server_side=True)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{inside.server_port}")
+    for each in (inside, gateway):
+        threading.Thread(target=each.serve_forever, daemon=True).start()
+    try:
+        identity = NodeAuthHttpInterceptor(tls, tls.public_key())
+        with pytest.raises(httpx.HTTPStatusError, match="307"):
+            node._Fleet(f"127.0.0.1:{gateway.server_port}", client, identity).PullMessages(PullMessagesRequest())
+    finally:
+        for each in (inside, gateway):
+            each.shutdown()
+            each.server_close()
+    assert asked == []

@@ -148,6 +148,15 @@ HOSTILE = {
         "tests/test_privacy_ledger_damage.py",
     ),
     "values of patients on their way out": ("tests/test_leaks.py", "tests/test_privacy_deidentify.py"),
+    "journals and their heads: forged, contradicting, cut off, made anew": (
+        "tests/test_privacy_heads.py",
+        "tests/test_privacy_forged.py",
+    ),
+    "approval and settings: rules against people, harmful site.yaml, redirects": (
+        "tests/test_client_rules_hostile.py",
+        "tests/test_client_node.py::test_a_gateway_cannot_send_the_node_elsewhere",
+        "tests/test_client_policy.py::test_settings_that_are_wrong_or_a_bomb_are_refused",
+    ),
 }
 """What was attacked -> the tests that do it: whole files, or single tests. No test is in two rows."""
 
