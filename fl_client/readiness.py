@@ -17,7 +17,7 @@ from privacy import keys
 from privacy.errors import DataError, IsocenterError
 
 FREE_BYTES_LEAST = 2 * 1024**3  # a network's weights, a worker's scratch and a log; the cache is counted at ingestion
-CERTIFICATE_DAYS_LEAST = 7
+CERTIFICATE_DAYS_LEAST = 7  # a node renews ten days before the end of thirty
 CONNECT_S = 5.0
 _AT_LEAST: dict[Protection, str] = {
     "masked": "masked",
@@ -78,7 +78,8 @@ def _certificate(home: Path) -> str:
     days = (certificate.not_valid_after_utc - datetime.now(UTC)).days
     if days < CERTIFICATE_DAYS_LEAST:
         raise IsocenterError(
-            f"the certificate ends in {days} days.", remedy="Ask the coordinator for a new invitation."
+            f"the certificate ends in {days} days, and was not renewed.",
+            remedy="Start the node, which renews it; if it has ended, join again with a new invitation in this folder.",
         )
     return f"valid for {days} more days"
 
