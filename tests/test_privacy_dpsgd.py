@@ -1,5 +1,6 @@
 """DP-SGD against a loop over patients in float64, written here once more, and what a hostile gradient may do."""
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -66,12 +67,26 @@ def test_shared_weights_odd_memory_and_layers_that_write_in_place_change_nothing
     assert kind(net, squares).norms(units) == pytest.approx(norms, rel=1e-4)
 
 
+def _norm_under_bfloat16(net: nn.Module, unit: Any) -> float:
+    """Oracle: plain training of one unit as torch does it in bfloat16, and the length of what lies in `.grad`."""
+    copied = copy.deepcopy(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = learning.patient_losses(copied, unit)
+    losses.sum().backward()
+    flat = [p.grad.double().ravel() for p in copied.parameters() if p.grad is not None]
+    return float(torch.cat(flat).norm())
+
+
 def test_pitfall_7_the_norm_is_that_of_the_float32_gradient_that_is_really_used() -> None:
     """Also where the forward pass is in bfloat16: the gradient is close, and its clip exact."""
     net, units = networks.build(study()), radiographs(6, 2)
     engine = LoopEngine(net, learning.patient_losses, bfloat16=True)
     _, norms = reference(net, learning.patient_losses, units, 1.0)
-    assert engine.norms(units) == pytest.approx(norms, rel=0.03)
+    used = [_norm_under_bfloat16(net, unit) for unit in units]
+    assert engine.norms(units) == pytest.approx(used, rel=1e-3)
+    # How close depends on the processor, whose matrix units round in an order of their own: at most 2**-8 in each of the
+    # network's layers, forwards and backwards, of which there are eight and more.
+    assert engine.norms(units) == pytest.approx(norms, rel=16 * 2.0**-8)
     for unit in units:
         total = engine.clipped_sum([unit], Clip(min(norms) / 10)).total
         assert sum(int(x) ** 2 for x in total) <= (2**18) ** 2
