@@ -185,7 +185,7 @@ def decide(home: Path, offer: Offer, decision: Decision, rule: int = 0) -> None:
             f"{error}. The study counts as {decision} at this site from now on, but the coordinator does not know it yet",
             remedy="A running node sends it as soon as the coordinator can be reached; or run the command again then.",
         ) from None
-    unsent.unlink(missing_ok=True)
+    _acknowledged(home, statement)
 
 
 def decided_before(home: Path, digest: str) -> bool:
@@ -198,13 +198,27 @@ def decided_before(home: Path, digest: str) -> bool:
 def redeliver(home: Path, caller: calls.Caller) -> None:
     """Send every decision that did not reach the coordinator when it was made. What it refuses for good is not sent again."""
     for path in sorted((home / "studies").glob("*.unsent")):
-        consent = Consent.open(home, path.stem)
-        if consent is not None:
-            try:
-                caller.decide(consent.statement.body(), consent.signature)
-            except TrustError as error:
-                _log.warning("the coordinator does not take a decision: %s", error.code)
-        path.unlink(missing_ok=True)
+        try:
+            consent = Consent.open(home, path.stem)
+        except DocumentError as error:  # its person is told by every other command; the other decisions are sent
+            _log.warning("a decision cannot be sent: %s", error.code)
+            continue
+        if consent is None:
+            path.unlink(missing_ok=True)
+            continue
+        try:
+            caller.decide(consent.statement.body(), consent.signature)
+        except TrustError as error:
+            _log.warning("the coordinator does not take a decision: %s", error.code)
+        _acknowledged(home, consent.statement)
+
+
+def _acknowledged(home: Path, statement: Statement) -> None:
+    """Note that the coordinator has `statement`. One that replaced it meanwhile is still to be sent."""
+    with deciding(home):
+        present = Consent.open(home, statement.digest)
+        if present is None or present.statement == statement:
+            _unsent(home, statement.digest).unlink(missing_ok=True)
 
 
 def _unsent(home: Path, digest: str) -> Path:

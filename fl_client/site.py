@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from fl_client.consent import approved
 from fl_client.policy import Pause, Policy, Rule, broken
@@ -52,7 +52,7 @@ from privacy.errors import (
 from privacy.journal import Journal
 from privacy.noise import GRID_BITS
 from privacy.sharing import Encoding
-from privacy.syslog import checked_target
+from privacy.syslog import TargetText
 from privacy.wire import (
     EvaluateOrder,
     EvaluateReport,
@@ -115,15 +115,10 @@ class SiteFile(Document):
     policy: Policy = Policy()
     approve: list[Rule] = Field(default=[], max_length=100, description="studies that are approved without asking")
     resources: Resources = Resources()
-    syslog: str | None = Field(
+    syslog: TargetText | None = Field(
         default=None,
         description="where journal lines are sent as well: udp://host:514, tcp://host:601 or unix:///dev/log",
     )
-
-    @field_validator("syslog")
-    @classmethod
-    def _syslog(cls, text: str | None) -> str | None:
-        return checked_target(text)
 
     @staticmethod
     def path(home: Path) -> Path:

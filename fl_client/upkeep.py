@@ -36,6 +36,7 @@ class Upkeep:
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
         self._told = ""
+        self._held = self._certificate()  # what the node connects with, until `renewed` is set
         self._exchanged_s, self._exchanged_head = -EXCHANGE_MOST_S, ""
 
     def start(self) -> None:
@@ -65,11 +66,12 @@ class Upkeep:
 
     def once(self) -> None:
         """One round of upkeep. Raises what the first failing part raises; the parts after it have to wait."""
-        before = (self.home / "keys" / "site.pem").read_bytes()
         with calls.Caller.open(self.home / "keys", self._service()) as caller:
-            if (self.home / "keys" / "site.pem").read_bytes() != before:
+            if (now := self._certificate()) != self._held:  # by this call, or by a command of somebody here
+                self._held = now
                 self.tell("The certificate was renewed.")
-                Journal(self.home / "journal.jsonl").append("renewed", certificate=self._fingerprint())
+                fingerprint = keys.fingerprint(keys.load_certificate(now))
+                Journal(self.home / "journal.jsonl").append("renewed", certificate=fingerprint)
                 self.renewed.set()
             enrol.redeliver(self.home, caller)
             for digest in rules.carry_out(self.home, self.tell):
@@ -80,8 +82,8 @@ class Upkeep:
         coordinator = read(SiteFile, SiteFile.path(self.home)).coordinator
         return coordinator.service if coordinator else None
 
-    def _fingerprint(self) -> str:
-        return keys.fingerprint(keys.load_certificate((self.home / "keys" / "site.pem").read_bytes()))
+    def _certificate(self) -> bytes:
+        return (self.home / "keys" / "site.pem").read_bytes()
 
     def _exchange(self, caller: calls.Caller) -> None:
         """Have the coordinator witness the head of this journal, and witness the head of the coordinator's."""
@@ -89,9 +91,10 @@ class Upkeep:
         waited, grown = now - self._exchanged_s, mine.head != self._exchanged_head
         if waited < (EXCHANGE_S if grown else EXCHANGE_MOST_S):
             return
+        self._exchanged_s = now  # whatever comes of it: each try is a line in this journal, and perhaps in the other
         theirs = caller.witness(heads.own_head(mine, caller.name, keys.load_key(self.home / "keys" / "site.key")))
         if theirs.party != heads.COORDINATOR:
             raise TrustError("the coordinator answered with the head of another party's journal")
         pinned = keys.load_public((self.home / "keys" / "coordinator.pem").read_bytes())
         heads.witness(mine, theirs, [pinned])
-        self._exchanged_s, self._exchanged_head = now, mine.head
+        self._exchanged_head = mine.head

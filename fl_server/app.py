@@ -74,7 +74,7 @@ class Desk:
         """
         study, admitted = self.run.study, self.roster.admitted_sites()
         declined = {site for site, decision in self.roster.decisions(study.digest).items() if decision == "declined"}
-        keep = {s for s in self.run.facts["sites"] if admitted.get(s) == study.roster.get(s) and s not in declined}
+        keep = {s for s in self.run.facts["sites"] if s in admitted and admitted[s] == study.roster.get(s)} - declined
         nodes = {site.name: site.node_id for site in self.roster.sites() if site.node_id is not None}
         return {name: nodes[name] for name in named if name in nodes and name in keep}
 

@@ -23,7 +23,6 @@ from privacy.calls import PartyRole
 from privacy.errors import AwaitingSignature, DocumentError, IsocenterError, KeyFileUnsafe, NotEnrolled, TrustError
 
 LIST_BYTES_MAX = 16 * 1024 * 1024  # a request is under 1 KiB
-AUTHORITY_FILES = ("ca.key", "ca.pem", "coordinator.pem")
 
 
 @dataclass(frozen=True)

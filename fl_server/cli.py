@@ -126,9 +126,9 @@ def revoke(
 ) -> None:
     """Believe nothing of one hospital or researcher any more; a running coordinator refuses its connections in seconds."""
     opened = Home.open(home)
-    party = opened.roster.party(name)
+    role = opened.roster.role_of(name)
     if not yes:
-        typer.confirm(f"Revoke the {party.role} {name}? Its key can never be used here again.", abort=True)
+        typer.confirm(f"Revoke the {role} {name}? Its key can never be used here again.", abort=True)
     opened.revoke(name)
     typer.echo(f"Revoked {name}. Runs go on without it. A new key for the same name: fl-server invite {name}")
 

@@ -49,7 +49,7 @@ from privacy.errors import (
     TrustError,
 )
 from privacy.journal import Journal
-from privacy.syslog import checked_target
+from privacy.syslog import TargetText
 
 SECONDS_BUSY = 20.0  # how long a writer waits for another process's transaction
 NONCES_PER_PARTY = 20_000  # of the last minutes: more than 80 calls a second from one party is no honest use
@@ -73,15 +73,10 @@ class ServerFile(Document):
         description="how long a certificate of a site or researcher is valid; it is renewed in its last third",
     )
 
-    syslog: str | None = Field(
+    syslog: TargetText | None = Field(
         default=None,
         description="where journal lines are sent as well: udp://host:514, tcp://host:601 or unix:///dev/log",
     )
-
-    @field_validator("syslog")
-    @classmethod
-    def _syslog(cls, text: str | None) -> str | None:
-        return checked_target(text)
 
     @field_validator("host")
     @classmethod
@@ -191,7 +186,8 @@ class Home:
 
         Sites that were revoked since take no part in anything, whatever key a study names for them.
         """
-        here = [site for site in study.all_sites if site not in self.roster.revoked()]
+        revoked = self.roster.revoked()
+        here = [site for site in study.all_sites if site not in revoked]
         right = self.roster.site_keys(here)
         wrong = [site for site in here if study.roster.get(site) != right[site]]
         parts = [f"the keys that are enrolled here for {', '.join(wrong)}"] if wrong else []
@@ -220,11 +216,11 @@ class Home:
         if before is None or before["digest"] != now:
             self.journal.append("settings", digest=now)
 
-    def revoke(self, name: str) -> "Party":
+    def revoke(self, name: str) -> None:
         """From now on nothing that `name` says or shows is believed; raises NotEnrolled, TrustError if it was revoked before."""
-        party = self.roster.revoke(name)
-        self.journal.append("revoked", party=name, role=party.role)
-        return party
+        role = self.roster.role_of(name)
+        self.roster.revoke(name)
+        self.journal.append("revoked", party=name, role=role)
 
 
 def _rendered(settings: ServerFile) -> str:
@@ -424,7 +420,9 @@ class Roster:
         with self._transaction() as db:
             row = db.execute("SELECT role FROM requests WHERE name = ?", (name,)).fetchone()
             known, key = _find(db, name), keys.public_key_of(certificate)
-            if row is None or not (known and known.public_key == key and not known.revoked):
+            if row is None:
+                raise InvitationRefused("nothing of this name waits for a signature")
+            if not (known and known.public_key == key and not known.revoked):
                 _require_free(db, name, key)
             db.execute("DELETE FROM requests WHERE name = ?", (name,))
             return _enrolled(db, name, row[0], certificate)
@@ -434,17 +432,31 @@ class Roster:
         with self._transaction() as db:
             return _enrolled(db, name, _party(db, name).role, certificate)
 
-    def revoke(self, name: str) -> Party:
-        """Believe nothing of `name` from now on, and its key never again. Raises NotEnrolled, or TrustError if it was before."""
+    def role_of(self, name: str) -> PartyRole:
+        """The role of a party, or of whoever joined under this name and waits for a signature; raises NotEnrolled."""
         with self._transaction() as db:
-            party, now = _party(db, name), _iso()
-            if party.revoked:
+            row = db.execute("SELECT role FROM requests WHERE name = ?", (name,)).fetchone()
+            return party_role(row[0]) if row else _party(db, name).role
+
+    def revoke(self, name: str) -> None:
+        """Believe nothing of `name` from now on, and its keys never again: the enrolled one, and one that waits for a signature.
+
+        Raises NotEnrolled, or TrustError if it was revoked before.
+        """
+        with self._transaction() as db:
+            party, now = _find(db, name), _iso()
+            waiting = [
+                keys.key_of_csr(csr) for (csr,) in db.execute("SELECT csr FROM requests WHERE name = ?", (name,))
+            ]
+            if party and party.revoked and not waiting:
                 raise TrustError(f"{name} was revoked on {party.revoked}", remedy="Nothing to do.")
-            db.execute("UPDATE parties SET revoked = ? WHERE name = ?", (now, name))
-            db.execute("INSERT INTO retired_keys VALUES (?, ?, ?)", (keys.public_pem(party.public_key), name, now))
+            if party is None and not waiting:
+                raise NotEnrolled("the consortium has no party of this name")
+            db.execute("UPDATE parties SET revoked = ? WHERE name = ? AND revoked IS NULL", (now, name))
+            for key in [*waiting, *([party.public_key] if party else [])]:
+                db.execute("INSERT OR IGNORE INTO retired_keys VALUES (?, ?, ?)", (keys.public_pem(key), name, now))
             db.execute("DELETE FROM requests WHERE name = ?", (name,))
             db.execute("DELETE FROM invitations WHERE name = ? AND used_by_key IS NULL", (name,))
-            return _party(db, name)
 
     def admitted_sites(self) -> dict[str, str]:
         """Each site that is enrolled and not revoked, with its key as studies name it."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -23,6 +24,8 @@ from pydantic import (
     StringConstraints,
     Tag,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -274,6 +277,15 @@ class Study(Document):
         pattern=r"^([0-9a-f]{64})?$",
         description="X25519 key that sealed updates are encrypted to; filled in by `fl-study submit`",
     )
+
+    @field_validator("title", "purpose")
+    @classmethod
+    def _readable(cls, text: str, info: ValidationInfo) -> str:
+        # Sites read this on a terminal before they approve: no character of it may move or hide what else stands there.
+        kept = text.replace("\n", " ") if info.field_name == "purpose" else text
+        if any(unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs", "Zl", "Zp") for character in kept):
+            raise ValueError("expected plain text, without control characters")
+        return text
 
     @property
     def digest(self) -> str:

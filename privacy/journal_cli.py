@@ -38,13 +38,18 @@ def commands(open_book: Callable[[Path], Book]) -> typer.Typer:
             list[Path] | None,
             typer.Option("--witness", "-w", help="A copy of the other side's journal, which holds heads of this one."),
         ] = None,
+        earlier: Annotated[
+            list[Path] | None,
+            typer.Option("--key", "-k", help="An earlier key of this side: its certificate or public key, as PEM."),
+        ] = None,
         head: Annotated[str | None, typer.Option(help="A hash that you noted: its line must be there.")] = None,
         as_json: AsJson = False,
     ) -> None:
         """Check every line, every signature, and every head that somebody else holds; names the line that is wrong."""
         book = open_book(home)
         held = [found for path in witness or [] for found in heads.held_of(path, book.party)]
-        found = heads.verify(book.path, book.party, book.own, book.others, held)
+        own = [*book.own, *(_public(path) for path in earlier or [])]
+        found = heads.verify(book.path, book.party, own, book.others, held)
         journal.verify(book.path, head)
         if as_json:
             typer.echo(json.dumps({"whole": True, "head_found": head is not None, **asdict(found)}))
@@ -79,6 +84,11 @@ def commands(open_book: Callable[[Path], Book]) -> typer.Typer:
         Console(markup=False, highlight=False).print(table)
 
     return app
+
+
+def _public(path: Path) -> keys.PublicKey:
+    pem = path.read_bytes()
+    return keys.public_key_of(keys.load_certificate(pem)) if b"CERTIFICATE" in pem else keys.load_public(pem)
 
 
 def _short(value: object) -> str:

@@ -26,7 +26,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal
+
+from pydantic import AfterValidator
 
 from privacy import keys
 from privacy.errors import DocumentError
@@ -74,14 +76,16 @@ def parse_target(text: str) -> Target:
     )
 
 
-def checked_target(text: str | None) -> str | None:
-    """`text` itself, for the validators of settings; raises ValueError unless it is a target, or None."""
-    if text is not None:
-        try:
-            parse_target(text)
-        except DocumentError as error:
-            raise ValueError(str(error)) from None
+def _checked(text: str) -> str:
+    try:
+        parse_target(text)
+    except DocumentError as error:
+        raise ValueError(str(error)) from None
     return text
+
+
+TargetText = Annotated[str, AfterValidator(_checked)]
+"""A target as settings write it; anything else is no valid setting."""
 
 
 def frame(line: bytes, number: int) -> bytes:

@@ -427,3 +427,13 @@ def test_the_cap_of_a_batch_is_eight_deviations_above_what_is_expected(patients:
     cap = plan.batch_max(patients)
     assert 1 <= cap <= patients
     assert cap == patients or cap >= patients * rate + 8 * (patients * rate * (1 - rate)) ** 0.5
+
+
+@pytest.mark.parametrize("hidden", ["\x1b[2J", "\r", "\x07", "\u202e", "\u200b", "\x9b", "\u2028", "\ue000"])
+@pytest.mark.parametrize("field", ["title", "purpose"])
+def test_no_character_of_a_study_can_rewrite_the_screen_on_which_it_is_approved(field: str, hidden: str) -> None:
+    made = study().model_copy(update={field: f"harmless{hidden}text"})
+    with pytest.raises(DocumentError):
+        Study.from_canonical(made.canonical())
+    lines = study().model_copy(update={"purpose": "Two lines,\nas YAML makes them. Größe \u2265 5 mm."})
+    assert Study.from_canonical(lines.canonical()) == lines

@@ -156,8 +156,6 @@ def test_only_certificates_that_answer_a_request_are_taken_in(served: Coordinato
         with pytest.raises(DocumentError):
             authority.accept(served.home, garbage)
     good = authority.sign(authority.read_list(authority.signing_list(served.home), stick), stick)
-    with pytest.raises(NotEnrolled):
-        served.home.revoke("north")  # nobody yet
     assert [party.name for party in authority.accept(served.home, good)[0]] == ["north"]
     assert authority.accept(served.home, good)[1] == {"unknown": "nothing of this name waits for a signature"}
 
@@ -170,6 +168,24 @@ def test_a_renewal_that_waits_ends_with_a_revocation(served: Coordinator, stick:
     assert authority.accept(served.home, authority.sign(wanted, stick))[0] == []
     with pytest.raises(TrustError):
         served.caller("south")
+
+
+def test_whoever_joined_and_waits_can_be_revoked_and_is_never_signed(served: Coordinator, stick: Path) -> None:
+    """The line was stolen, say, and the authority's holder noticed the foreign key."""
+    line = str(served.home.invite("north", "site"))
+    with pytest.raises(AwaitingSignature):
+        calls.join(line, served.folder / "thief" / "keys")
+    wanted = authority.read_list(authority.signing_list(served.home), stick)
+    served.home.revoke("north")
+    assert authority.waiting(served.home) == []
+    assert authority.accept(served.home, authority.sign(wanted, stick))[0] == []
+    with pytest.raises(InvitationRefused, match="this key was revoked"):
+        calls.join(line, served.folder / "thief" / "keys")
+    with pytest.raises(NotEnrolled):
+        served.home.revoke("north")  # now there is nobody
+    with pytest.raises(AwaitingSignature):
+        served.join("north")
+    assert carry(served, stick) == (["north"], {})
 
 
 def test_a_pair_of_files_that_do_not_belong_together_signs_nothing(served: Coordinator, stick: Path) -> None:

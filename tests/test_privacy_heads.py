@@ -235,3 +235,20 @@ def test_a_site_shows_its_own_head_only_and_a_rewritten_one_is_refused_by_name(s
         journal.path.unlink()
         with pytest.raises(HeadContradicted):
             caller.witness(own_head(Journal(journal.path), "north", key))
+
+
+def test_after_joining_anew_the_earlier_key_is_given_and_the_whole_journal_verifies(served: Coordinator) -> None:
+    """The ledger and the journal of a site stay where they are when it gets a new key."""
+    exchange(served, "north")
+    served.home.revoke("north")
+    home = served.keys_of("north").parent
+    served.keys_of("north").rename(home / "keys-before")
+    served.join("north")
+    exchange(served, "north")
+    run = CliRunner()
+    with pytest.raises(SignatureInvalid):
+        run.invoke(client, ["journal", "verify", "--home", str(home)], catch_exceptions=False)
+    earlier = ["--key", str(home / "keys-before" / "site.pem"), "--witness", str(served.home.root / "journal.jsonl")]
+    shown = run.invoke(client, ["journal", "verify", "--home", str(home), *earlier])
+    assert shown.exit_code == 0, shown.output
+    assert "2 heads that the other side holds agree" in shown.output
