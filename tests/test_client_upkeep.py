@@ -44,6 +44,14 @@ def test_a_certificate_is_renewed_and_the_node_told_once(served: Coordinator, ho
     assert kinds(home).count("renewed") == 1
 
 
+def test_a_good_certificate_is_not_called_renewed_at_each_start(served: Coordinator, home: Path) -> None:
+    for _ in range(2):
+        kept = Upkeep(home, lambda sentence: None)
+        kept.once()
+        assert not kept.renewed.is_set()
+    assert "renewed" not in kinds(home)
+
+
 def test_one_that_somebody_elses_command_renewed_is_noticed_too(served: Coordinator, home: Path) -> None:
     """Or the node would go on with the old one until it ends, and then stop."""
     age(served, "north", begun_days=21, left_days=9)
