@@ -57,7 +57,9 @@ def commands(open_book: Callable[[Path], Book]) -> typer.Typer:
         typer.echo(f"{found.lines} lines, each in its place and as it was written.")
         typer.echo(f"Signed heads: {found.signed} of this journal, {found.witnessed} of others, all genuine.")
         if held:
-            typer.echo(f"{found.confirmed} heads that the other side holds agree, up to line {found.confirmed_to}.")
+            typer.echo(
+                f"Heads that the other side holds: {found.confirmed}, and this journal agrees up to line {found.confirmed_to}."
+            )
         elif head is None:
             typer.echo(
                 "Whoever has this machine could have written all of it anew: compare with the other side's journal "

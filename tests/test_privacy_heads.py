@@ -196,7 +196,7 @@ def test_sites_and_coordinator_exchange_heads_and_the_commands_verify_them(serve
     theirs = served.home.root / "journal.jsonl"
     shown = run.invoke(client, ["journal", "verify", "--home", str(home), "--witness", str(theirs)])
     assert shown.exit_code == 0, shown.output
-    assert "2 heads that the other side holds agree" in shown.output
+    assert "other side holds: 2, and this journal agrees" in shown.output
     alone = run.invoke(client, ["journal", "verify", "--home", str(home)])
     assert "compare with the other side's journal" in " ".join(alone.output.split())
     document = json.loads(run.invoke(server, ["journal", "verify", "--json", "--home", str(served.home.root)]).output)
@@ -251,4 +251,4 @@ def test_after_joining_anew_the_earlier_key_is_given_and_the_whole_journal_verif
     earlier = ["--key", str(home / "keys-before" / "site.pem"), "--witness", str(served.home.root / "journal.jsonl")]
     shown = run.invoke(client, ["journal", "verify", "--home", str(home), *earlier])
     assert shown.exit_code == 0, shown.output
-    assert "2 heads that the other side holds agree" in shown.output
+    assert "other side holds: 2, and this journal agrees" in shown.output

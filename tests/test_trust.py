@@ -110,7 +110,7 @@ def test_both_sides_journals_hold_each_others_heads_and_the_commands_verify_them
     copy.write_bytes((stage.coordinator / "journal.jsonl").read_bytes())
     for name in NAMES:
         shown = stage.command("fl-client", "journal", "verify", "--witness", str(copy), "--home", str(stage.site(name)))
-        assert "heads that the other side holds agree" in shown
+        assert "and this journal agrees up to line" in shown
     assert "genuine" in stage.command("fl-server", "journal", "verify", "--home", str(stage.coordinator))
     left = json.loads(stage.command("fl-client", "egress", "--json", "--home", str(stage.site("north"))))
     assert left["studies"][0]["rounds"] == 8
