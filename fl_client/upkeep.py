@@ -83,7 +83,8 @@ class Upkeep:
         return coordinator.service if coordinator else None
 
     def _certificate(self) -> bytes:
-        return (self.home / "keys" / "site.pem").read_bytes()
+        path = self.home / "keys" / "site.pem"
+        return path.read_bytes() if path.is_file() else b""  # a site without one is told by its first connection
 
     def _exchange(self, caller: calls.Caller) -> None:
         """Have the coordinator witness the head of this journal, and witness the head of the coordinator's."""

@@ -331,8 +331,12 @@ def unknown(span: str) -> bool:
     return not all(part in SOURCES for part in span.strip("/").split("/"))
 
 
-def option_names(program: str, name: str) -> set[str]:
-    return {option for parameter in command_of(PROGRAMS[program][0], name).params for option in parameter.opts}
+def option_names(program: str, name: str, inner: str = "") -> set[str]:
+    """The options of a command; of a group those of its command `inner`, of which it must have one."""
+    command = command_of(PROGRAMS[program][0], name)
+    if group := getattr(command, "commands", {}):
+        command = group[inner] if inner else command
+    return {option for parameter in command.params for option in parameter.opts}
 
 
 @pytest.mark.parametrize("page", PAPERS, ids=lambda page: page.name)
@@ -348,7 +352,9 @@ def test_commands_are_named_with_options_that_they_have(page: Path) -> None:
         program, _, rest = span.partition(" ")
         if program in PROGRAMS and rest:
             name, *words = rest.split()
-            assert {word for word in words if word.startswith("--")} <= option_names(program, name) | {"--help"}, span
+            assert {word for word in words if word.startswith("--")} <= option_names(
+                program, name, words[0] if words else ""
+            ) | {"--help"}, span
 
 
 @pytest.mark.parametrize(
