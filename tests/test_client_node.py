@@ -129,6 +129,7 @@ def test_a_node_whose_worker_is_not_held_back_says_so_loudly(
     monkeypatch.setattr(node, "connect", connects)
     monkeypatch.setattr(sandbox, "keep_private", lambda: None)
     monkeypatch.setattr(node, "Worker", lambda site: SimpleNamespace(wait=lambda: shield, stop=lambda: None))
+    monkeypatch.setattr(node.Upkeep, "start", lambda self: None)  # it would say that this home has joined nothing
     said: list[str] = []
     with pytest.raises(KeyboardInterrupt):
         node.serve(hospital.home, said.append)
