@@ -122,6 +122,7 @@ def _audit_facts(audit: attacks.CanaryAudit) -> dict[str, Any]:
         "lower_bound_ceiling": audit.bound.ceiling,
         "estimate": _finite(audit.estimate.epsilon),
         "low": _finite(audit.estimate.low),
+        "alarm": _finite(audit.estimate.alarm),
         "high": _finite(audit.estimate.high),
         "noise_over_claimed": audit.noise,
         "smallest_noticed": _finite(audit.smallest),
@@ -255,7 +256,7 @@ def _sentences(study: Study, found: dict[str, Any]) -> list[str]:
     else:
         verdict = "it does not exceed the claim"
         if audit["estimate"] > audit["claim"]:
-            verdict = "it exceeds the claim by no more than chance, because the interval reaches below it"
+            verdict = "it exceeds the claim by no more than chance explains"
         if audit["faults"]:
             verdict = f"THIS CONTRADICTS THE CLAIM: {'; '.join(audit['faults'])}"
         said += [
@@ -296,8 +297,8 @@ def _sentences(study: Study, found: dict[str, Any]) -> list[str]:
 def release_gate(study: Study, found: dict[str, Any] | None) -> None:
     """Raise ReleaseRefused unless a model of `study` may go out with the attack `found` on it.
 
-    Compared are the claim and the lower end of the estimate's interval, and the lower bound: the estimate itself lies above a
-    true claim in nearly half of all audits, by chance.
+    Compared are the claim, the audit's alarm and the lower bound: the estimate itself lies above a true claim in nearly half of
+    all audits, by chance, and the lower end of its interval once in forty.
     """
     if study.privacy == "none":
         return
@@ -308,7 +309,7 @@ def release_gate(study: Study, found: dict[str, Any] | None) -> None:
         )
     try:
         fits, audit = found["version"] == VERSION and found["learned"] == study.learned, found["audit"]
-        claim, low, bound = (float(audit[name]) for name in ("claim", "low", "lower_bound"))
+        claim, low, bound = (float(audit[name]) for name in ("claim", "alarm", "lower_bound"))
         faults, event = [str(fault) for fault in audit["faults"]], PrivacyEvent.from_json(audit["event"])
     except (KeyError, TypeError, ValueError, MessageMalformed):
         raise MessageMalformed("this is no attack.json of `fl-study attack`") from None

@@ -38,6 +38,7 @@ THIN = 5.0  # standard deviations below which a layer's noise is too small: one 
 FALSE_POSITIVES = 0.001  # the rate at which the literature compares attacks on membership (Carlini et al. 2022)
 OTHERS_MIN = 1000  # patients who were not in training, below which a rate of one in a thousand cannot be observed
 Z_95 = 1.959964
+Z_ALARM = 3.719016  # one-sided: a sound mechanism is accused once in ten thousand audits, and half the noise still at once
 Z_90_POWER = 1.281552  # of the normal distribution, one-sided: what is noticed is noticed nine times out of ten
 
 Float64 = NDArray[np.float64]
@@ -83,6 +84,7 @@ class Estimate:
     low: float
     high: float
     error: float  # standard error of mu
+    alarm: float  # an ε that a true one is below but once in ten thousand times: above the claim, it is no chance
 
 
 @dataclass(frozen=True)
@@ -119,15 +121,15 @@ class CanaryAudit:
     def faults(self) -> list[str]:
         """One sentence for each finding that contradicts the claim; none says that the claim is true.
 
-        The lower end of the estimate's interval is what counts, not the estimate: where every patient is in each step, the
-        estimate of a sound mechanism lies above the claim half of the time, and the lower end once in forty.
+        What counts is `estimate.alarm`: where every patient is in each step, the estimate of a sound mechanism lies above the claim
+        half of the time, and the lower end of its interval once in forty.
         """
         found = []
         if self.bound.epsilon > self.claim:
             found.append(f"the lower bound of {self.bound.epsilon:.2f} exceeds the claim of {self.claim:.2f}")
-        if self.estimate.low > self.claim:
+        if self.estimate.alarm > self.claim:
             found.append(
-                f"the Gaussian estimate of {self.estimate.epsilon:.2f} (from {self.estimate.low:.2f} on) exceeds the claim of "
+                f"the Gaussian estimate of {self.estimate.epsilon:.2f} (by chance from {self.estimate.alarm:.2f} on) exceeds the claim of "
                 f"{self.claim:.2f}"
             )
         if self.thin:
@@ -234,10 +236,10 @@ def _thin(layers: list[tuple[str, int]], squares: Float64, steps: int) -> Iterat
 
 
 def _smallest(estimate: Estimate, claim: float, delta: float) -> float:
-    """By what factor noise has to be too small for the interval to lie above the claim nine times out of ten."""
+    """By what factor noise has to be too small for an alarm nine times out of ten."""
     if not 0 < estimate.mu < math.inf or not math.isfinite(claim):
         return math.inf
-    return max(1.0, (gaussian_mu(claim, delta) + (Z_95 + Z_90_POWER) * estimate.error) / estimate.mu)
+    return max(1.0, (gaussian_mu(claim, delta) + (Z_ALARM + Z_90_POWER) * estimate.error) / estimate.mu)
 
 
 # From scores to ε -----------------------------------------------------------------------------------------------------
@@ -304,8 +306,9 @@ def gaussian_estimate(inside: Float64, outside: Float64, delta: float, stream: n
     again = _distance(_resampled(inside, stream), _resampled(outside, stream))
     low, high = np.quantile(again, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], method="nearest")
     error = float(again.std()) if np.isfinite(again).all() else math.inf
-    epsilon, least, most = (gaussian_epsilon(float(value), delta) for value in (mu, low, high))
-    return Estimate(mu, epsilon, least, most, error)
+    alarm = max(0.0, mu - Z_ALARM * error) if math.isfinite(error) else low
+    epsilon, least, most, alarm = (gaussian_epsilon(float(value), delta) for value in (mu, low, high, alarm))
+    return Estimate(mu, epsilon, least, most, error, alarm)
 
 
 def _distance(inside: Float64, outside: Float64) -> Float64:

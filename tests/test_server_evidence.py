@@ -61,7 +61,7 @@ def test_a_sound_mechanism_is_attacked_in_vain_and_the_words_say_what_that_prove
     audit = found["audit"]
     assert found["learned"] == private().learned and audit["canaries"] == 1000
     assert audit["event"]["noise_multiplier"] == private().privacy.noise_multiplier  # type: ignore[union-attr]
-    assert audit["low"] < audit["claim"] <= 3 and audit["faults"] == [] and code == 0
+    assert audit["alarm"] < audit["claim"] <= 3 and audit["faults"] == [] and code == 0
     assert audit["unit"] == "patient" and audit["relation"] == "add or remove one patient"
     assert "proves little" in screen and "Gaussian estimate" in screen and "0.5 is chance" in screen
     for name in PICTURES:
@@ -110,7 +110,7 @@ def test_halved_noise_turns_the_audit_red_and_closes_the_gate(
     study = private()
     found = facts(attacked)
     audit = evidence._audit_facts(evidence._canaries(study, _Cohort()))
-    assert audit["low"] > audit["claim"] and audit["faults"]
+    assert audit["alarm"] > audit["claim"] and audit["faults"]
     with pytest.raises(ReleaseRefused, match="more than the study claims"):
         evidence.release_gate(study, found | {"audit": audit})
 
@@ -135,7 +135,7 @@ def test_the_gate_opens_for_a_study_with_its_own_attack_only(attacked: tuple[Pat
         evidence.release_gate(study, None)
     with pytest.raises(ReleaseRefused, match="another study"):
         evidence.release_gate(study.model_copy(update={"title": "Another"}), found)
-    for name, value in (("low", 99.0), ("lower_bound", 99.0), ("claim", 0.0)):
+    for name, value in (("alarm", 99.0), ("lower_bound", 99.0), ("claim", 0.0)):
         with pytest.raises(ReleaseRefused, match="more than the study claims"):
             evidence.release_gate(study, found | {"audit": found["audit"] | {name: value}})
     with pytest.raises(ReleaseRefused, match="half the noise"):
@@ -187,7 +187,7 @@ def test_an_attack_names_the_run_and_says_whose_pictures_it_shows(attacked: tupl
 
 def test_an_estimate_above_the_claim_by_chance_is_called_that(attacked: tuple[Path, int, str]) -> None:
     found = facts(attacked)
-    audit = found["audit"] | {"claim": 2.0, "low": 1.5}
+    audit = found["audit"] | {"claim": 2.0, "low": 1.5, "alarm": 1.2}
     for estimate, faults, words in (
         (1.9, [], "it does not exceed the claim"),
         (2.1, [], "by no more than chance"),
