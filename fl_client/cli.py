@@ -10,19 +10,18 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fl_client import enrol
+from fl_client import data_cli, enrol
 from fl_client.policy import Pause
-from fl_client.site import Site, SiteFile
-from models.study import Study, read
+from fl_client.site import Site
+from models.study import Study
 from privacy import heads, journal_cli, keys
 from privacy.calls import Enrolment
 from privacy.console import run as run_command
 from privacy.console import show_version
 from privacy.deidentify import guarded
-from privacy.errors import DataError, DocumentError, TrustError
+from privacy.errors import DataError, TrustError
 from privacy.journal_cli import Book
 
 app = typer.Typer(
@@ -57,76 +56,52 @@ def join(
     console.print(f"Next: describe your images in {home / 'site.yaml'}, then run: fl-client ingest", highlight=False)
 
 
-@app.command()
-def ingest(home: Home = Path(), as_json: AsJson = False) -> None:
-    """Read the images named in site.yaml into the site's cache; run it again at any time, it only reads what is new."""
-    from fl_client import ingest as reading
-
-    site = Site.open(home) if (home / "keys" / "coordinator.pem").is_file() else None
-    settings = site.settings if site else read(SiteFile, SiteFile.path(home))
-    source = Site.source_of(settings, home)
-    bars = Progress(
-        TextColumn("reading images"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    with guarded(home), bars:
-        task = bars.add_task("", total=None)
-        report = reading.ingest(
-            source, home, Site.state_of(home), lambda done, total: bars.update(task, completed=done, total=total)
-        )
-    if as_json:
-        print(json.dumps(report.to_json()))
-        return
-    show_ingested(report)
-
-
-def show_ingested(report: Any) -> None:
-    """What was taken, and what was left out by reason."""
-    console.print(
-        f"{report.taken} images of {report.patients} patients taken from {report.found} files.", highlight=False
-    )
-    if report.reasons:
-        table = Table("left out", "files", "why", box=None, header_style="bold")
-        for reason, count in sorted(report.reasons.items(), key=lambda item: (-item[1], item[0])):
-            table.add_row(str(reason), str(count), reason.explanation)
-        console.print(table)
-    if report.label_problem:
-        console.print(f"Labels: {report.label_problem}", style="red", highlight=False, markup=False, soft_wrap=True)
-    if report.labels is None:
-        return
-    counted = report.labels
-    console.print(f"Labels: {counted.labelled} of these images have one, {counted.unlabelled} do not.", highlight=False)
-    for target, words in sorted(counted.unmapped.items()):
-        # Where a wrong column is mapped these are names; a person at the screen may see them, a file that is kept may not.
-        if not console.is_terminal:
-            rows = f"{sum(words.values())} rows say {len(words)} words"
-            text = f"  {target}: {rows} that site.yaml does not map; they count as missing. A terminal shows them."
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-            continue
-        for word, count in sorted(words.items()):
-            text = f"  {target}: {count} rows say {word!r}, which site.yaml does not map; they count as missing"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+app.command()(data_cli.ingest)
+app.command()(data_cli.quarantine)
 
 
 @app.command()
-def check(home: Home = Path(), as_json: AsJson = False) -> None:
-    """Say in a dozen lines whether this site is ready; exit code 1 if it is not."""
-    from fl_client.readiness import findings
+def check(
+    home: Home = Path(),
+    page: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Also write a page with figures and thumbnails; it stays here."),
+    ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(metavar="DIGEST|FILE", help="Also say what this study would take here; nothing is kept."),
+    ] = None,
+    no_thumbnails: Annotated[bool, typer.Option("--no-thumbnails", help="Leave thumbnails out of the page.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say line by line whether this site is ready, and how its images and labels look; exit code 1 if it is not."""
+    from fl_client.readiness import Inspection
 
-    found = findings(home)
-    ready = all(finding.good for finding in found)
+    asked = None
+    if study is not None:
+        from fl_client.preview import study_of
+
+        asked = study_of(home, study)
+    looked = Inspection(home, asked)
+    if page is not None:
+        from fl_client.readiness_page import check_place, write_page
+
+        if warning := check_place(page):
+            _tell(warning)
+        with guarded(home):
+            write_page(page, looked, thumbnails=not no_thumbnails)
     if as_json:
-        print(json.dumps({"ready": ready, "findings": [vars(finding) for finding in found]}))
+        print(json.dumps(looked.to_json()))
     else:
-        for finding in found:
-            mark = "[green]ok  [/green]" if finding.good else "[red]FIX [/red]"
-            console.print(f"{mark} {finding.subject:<12} ", end="", highlight=False)
+        for finding in looked.findings:
+            mark, colour = ("LOOK", "yellow") if finding.look else ("ok", "green") if finding.good else ("FIX", "red")
+            console.print(f"[{colour}]{mark:<4}[/{colour}] {finding.subject:<12} ", end="", highlight=False)
             console.print(finding.sentence, highlight=False, markup=False, soft_wrap=True)
-        console.print("This site is ready." if ready else "This site is not ready.", style="green" if ready else "red")
-    if not ready:
+        ready, colour = ("ready", "green") if looked.ready else ("not ready", "red")
+        console.print(f"This site is {ready}.", style=colour)
+        if page is not None:
+            console.print(f"Page: {page}. It stays at the hospital.", highlight=False, markup=False, soft_wrap=True)
+    if not looked.ready:
         raise typer.Exit(1)
 
 
@@ -286,7 +261,7 @@ def show_study(study: Study, site: Site, researcher: str, peers: list[enrol.Peer
         ("Purpose", study.purpose.strip()),
         (
             "Learned",
-            f"{', '.join(study.task.targets)} from {study.images.view} {'/'.join(study.images.modalities)} images",
+            f"{', '.join(study.task.targets)} from {study.images.words}",
         ),
         (
             "Here",
@@ -500,37 +475,7 @@ def _say(sentence: str) -> None:
     console.print(f"{stamp} {sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
-def phantom(
-    folder: Annotated[Path, typer.Argument(help="Where the made-up hospital goes; it must be empty or new.")],
-    name: Annotated[str, typer.Option(help="Name of the site, part of the made-up identifiers.")] = "phantom",
-    vendor: Annotated[
-        str, typer.Option(help="Whose devices are imitated; see the list in the documentation.")
-    ] = "aurora",
-    patients: Annotated[int, typer.Option(min=10, max=5000, help="Number of made-up patients.")] = 120,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed makes other patients.")] = 1,
-) -> None:
-    """Make a hospital of synthetic radiographs, to try everything without a patient's data."""
-    from fl_client.phantom import VENDORS, make_hospital
-
-    if vendor not in VENDORS:
-        raise DocumentError(
-            f"there is no vendor {vendor!r}; there are {', '.join(VENDORS)}", remedy="Use one of these."
-        )
-    if folder.exists() and any(folder.iterdir()):
-        raise DocumentError(f"{folder} is not empty", remedy="Choose a new folder; nothing was written.")
-    labels = make_hospital(folder, name, patients, seed, VENDORS[vendor])
-    console.print(f"Made {patients} phantom patients in {folder}. For site.yaml:", highlight=False)
-    console.print(data_section(folder, labels), highlight=False, markup=False, soft_wrap=True)
-
-
-def data_section(folder: Path, labels: dict[str, Any]) -> str:
-    """The `data:` section of a site.yaml for a phantom hospital."""
-    import yaml
-
-    table = {**labels, "table": str((folder / labels["table"]).resolve())}
-    section = {"data": {"folder": str((folder / "dicom").resolve()), "format": "dicom", "labels": table}}
-    return yaml.safe_dump(section, sort_keys=False, allow_unicode=True, default_style=None)
+app.command()(data_cli.phantom)
 
 
 def main() -> None:

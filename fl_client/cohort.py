@@ -22,10 +22,12 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
-from fl_client.ingest import Index, IndexedImage
+from fl_client.index import Index, IndexedImage
+from fl_client.readers import content_of
 from models.imaging import to_grid
 from models.labels import Label, LabelTable
 from models.study import Evaluation, Study
+from models.volumes import to_volume_grid
 from privacy import keys
 from privacy.errors import CohortTooSmall, DataError, LabelTableError, PatientInTwoSplits
 
@@ -68,10 +70,10 @@ class _Member:
 class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     """One split of one study at one site.
 
-    `images` float32 (N, 1, S, S) in 0..1, memory-mapped; `targets` float32 (N, T), 0 where missing; `known` float32 (N, T),
-    1 where labelled; `patients` int64 (N,), numbers from 0 that mean nothing outside this object. `identities[n]`: by what
-    patient n is known again (number and images, hashed), whatever study, folder or name it comes back under.
-    `public_size`: patients of the training split in tens, as they were when the study began here.
+    `images` float32 (N, 1, S, S) or (N, 1, D, H, W) in 0..1, memory-mapped; `targets` float32 (N, T), 0 where missing;
+    `known` float32 (N, T), 1 where labelled; `patients` int64 (N,), numbers from 0 that mean nothing outside this object.
+    `identities[n]`: by what patient n is known again (number and images, hashed), whatever study, folder or name it comes back
+    under. `public_size`: patients of the training split in tens, as they were when the study began here.
     """
 
     def __init__(self, members: list[_Member], images: torch.Tensor, names: list[str]) -> None:
@@ -93,8 +95,8 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         """The `split` of `study` here. Splits are pinned in the file `pins`, which is made on the first call.
 
         Raises CohortTooSmall below the study's minimum of patients, LabelTableError if the site maps none of the study's
-        targets, CacheLost if pixels are missing, DataError if the pins are damaged, PatientInTwoSplits if an image came
-        back under a patient of another split.
+        targets, CacheLost if pixels are missing, DataError if the pins or too many of the site's files are damaged, or if
+        radiographs were cached with another scaling, PatientInTwoSplits if an image came back under a patient of another split.
         """
         names = study.task.targets
         if not set(names) & set(labels.mapping.targets):
@@ -123,7 +125,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         return len(self.patients)
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(image float32 (1, S, S), target float32 (T,), known float32 (T,))."""
+        """(image float32 (1, S, S) or (1, D, H, W), target float32 (T,), known float32 (T,))."""
         return self.images[number], self.targets[number], self.known[number]
 
     @property
@@ -142,9 +144,18 @@ def _join(index: Index, labels: LabelTable, study: Study) -> tuple[list[_Member]
     """Images with a label for at least one target, ordered by patient token and file."""
     members: list[_Member] = []
     unlabelled = modality = 0
+    index.require_fit()
+    wanted = study.images
+    if wanted.volume is None and wanted.scaling != index.scaling:
+        raise DataError(
+            f"the study asks for radiographs scaled by {wanted.scaling}, and those here were by {index.scaling}",
+            remedy=f"Say `scaling: {wanted.scaling}` in site.yaml's data section, and ingest again.",
+        )
     for image in index.images():
         # Pictures have no modality of their own; the study's list is about DICOM.
-        if image.modality and image.modality not in study.images.modalities:
+        if image.is_volume != (wanted.volume is not None) or (
+            image.modality and image.modality not in wanted.modalities
+        ):
             modality += 1
             continue
         key = image.key(labels.mapping.matches)
@@ -268,47 +279,63 @@ def _read_pins(pins: Path) -> _Pins:
 
 
 def _grid(index: Index, study: Study, split: Split, members: list[_Member]) -> torch.Tensor:
-    """float32 (N, 1, S, S), memory-mapped from a file that is made once per selection of images and size."""
-    size = study.images.size_px
-    shape = (len(members), 1, size, size)
+    """float32 (N, *study.images.shape), memory-mapped from a file that is made once per selection of images and grid."""
+    shape = (len(members), *study.images.shape)
     if not members:
         return torch.zeros(shape)
-    caches = "\n".join([f"{size}", *(member.image.cache for member in members)])
+    asked = study.images.model_dump_json()
+    caches = "\n".join([asked, *(f"{member.image.cache} {member.image.affine}" for member in members)])
     name = hashlib.sha256(GRID_LABEL + b"\n" + caches.encode()).hexdigest()[:32]
     folder, stem = index.state / "grids", f"{study.digest[:16]}-{split}"
     path = folder / f"{stem}-{name}.npy"
     if not _is_grid(path, shape):
         folder.mkdir(mode=0o700, exist_ok=True)
-        _make_grid(path, shape, index, members)
+        _make_grid(path, shape, study, index, members)
         # A running worker keeps its map of an older file: unlinking takes the name, not the content.
-        for old in folder.glob(f"{stem}-*.npy"):
-            if old != path:
+        for old in folder.glob(f"{stem}-*"):
+            if old.name.partition(".")[0] != path.stem:
                 old.unlink(missing_ok=True)
     stored: npt.NDArray[np.float32] = np.load(path, mmap_mode="c", allow_pickle=False)
     return torch.from_numpy(stored)
 
 
 def _is_grid(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether the file is there and holds what was written: a flipped bit would be trained on, and nobody would know."""
     try:
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
+        content = _content_file(path).read_text(encoding="ascii")
     except (OSError, ValueError, EOFError):
         return False
-    return bool(stored.shape == shape and stored.dtype == np.float32)
+    return bool(stored.shape == shape and stored.dtype == np.float32 and content_of(stored) == content)
 
 
-def _make_grid(path: Path, shape: tuple[int, ...], index: Index, members: list[_Member]) -> None:
+def _content_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _make_grid(path: Path, shape: tuple[int, ...], study: Study, index: Index, members: list[_Member]) -> None:
     """Write the images one by one into a file that gets its name when it is whole; never all of them in memory."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         os.close(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
         grid = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
         for number, member in enumerate(members):
-            grid[number] = to_grid(index.pixels(member.image), shape[-1])
+            grid[number] = _on_grid(index, member.image, study)
+        content = content_of(grid)
         grid.flush()
         del grid
+        keys.write_private(_content_file(path), content.encode())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _on_grid(index: Index, image: IndexedImage, study: Study) -> npt.NDArray[np.float32]:
+    """float32 of `study.images.shape` in 0..1. Raises CacheLost."""
+    if study.images.volume is None:
+        return to_grid(index.pixels(image), study.images.size_px)
+    affine = np.array(image.affine, np.float64).reshape(3, 4)
+    return to_volume_grid(index.volume(image), affine, study.images.volume)
 
 
 @contextmanager

@@ -1,14 +1,16 @@
-"""One file becomes one decoded radiograph with the few header fields that are kept, or `ImageLeftOut` with a `Reason`.
+"""One file becomes a header (first look) or pixels (second look), or `ImageLeftOut` with a `Reason`.
 
 Checks run from cheap to costly, and what a file *is* comes before what is wrong with it, so the counts mean what they say.
 Nothing of the header is printed or put into an error.
 """
 
 import io
+import json
 import re
 import zlib
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydicom.dataset import Dataset
 
 from fl_client.sources import FILE_BYTES_MAX, Reason
-from models import imaging
+from models import imaging, volumes
 from privacy.errors import ImageLeftOut
 
 View = Literal["frontal", "lateral", "unknown"]
@@ -27,17 +29,27 @@ RADIOGRAPHS = {
     "1.2.840.10008.5.1.4.1.1.1.1": "DX",  # Digital X-Ray Image Storage, For Presentation
     "1.2.840.10008.5.1.4.1.1.1.1.1": "DX",  # Digital X-Ray Image Storage, For Processing
 }
+CT = "1.2.840.10008.5.1.4.1.1.2"
+ENHANCED_CT = ("1.2.840.10008.5.1.4.1.1.2.1", "1.2.840.10008.5.1.4.1.1.2.2")  # and what old CT is converted to
 FOR_PROCESSING = "1.2.840.10008.5.1.4.1.1.1.1.1"
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and the multi-frame classes, .1 to .4 below it
 DEFLATED = b"1.2.840.10008.1.2.1.99"
 META_BYTES_MAX = 64 * 1024  # file meta information is a few hundred bytes
 TEXT_MAX = 128  # characters kept of a header field: the longest value DICOM allows in these is 64
 GREY_TOLERANCE = 8  # JPEG stores grey as luminance and chroma; rounding leaves the channels this close
+YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
+YEARS_MAX = 120  # above it, an age is a typing error: headers say 148 and 155
+SIDECAR_BYTES_MAX = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Header:
-    """What the index keeps of one file; text is "" where the file says nothing."""
+    """What the index keeps of one file; text is "" where the file says nothing.
+
+    `plane`: where a CT slice lies, as position, row, column and spacing; empty for a radiograph. `lossy`: whether the pixels
+    were compressed with loss before they came here. `acquisition`: which passage of the scanner, where a series holds several.
+    `inverted`: a picture whose header says that bright means air; DICOM files say so themselves.
+    """
 
     patient: str = ""
     study_uid: str = ""
@@ -47,23 +59,37 @@ class Header:
     modality: str = ""
     view: View = "unknown"
     manufacturer: str = ""
-    spacing_mm: tuple[float, float] | None = None
+    sex: str = ""
+    age_years: float | None = None
+    lossy: bool = False
+    acquisition: str = ""
+    inverted: bool = False
+    plane: list[float] = field(default_factory=list)
+    size: list[int] = field(default_factory=list)  # of a CT slice: rows, columns
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """One file read: `pixels` float32 (H, W) in 0..1, bright is dense, no side above the limit asked for."""
+class Pixels:
+    """One radiograph read: `pixels` float32 (H, W) in 0..1, bright is dense, no side above the limit asked for."""
 
-    header: Header
     pixels: npt.NDArray[np.float32]
+    spacing_mm: tuple[float, float] | None
+    low: float
+    high: float
 
 
-def read_dicom(data: bytes, longest_side_px: int) -> Reading:
-    """The radiograph in `data`, a DICOM file with or without preamble. Raises ImageLeftOut with a Reason, nothing else."""
+def look_at_dicom(data: bytes, identifying: Callable[[Dataset], list[str]] | None = None) -> Header:
+    """The header of the radiograph or CT slice in `data`, a DICOM file with or without preamble. Raises only ImageLeftOut.
+
+    `identifying`: what finds a person in a header, for a site that wants none in its files.
+    """
     with imaging.quiet_reading():
         try:
-            dataset = _parse(data)
-            modality = _radiograph_or_raise(dataset)
+            dataset = _parse(data, pixels=False)
+            modality = _image_or_raise(dataset)
             header = Header(
                 patient=_text(dataset, "PatientID"),
                 study_uid=_text(dataset, "StudyInstanceUID"),
@@ -71,31 +97,158 @@ def read_dicom(data: bytes, longest_side_px: int) -> Reading:
                 sop_uid=_text(dataset, "SOPInstanceUID"),
                 accession=_text(dataset, "AccessionNumber"),
                 modality=modality,
-                view=view_of(dataset),
+                view="unknown" if modality == "CT" else view_of(dataset),
                 manufacturer=_text(dataset, "Manufacturer"),
+                sex=_one_of(_text(dataset, "PatientSex"), "FMO"),
+                age_years=age_of(_text(dataset, "PatientAge")),
+                lossy=_text(dataset, "LossyImageCompression") == "01",
+                **(_lies(dataset) if modality == "CT" else {}),
             )
             _usable_or_raise(dataset, header)
+            if identifying is not None and identifying(dataset):
+                raise ImageLeftOut(Reason.IDENTIFYING)
         except imaging.READING_ERRORS:
             raise ImageLeftOut(Reason.NOT_DICOM) from None
+    return header
+
+
+def read_radiograph(data: bytes, longest_side_px: int, *, display: bool) -> Pixels:
+    """The pixels of a file that `look_at_dicom` found a radiograph. Raises only ImageLeftOut."""
+    with imaging.quiet_reading():
+        image = imaging.decode(_whole(data), display=display)
+    found = imaging.scaled(image)
+    return Pixels(imaging.reduced(found.pixels, longest_side_px), image.spacing_mm, found.low, found.high)
+
+
+def read_slice(data: bytes) -> volumes.Int16:
+    """The pixels of a file that `look_at_dicom` found a CT slice, in Hounsfield units int16 (H, W). Raises only ImageLeftOut."""
+    with imaging.quiet_reading():
+        dataset = _whole(data)
         image = imaging.decode(dataset)
-    pixels = imaging.reduced(imaging.scaled(image), longest_side_px)
-    return Reading(Header(**{**vars(header), "spacing_mm": image.spacing_mm}), pixels)
+        if _text(dataset, "PhotometricInterpretation") != "MONOCHROME2":
+            raise ImageLeftOut(Reason.POLARITY_UNKNOWN)
+    return volumes.hounsfield(image.values, image.padding)
+
+
+def _whole(data: bytes) -> Dataset:
+    try:
+        dataset = _parse(data, pixels=True)
+    except imaging.READING_ERRORS:
+        raise ImageLeftOut(Reason.NOT_DICOM) from None
+    if "PixelData" not in dataset:
+        raise ImageLeftOut(Reason.TRUNCATED)  # its header says that there are pixels: the copy ended early
+    return dataset
+
+
+def age_of(text: str) -> float | None:
+    """Years of a DICOM Age String (PS3.5 6.2: 063Y, 018M, 006W, 003D); None for anything else, and above YEARS_MAX."""
+    found = re.fullmatch(r"(\d{1,3})([DWMY])", text.upper())
+    if found is None:
+        return None
+    years = int(found[1]) * YEARS[found[2]]
+    return years if years <= YEARS_MAX else None
 
 
 PICTURE_BEGINNINGS = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 
 
-def read_picture(data: bytes, longest_side_px: int, patient: str | None, view: str | None) -> Reading:
-    """The radiograph in a PNG or JPEG file, grey or grey stored as colour, with what the label table says about it.
+@dataclass(frozen=True)
+class Caption:
+    """What is known of a picture from beside it, by the label table or a sidecar. `view` None: vouched for as frontal."""
 
-    `view` is the word of the table's view column; None means that the site has no such column and vouches for frontal views.
+    patient: str | None
+    view: str | None
+    sidecar: Header | None = None
+    inverted: bool = False
+
+
+def read_sidecar(data: bytes) -> Caption:
+    """The DICOM header that lies as JSON beside a picture (BIMCV and others): by keyword, or the DICOM JSON model (PS3.18 F).
+
+    Raises ImageLeftOut(sidecar) if it is none. Of a picture it says patient, view, and whether bright means air.
     """
+    with imaging.quiet_reading():
+        try:
+            if len(data) > SIDECAR_BYTES_MAX:
+                raise ValueError
+            dataset = _of_json(json.loads(data))
+            view = view_of(dataset)
+            header = Header(
+                patient=_text(dataset, "PatientID"),
+                study_uid=_text(dataset, "StudyInstanceUID"),
+                series_uid=_text(dataset, "SeriesInstanceUID"),
+                sop_uid=_text(dataset, "SOPInstanceUID"),
+                accession=_text(dataset, "AccessionNumber"),
+                modality=_one_of_modalities(_text(dataset, "Modality").upper()),
+                view=view,
+                manufacturer=_text(dataset, "Manufacturer"),
+                sex=_one_of(_text(dataset, "PatientSex"), "FMO"),
+                age_years=age_of(_text(dataset, "PatientAge")),
+            )
+            inverted = _text(dataset, "PhotometricInterpretation") == "MONOCHROME1"
+        except (*imaging.READING_ERRORS, RecursionError):
+            raise ImageLeftOut(Reason.SIDECAR) from None
+    return Caption(header.patient or None, header.view, header, inverted)
+
+
+def _of_json(document: Any) -> Dataset:
+    """A data set of the keywords that are read here; what they hold is text, as in a header."""
+    if not isinstance(document, dict):
+        raise ValueError
+    dataset = Dataset()
+    for key, value in document.items():
+        tag = pydicom.datadict.tag_for_keyword(key)
+        if tag is None and re.fullmatch("[0-9A-Fa-f]{8}", key):
+            tag = int(key, 16)
+        keyword = "" if tag is None else pydicom.datadict.keyword_for_tag(tag)
+        if keyword in _OF_SIDECARS:
+            stated = value.get("Value", []) if isinstance(value, dict) else value
+            many = stated if isinstance(stated, list) else [stated]
+            words = [str(one) for one in many if isinstance(one, str | int | float)]
+            setattr(dataset, keyword, words if keyword == "PatientOrientation" else " ".join(words[:1]))
+    return dataset
+
+
+_OF_SIDECARS = frozenset(
+    (
+        *("PatientID", "StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "AccessionNumber", "Modality"),
+        *("ViewPosition", "PatientOrientation", "SeriesDescription", "StudyDescription", "Manufacturer", "PatientSex"),
+        *("PatientAge", "PhotometricInterpretation"),
+    )
+)
+
+
+def look_at_picture(data: bytes, caption: Caption) -> Header:
+    """The header of a PNG or JPEG file, from what is known of it. Raises ImageLeftOut."""
     if not data.startswith(PICTURE_BEGINNINGS):  # before the patient is asked for: a table or text file has none either
         raise ImageLeftOut(Reason.NOT_A_PICTURE)
-    header = Header(patient=patient or "", view="frontal" if view is None else view_in_words(view))
+    view: View = "frontal" if caption.view is None else view_in_words(caption.view)
+    if caption.view in ("frontal", "lateral"):
+        view = "frontal" if caption.view == "frontal" else "lateral"
+    facts = (caption.sidecar or Header()).to_json() | {
+        "patient": caption.patient or "",
+        "view": view,
+        "inverted": caption.inverted,
+    }
+    header = Header(**facts)
     if not header.patient:
         raise ImageLeftOut(Reason.NO_PATIENT)
     _frontal_or_raise(header.view)
+    return header
+
+
+def volume_header(caption: Caption) -> Header:
+    """The header of a NIfTI volume, which itself says nothing of whom it is of."""
+    facts = (caption.sidecar or Header()).to_json() | {
+        "patient": caption.patient or "",
+        "modality": "CT",
+        "view": "unknown",
+    }
+    return Header(**facts)
+
+
+def read_picture(data: bytes, longest_side_px: int, *, inverted: bool = False) -> Pixels:
+    """The pixels of a PNG or JPEG file, grey or grey stored as colour. Raises ImageLeftOut."""
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as picture:
             if picture.width * picture.height > imaging.PIXELS_MAX:
@@ -109,8 +262,8 @@ def read_picture(data: bytes, longest_side_px: int, patient: str | None, view: s
         raise ImageLeftOut(Reason.TRUNCATED) from None
     except (*imaging.READING_ERRORS, SyntaxError):  # Pillow's PNG reader raises SyntaxError on broken chunks
         raise ImageLeftOut(Reason.UNREADABLE_PIXELS) from None
-    pixels = imaging.reduced(imaging.scaled(imaging.Radiograph(values, None, None)), longest_side_px)
-    return Reading(header, pixels)
+    found = imaging.scaled(imaging.Radiograph(-values if inverted else values, None, None))
+    return Pixels(imaging.reduced(found.pixels, longest_side_px), None, found.low, found.high)
 
 
 def _grey(picture: Image.Image) -> npt.NDArray[np.float32]:
@@ -127,14 +280,17 @@ def _grey(picture: Image.Image) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(channels[..., 1])
 
 
-def _parse(data: bytes) -> Dataset:
-    """The data set, with pixels. Without "DICM" at byte 128 the first tag must be of group 2 or 8, else it is no DICOM."""
+def _parse(data: bytes, *, pixels: bool) -> Dataset:
+    """The data set, with or without what follows the header.
+
+    Without "DICM" at byte 128 the first tag must be of group 2 or 8, else it is no DICOM.
+    """
     preamble = data[128:132] == b"DICM"
     if not preamble and data[:2] not in (b"\x08\x00", b"\x02\x00", b"\x00\x08"):
         raise ImageLeftOut(Reason.NOT_DICOM)
     if preamble:
         _bounded_or_raise(data)
-    dataset = pydicom.dcmread(io.BytesIO(data), force=not preamble)
+    dataset = pydicom.dcmread(io.BytesIO(data), force=not preamble, stop_before_pixels=not pixels)
     if not preamble and "SOPClassUID" not in dataset and "Modality" not in dataset:
         raise ImageLeftOut(Reason.NOT_DICOM)
     return dataset
@@ -153,8 +309,8 @@ def _bounded_or_raise(data: bytes) -> None:
         raise ImageLeftOut(Reason.TOO_LARGE)
 
 
-def _radiograph_or_raise(dataset: Dataset) -> str:
-    """ "CR" or "DX" by modality and SOP class; the reason that says what it is instead."""
+def _image_or_raise(dataset: Dataset) -> str:
+    """ "CR", "DX" or "CT" by modality and SOP class; the reason that says what it is instead."""
     meta = getattr(dataset, "file_meta", None) or {}
     sop_class = _text(dataset, "SOPClassUID") or str(meta.get("MediaStorageSOPClassUID", "") or "")
     modality = _text(dataset, "Modality").upper()
@@ -162,16 +318,47 @@ def _radiograph_or_raise(dataset: Dataset) -> str:
         raise ImageLeftOut(Reason.SECONDARY_CAPTURE)
     if not sop_class and not modality:
         raise ImageLeftOut(Reason.TRUNCATED)
+    if sop_class in ENHANCED_CT:
+        raise ImageLeftOut(Reason.ENHANCED)
+    if sop_class == CT or (not sop_class and modality == "CT"):
+        return _slice_or_raise(dataset, modality)
     if sop_class and sop_class not in RADIOGRAPHS:
-        raise ImageLeftOut(Reason.NOT_A_RADIOGRAPH)
+        raise ImageLeftOut(Reason.OTHER_OBJECT)
     if modality not in ("CR", "DX", ""):
-        raise ImageLeftOut(Reason.NOT_A_RADIOGRAPH)
+        raise ImageLeftOut(Reason.OTHER_OBJECT)
     if sop_class == FOR_PROCESSING or _text(dataset, "PresentationIntentType").upper() == "FOR PROCESSING":
         raise ImageLeftOut(Reason.FOR_PROCESSING)
-    if "PixelData" not in dataset:
-        # An image object always has pixels; where they are missing, the copy ended early.
+    if "Rows" not in dataset:
         raise ImageLeftOut(Reason.TRUNCATED if sop_class else Reason.NO_PIXELS)
     return modality or RADIOGRAPHS[sop_class]
+
+
+def _slice_or_raise(dataset: Dataset, modality: str) -> str:
+    if modality not in ("CT", ""):
+        raise ImageLeftOut(Reason.OTHER_OBJECT)
+    kinds = [str(part).strip().upper() for part in dataset.get("ImageType") or []]
+    if "LOCALIZER" in kinds:
+        raise ImageLeftOut(Reason.LOCALIZER)
+    if int(dataset.get("NumberOfFrames") or 1) != 1:
+        raise ImageLeftOut(Reason.ENHANCED)
+    if "Rows" not in dataset:
+        raise ImageLeftOut(Reason.TRUNCATED)
+    return "CT"
+
+
+def _lies(dataset: Dataset) -> dict[str, Any]:
+    """`plane` and `size` of a CT slice. Raises ImageLeftOut(no_geometry)."""
+    try:
+        values = [
+            [float(part) for part in dataset.get(keyword) or ()]
+            for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+        ]
+        size = [int(dataset.Rows), int(dataset.Columns)]
+    except imaging.READING_ERRORS:
+        raise ImageLeftOut(Reason.NO_GEOMETRY) from None
+    volumes.plane_of(*values)
+    passage = f"{_text(dataset, 'AcquisitionNumber')} {_text(dataset, 'TemporalPositionIdentifier')}".strip()
+    return {"plane": [number for part in values for number in part], "size": size, "acquisition": passage}
 
 
 def _usable_or_raise(dataset: Dataset, header: Header) -> None:
@@ -179,9 +366,16 @@ def _usable_or_raise(dataset: Dataset, header: Header) -> None:
         raise ImageLeftOut(Reason.COLOUR)
     if _text(dataset, "BurnedInAnnotation").upper() == "YES":
         raise ImageLeftOut(Reason.BURNED_IN_TEXT)
-    if not header.patient:
-        raise ImageLeftOut(Reason.NO_PATIENT)
-    _frontal_or_raise(header.view)
+    if header.modality != "CT":
+        _frontal_or_raise(header.view)
+
+
+def _one_of(word: str, allowed: str) -> str:
+    return word.upper() if len(word) == 1 and word.upper() in allowed else ""
+
+
+def _one_of_modalities(word: str) -> str:
+    return word if word in ("CR", "DX") else ""
 
 
 def _frontal_or_raise(view: View) -> None:

@@ -1,68 +1,51 @@
 """Images of a source become a cache and an index that stay at the site; every file is counted as taken or left out by name.
 
-Each file is hashed, checked, decoded, brought to one polarity and to 0..1, reduced, and stored as 16-bit pixels under a name
-that is a hash of the file and of everything that was done to it. The index (SQLite) holds one row per file. A second run
-reads only what is new or changed and forgets what is gone. Each step is atomic: killed at any instant, `ingest` run again
-goes on where it stopped. The cache holds images of patients: its folder is open to nobody else (0700, files 0600).
+In two passes: each new or changed file is hashed and its header read; then of what is left, radiographs and CT volumes are made
+and stored under a name that is a hash of their files and of everything that was done to them. Files are opened by confined
+processes only (`fl_client.readers`). Each step is atomic: killed at any instant, `ingest` run again goes on where it stopped;
+a later run reads only what is new or changed and forgets what is gone.
 """
 
 import fcntl
 import hashlib
+import json
 import os
-import sqlite3
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-
-from fl_client.headers import Header, Reading, View, read_dicom, read_picture
+from fl_client.headers import SIDECAR_BYTES_MAX, Caption, Header, read_sidecar
+from fl_client.index import Index, IndexedImage, Known, Register, cache_path
+from fl_client.readers import Answer, Look, Radiograph, Readers, SlicesOfVolume, Task, VolumeFile
+from fl_client.series import Series, Slice, assemble
 from fl_client.site import Source
 from fl_client.sources import Folder, Item, Reason
-from models.labels import LabelMap, LabelTable, Matches, plain_key
-from privacy.errors import CacheLost, DataError, ImageLeftOut, LabelTableError
+from models.labels import LabelMap, LabelTable
+from models.volumes import Stack
+from privacy.errors import DataError, ImageLeftOut, LabelTableError
 
-__all__ = ["Index", "IndexedImage", "IngestReport", "Reason", "ingest"]
+__all__ = [
+    "Index",
+    "IndexedImage",
+    "IngestReport",
+    "Reason",
+    "cache_path",
+    "distrust",
+    "ingest",
+    "label_count",
+    "prune",
+]
 
-VERSION = 1  # of the index; another version is read anew from the source
-PREPROCESSING = b"isocenter/v1/radiograph"  # changes whenever the same file would give other pixels
-ROWS_PER_COMMIT = 32  # work lost by a kill: at most this many files are decoded twice
-SCALE = 65535  # 16 bits: finer than any detector, half the size of float32
+LOOK = b"isocenter/v2/look"  # changes whenever the same file would give another header
+RADIOGRAPH = b"isocenter/v2/radiograph"  # changes whenever the same file would give other pixels
+VOLUME = b"isocenter/v1/volume"
+DAMAGED_LEAST = 3  # a single bad copy among a few files is no reason to stop
 
-_COLUMNS = (
-    "file TEXT PRIMARY KEY, size INTEGER NOT NULL, modified_ns INTEGER NOT NULL, sha256 TEXT NOT NULL, recipe TEXT NOT NULL, "
-    "reason TEXT, cache TEXT, content TEXT, patient TEXT NOT NULL, study_uid TEXT NOT NULL, series_uid TEXT NOT NULL, "
-    "sop_uid TEXT NOT NULL, accession TEXT NOT NULL, modality TEXT NOT NULL, view TEXT NOT NULL, "
-    "manufacturer TEXT NOT NULL, row_mm REAL, column_mm REAL"
-)
-
-
-@dataclass(frozen=True)
-class IndexedImage:
-    """One image that was taken. `cache` names its pixels, `content` is their hash, `sha256` that of the file it came from."""
-
-    file: str
-    sha256: str
-    cache: str
-    content: str
-    patient: str
-    study_uid: str
-    series_uid: str
-    sop_uid: str
-    accession: str
-    modality: str
-    view: View
-    manufacturer: str
-    spacing_mm: tuple[float, float] | None
-
-    def key(self, matches: Matches) -> str:
-        """What the key column of a label table is compared to, in normalised form."""
-        value: str = getattr(self, matches if matches != "patient_id" else "patient")
-        return plain_key(value, matches)
+Stage = Literal["looking at files", "reading images"]
+Progress = Callable[[Stage, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -85,116 +68,75 @@ class LabelCount:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What one run found. `found` = `taken` + everything in `reasons`; `read` of them were opened now, the rest was known."""
+    """What one run found. `found` files = those of the images `taken` (one each, all slices of a volume) + those in `reasons`.
+
+    `read` of them were opened now, the rest was known. `unfit`: why the site will not work with these images, or "".
+    """
 
     found: int
     taken: int
+    volumes: int
     patients: int
     reasons: dict[Reason, int]
     read: int
     removed: int
     labels: LabelCount | None
     label_problem: str | None
+    seconds: float
+    unfit: str
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and words for `--json`; reasons by name, most frequent first."""
         return {
             "found": self.found,
             "taken": self.taken,
+            "volumes": self.volumes,
             "patients": self.patients,
             "left_out": {str(reason): count for reason, count in self.reasons.items()},
             "read_now": self.read,
             "removed": self.removed,
             "labels": self.labels.to_json() if self.labels else None,
             "label_problem": self.label_problem,
+            "seconds": round(self.seconds, 2),
+            "unfit": self.unfit or None,
         }
 
 
-class Index:
-    """What `ingest` left behind, read once into memory; duplicates are decided here, so it is right at every instant."""
-
-    def __init__(self, state: Path, images: list[IndexedImage], reasons: Counter[Reason], complete: bool) -> None:
-        self.state, self.complete = state, complete
-        self._images, self._reasons = images, reasons
-
-    @classmethod
-    def open(cls, state: Path) -> "Index":
-        """The index below `state`. Raises CacheLost if there is none, or if it is damaged or of another version."""
-        path = state / "index.sqlite"
-        if not path.is_file():
-            raise CacheLost(f"{state}: no images were ingested here")
-        try:
-            with closing(sqlite3.connect(path, timeout=30)) as database:
-                database.row_factory = sqlite3.Row
-                facts = _facts(database)
-                if facts.get("version") != str(VERSION):
-                    raise CacheLost(f"{path}: the index is of another version")
-                images, reasons = _without_duplicates(database.execute("SELECT * FROM images ORDER BY file"))
-        except sqlite3.Error as error:
-            raise CacheLost(f"{path}: the index cannot be read ({error})") from None
-        return cls(state, images, reasons, facts.get("complete") == "1")
-
-    def images(self) -> list[IndexedImage]:
-        """Every image taken, sorted by file."""
-        return list(self._images)
-
-    @property
-    def taken(self) -> int:
-        return len(self._images)
-
-    @property
-    def patients(self) -> int:
-        return len({image.patient for image in self._images})
-
-    def reasons(self) -> dict[Reason, int]:
-        """Files left out by reason, most frequent first."""
-        return dict(self._reasons.most_common())
-
-    def pixels(self, image: IndexedImage) -> npt.NDArray[np.float32]:
-        """float32 (H, W) in 0..1, bright is dense. Raises CacheLost if the file is gone or damaged."""
-        path = cache_path(self.state, image.cache)
-        try:
-            stored = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            raise CacheLost(f"{path}: the cached image is missing or damaged") from None
-        if stored.dtype != np.uint16 or stored.ndim != 2:
-            raise CacheLost(f"{path}: this is no cached image")
-        result: npt.NDArray[np.float32] = stored.astype(np.float32) / np.float32(SCALE)
-        return result
-
-
-def ingest(source: Source, root: Path, state: Path, progress: Callable[[int, int], None]) -> IngestReport:
+def ingest(
+    source: Source, root: Path, state: Path, progress: Progress = lambda stage, done, total: None, jobs: int = 0
+) -> IngestReport:
     """Bring cache and index below `state` up to date with `source`; `root` is the folder that relative paths start from.
 
-    `progress(done, total)` is called after each file. Raises DataError if the folder is missing, empty after it was not, or
-    being ingested already; LabelTableError if pictures cannot be assigned to patients. One bad file never raises.
+    `progress(stage, done, total)` is called after each file and each image. `jobs`: confined processes that read; 0 reads in this
+    one, for images that are known to be sound. Raises DataError if the folder is missing, empty after it was not, or being
+    ingested already; LabelTableError if pictures cannot be assigned to patients; OSError if the disk is full. One bad file never
+    raises.
     """
+    began = time.monotonic()
     folder = Folder(root / source.folder)
-    labels, problem = _labels(source, root)
     items = list(folder.items())
+    labels, problem = _labels(source, root, sidecars=any(item.name.lower().endswith(".json") for item in items))
     _private_folder(state)
     _private_folder(state / "cache")
-    read = 0
-    with _only_one(state), closing(_Register(state)) as register:
-        register.begin(f"{source.format} {folder.identity}", [item.name for item in items])
-        for done, item in enumerate(items, start=1):
-            intake = _Intake.of(source, item, labels)
-            if not register.knows(item, intake.recipe):
-                register.put(item, intake)
-                read += 1
-            progress(done, len(items))
-        removed = register.finish()
+    with _only_one(state), closing(Register(state)) as register, Readers(jobs, root) as readers:
+        register.begin(f"{source.format} {folder.identity}", [item.name for item in items], source.scaling)
+        opened = _look(_intakes(source, items, labels), register, readers, progress)
+        removed = register.forget()
+        names = _make(_Plan(source, state, {item.name: item for item in items}, opened), register, readers, progress)
+        register.finish(names, _unfit(source, register, items))
     index = Index.open(state)
-    count = label_count(index, labels) if labels else None
     return IngestReport(
-        len(items),
-        index.taken,
-        index.patients,
-        index.reasons(),
-        read,
-        removed,
-        count,
-        str(problem) if problem else None,
+        found=len(items),
+        taken=index.taken,
+        volumes=sum(image.is_volume for image in index.images()),
+        patients=index.patients,
+        reasons=index.reasons(),
+        read=len(opened),
+        removed=removed,
+        labels=label_count(index, labels) if labels else None,
+        label_problem=str(problem) if problem else None,
+        seconds=time.monotonic() - began,
+        unfit=index.unfit,
     )
 
 
@@ -214,219 +156,227 @@ def label_count(index: Index, labels: LabelTable) -> LabelCount:
     )
 
 
-def cache_path(state: Path, key: str) -> Path:
-    return state / "cache" / key[:2] / f"{key}.npy"
+def distrust(state: Path) -> None:
+    """Let the next `ingest` open every file again, whatever its size and date say."""
+    if (state / "index.sqlite").is_file():
+        with _only_one(state), closing(Register(state)) as register:
+            register.distrust()
+
+
+def prune(state: Path) -> int:
+    """Remove what can be made again and is not needed now: grids of studies, unfinished parts. Bytes freed."""
+    freed = 0
+    with _only_one(state):
+        for path in [*(state / "grids").glob("*"), *(state / "cache").glob("??/*.part")]:
+            freed += path.stat().st_size
+            path.unlink()
+    return freed
+
+
+# First pass: a look at each file -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Intake:
-    """How one file is to be read; `recipe` names it, so that a change of any part reads the file again."""
+    """How one file is to be looked at; `recipe` names it, so that a change of any part looks again."""
 
-    pictures: bool
-    longest_side_px: int
-    patient: str | None = None
-    view: str | None = None
-
-    @classmethod
-    def of(cls, source: Source, item: Item, labels: LabelTable | None) -> "_Intake":
-        if source.format != "pictures" or labels is None:
-            return cls(False, source.longest_side_px)
-        mapping = labels.mapping
-        top, below, _ = item.name.partition("/")
-        key = item.name if mapping.matches == "file" else top if below else ""
-        patient = key if mapping.matches == "patient_id" else labels.patient_of(key)
-        view = None if mapping.view is None else labels.view_of(key) or ""
-        return cls(True, source.longest_side_px, patient, view)
-
-    @property
-    def pixels(self) -> bytes:
-        """Names what is done to the pixels; part of the cache key."""
-        return PREPROCESSING + f" longest_side_px={self.longest_side_px}".encode()
+    item: Item
+    look: Look
 
     @property
     def recipe(self) -> str:
-        """Names everything that decides the row, as a hash: patient numbers need not stand in the index twice."""
-        return hashlib.sha256(
-            b"\n".join([self.pixels, repr((self.pictures, self.patient, self.view)).encode()])
-        ).hexdigest()
-
-    def read(self, data: bytes) -> Reading:
-        if self.pictures:
-            return read_picture(data, self.longest_side_px, self.patient, self.view)
-        return read_dicom(data, self.longest_side_px)
+        """A hash: patient numbers need not stand in the index twice."""
+        look = self.look
+        parts = (look.format, look.caption, look.patient, look.require_deidentified)
+        return hashlib.sha256(LOOK + b"\n" + repr(parts).encode()).hexdigest()
 
 
-class _Register:
-    """The writing side of the index: one row per file, committed in small groups."""
+def _intakes(source: Source, items: list[Item], labels: LabelTable | None) -> list[_Intake]:
+    if source.format == "dicom":
+        first = [item.name.partition("/") for item in items]
+        whose = [top if below and source.patients == "folder" else "" for top, below, _ in first]
+        strict = source.require_deidentified
+        return [
+            _Intake(item, Look(item, "dicom", patient=patient, require_deidentified=strict))
+            for item, patient in zip(items, whose, strict=True)
+        ]
+    sidecars = {item.name[: -len(".json")]: item for item in items if item.name.lower().endswith(".json")}
+    return [_Intake(item, Look(item, source.format, _caption(item, sidecars, labels))) for item in items]
 
-    def __init__(self, state: Path) -> None:
-        self.state = state
-        self.uncommitted = 0
-        path = state / "index.sqlite"
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+
+def _caption(item: Item, sidecars: dict[str, Item], labels: LabelTable | None) -> Caption:
+    """What table and sidecar say of a picture or volume; the table comes first, because people look after it."""
+    sidecar = sidecars.get(item.name.rpartition(".")[0])
+    said = Caption(None, None)
+    if sidecar is not None and sidecar is not item and sidecar.reason is None and sidecar.size <= SIDECAR_BYTES_MAX:
         try:
-            self.database = self._prepared(path)
-        except sqlite3.DatabaseError:
-            # Damaged, or made by another version: the source still has everything, so it is made anew.
-            path.unlink()
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            self.database = self._prepared(path)
-
-    @staticmethod
-    def _prepared(path: Path) -> sqlite3.Connection:
-        database = sqlite3.connect(path, timeout=30)
-        try:
-            database.row_factory = sqlite3.Row
-            database.execute("CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
-            if _facts(database).get("version", str(VERSION)) != str(VERSION):
-                raise sqlite3.DatabaseError("another version")
-            database.execute(f"CREATE TABLE IF NOT EXISTS images ({_COLUMNS})")
-            database.execute("INSERT OR IGNORE INTO facts VALUES ('version', ?)", (str(VERSION),))
-            database.commit()
-        except sqlite3.DatabaseError:
-            database.close()
-            raise
-        return database
-
-    def close(self) -> None:
-        self.database.close()
-
-    def begin(self, identity: str, names: Iterable[str]) -> None:
-        """Refuse a folder that is suddenly empty; if the source is another one, trust no stored size and date."""
-        self.names = set(names)
-        known = self.database.execute("SELECT COUNT(*) FROM images WHERE cache IS NOT NULL").fetchone()[0]
-        if known and not self.names:
-            raise DataError(
-                f"the data folder is empty, but {known} images were ingested from it before",
-                remedy="Check that the share is mounted. To forget these images, remove the cache folder and ingest again.",
-            )
-        if _facts(self.database).get("source", identity) != identity:
-            self.database.execute("UPDATE images SET modified_ns = -1")
-        self._set(source=identity, complete="0")
-
-    def knows(self, item: Item, recipe: str) -> bool:
-        """True if the row of this file is up to date and its pixels are there."""
-        row = self.database.execute(
-            "SELECT size, modified_ns, recipe, reason, cache FROM images WHERE file = ?", (item.name,)
-        ).fetchone()
-        if row is None or (row["size"], row["modified_ns"], row["recipe"]) != (item.size, item.modified_ns, recipe):
-            return False
-        if item.reason is not None or row["cache"] is None:
-            return bool(row["reason"] == item.reason or item.reason is None)
-        path = cache_path(self.state, row["cache"])
-        return path.is_file() and path.stat().st_size > 0
-
-    def put(self, item: Item, intake: _Intake) -> None:
-        """Read one file and store its row; its pixels are in the cache before the row names them."""
-        row: dict[str, Any] = {
-            **{"file": item.name, "size": item.size, "modified_ns": item.modified_ns, "recipe": intake.recipe},
-            **{"sha256": "", "reason": None, "cache": None, "content": None, "row_mm": None, "column_mm": None},
-        }
-        header = Header()
-        try:
-            if item.reason is not None:
-                raise ImageLeftOut(item.reason)
-            data = _bytes_of(item)
-            row["sha256"] = hashlib.sha256(data).hexdigest()
-            reading = intake.read(data)
-            header = reading.header
-            row["cache"] = hashlib.sha256(intake.pixels + b"\n" + row["sha256"].encode()).hexdigest()
-            row["content"] = _store(cache_path(self.state, row["cache"]), reading.pixels)
-        except ImageLeftOut as refusal:
-            row["reason"] = str(Reason(refusal.reason))
-        for name in (field.name for field in fields(Header) if field.name != "spacing_mm"):
-            row[name] = getattr(header, name)
-        if header.spacing_mm:
-            row["row_mm"], row["column_mm"] = header.spacing_mm
-        places = ", ".join(f":{name}" for name in row)
-        self.database.execute(f"INSERT OR REPLACE INTO images ({', '.join(row)}) VALUES ({places})", row)  # noqa: S608  our own names
-        self.uncommitted += 1
-        if self.uncommitted >= ROWS_PER_COMMIT:
-            self.database.commit()
-            self.uncommitted = 0
-
-    def finish(self) -> int:
-        """Forget files that are gone and remove pixels that no row names any more; the number of files forgotten."""
-        stored = [row["file"] for row in self.database.execute("SELECT file FROM images")]
-        gone = [(name,) for name in stored if name not in self.names]
-        self.database.executemany("DELETE FROM images WHERE file = ?", gone)
-        self._set(complete="1")
-        named = {row["cache"] for row in self.database.execute("SELECT cache FROM images WHERE cache IS NOT NULL")}
-        for path in (self.state / "cache").glob("??/*"):
-            if path.stem not in named or path.suffix != ".npy":
-                path.unlink(missing_ok=True)
-        return len(gone)
-
-    def _set(self, **facts: str) -> None:
-        self.database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", list(facts.items()))
-        self.database.commit()
-        self.uncommitted = 0
+            said = read_sidecar(sidecar.read())
+        except ImageLeftOut:
+            said = Caption(None, "")  # a header that cannot be read vouches for nothing
+    elif item.name.lower().endswith(".json"):
+        return Caption(None, None)
+    if labels is None:
+        return said
+    mapping = labels.mapping
+    top, below, _ = item.name.partition("/")
+    key = item.name if mapping.matches == "file" else top if below else ""
+    patient = key if mapping.matches == "patient_id" else labels.patient_of(key)
+    view = said.view if mapping.view is None else labels.view_of(key) or ""
+    return replace(said, patient=patient or said.patient, view=view)
 
 
-def _facts(database: sqlite3.Connection) -> dict[str, str]:
-    return dict(database.execute("SELECT name, value FROM facts").fetchall())
-
-
-def _without_duplicates(rows: Iterable[sqlite3.Row]) -> tuple[list[IndexedImage], Counter[Reason]]:
-    """The first file of each image in the order given, and the count of everything else by reason.
-
-    The same instance of the same patient, sent twice, is one image. So are equal pixels under two numbers: they are one
-    exposure filed twice, and would otherwise stand on both sides of a split.
-    """
-    images: list[IndexedImage] = []
-    reasons: Counter[Reason] = Counter()
-    seen: set[tuple[str, str]] = set()
-    for row in rows:
-        if row["reason"] is not None:
-            reasons[Reason(row["reason"])] += 1
-            continue
-        marks = {("pixels", row["content"])}
-        if row["sop_uid"]:
-            marks.add((row["patient"], row["sop_uid"]))
-        if marks & seen:
-            reasons[Reason.DUPLICATE] += 1
+def _look(intakes: list[_Intake], register: Register, readers: Readers, progress: Progress) -> set[str]:
+    """Look at every file that is new or changed; which."""
+    total, done, read = len(intakes), 0, set[str]()
+    fresh: list[_Intake] = []
+    for intake in intakes:
+        recipe = intake.recipe
+        if register.knows(intake.item, recipe):
+            done += 1
+        elif intake.item.reason is not None:
+            register.put_file(intake.item, recipe, {"reason": str(intake.item.reason)})
+            read.add(intake.item.name)
+            done += 1
         else:
-            names = [field.name for field in fields(IndexedImage) if field.name != "spacing_mm"]
-            spacing = (row["row_mm"], row["column_mm"]) if row["row_mm"] else None
-            images.append(IndexedImage(**{name: row[name] for name in names}, spacing_mm=spacing))
-        seen |= marks
-    return images, reasons
+            fresh.append(intake)
+    progress("looking at files", done, total)
+    for intake, found in readers.run((intake, intake.look) for intake in fresh):
+        register.put_file(intake.item, intake.recipe, found)
+        read.add(intake.item.name)
+        done += 1
+        progress("looking at files", done, total)
+    return read
 
 
-def _labels(source: Source, root: Path) -> tuple[LabelTable | None, LabelTableError | None]:
+# Second pass: radiographs and volumes ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One image that is to be there: of which files, how it is made, and what is known of it beforehand."""
+
+    name: str
+    members: list[str]
+    recipe: str
+    cache: str
+    task: Task
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the files of a source are made into."""
+
+    source: Source
+    state: Path
+    items: dict[str, Item]
+    opened: set[str]  # files that were opened in this run
+
+    def radiograph(self, known: Known) -> _Wanted:
+        source, item = self.source, self.items[known.file]
+        done = f" longest_side_px={source.longest_side_px} {source.scaling} inverted={known.header.inverted}".encode()
+        cache = hashlib.sha256(RADIOGRAPH + done + b"\n" + known.sha256.encode()).hexdigest()
+        path = cache_path(self.state, cache)
+        shown, picture = source.scaling == "window", source.format == "pictures"
+        task = Radiograph(item, known.sha256, path, source.longest_side_px, shown, picture, known.header.inverted)
+        return self._wanted([known.file], cache, task, _of_header(known.header) | {"sha256": known.sha256})
+
+    def volume_file(self, known: Known) -> _Wanted:
+        cache = hashlib.sha256(VOLUME + b" nifti\n" + known.sha256.encode()).hexdigest()
+        task = VolumeFile(self.items[known.file], known.sha256, cache_path(self.state, cache))
+        return self._wanted([known.file], cache, task, _of_header(known.header) | {"sha256": known.sha256})
+
+    def _wanted(self, members: list[str], cache: str, task: Task, facts: dict[str, Any]) -> _Wanted:
+        recipe = hashlib.sha256(f"{cache}\n{json.dumps(facts, sort_keys=True)}".encode()).hexdigest()
+        return _Wanted(members[0], members, recipe, cache, task, facts)
+
+    def volume(self, series: Series, lies: Stack) -> _Wanted:
+        members = [found.file for found in series.slices]
+        hashes = [found.sha256 for found in series.slices]
+        joined = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+        cache = hashlib.sha256(VOLUME + b"\n" + joined.encode()).hexdigest()
+        first = series.slices[0].header
+        rows, columns = first.size
+        items = [self.items[name] for name in members]
+        facts = _of_header(first) | {
+            "sha256": joined,
+            "lossy": any(found.header.lossy for found in series.slices),
+            "spacing_mm": [round(value, 6) for value in lies.spacing_mm],
+            "affine": [float(value) for value in lies.affine.ravel()],
+            "tilt_degrees": round(lies.tilt_degrees, 3),
+        }
+        return self._wanted(
+            members, cache, SlicesOfVolume(items, hashes, cache_path(self.state, cache), (rows, columns)), facts
+        )
+
+
+def _of_header(header: Header) -> dict[str, Any]:
+    """What the index keeps of an image from its header."""
+    kept = header.to_json()
+    for name in ("plane", "size", "acquisition", "inverted"):
+        del kept[name]
+    return kept
+
+
+def _make(plan: _Plan, register: Register, readers: Readers, progress: Progress) -> list[str]:
+    """Make every image that is not there yet; the names of all that there should be."""
+    slices, wanted = [], []
+    for known in register.candidates():
+        if known.header.plane:
+            slices.append(Slice(known.file, known.sha256, known.header))
+        else:
+            wanted.append(plan.volume_file(known) if plan.source.format == "nifti" else plan.radiograph(known))
+    names: list[str] = []
+    for series in assemble(slices):
+        if series.stack is not None:
+            wanted.append(plan.volume(series, series.stack))
+            continue
+        members = [found.file for found in series.slices]
+        register.put_image(series.name, "", members, {"reason": str(series.reason)})
+        names.append(series.name)
+    missing = [image for image in wanted if not register.has(image.name, image.recipe)]
+    done, total = len(wanted) - len(missing), len(wanted)
+    progress("reading images", done, total)
+    for image, found in readers.run((image, image.task) for image in missing):
+        register.put_image(image.name, image.recipe, image.members, _row(image, found))
+        plan.opened.update(image.members)
+        done += 1
+        progress("reading images", done, total)
+    return [*names, *(image.name for image in wanted)]
+
+
+def _row(image: _Wanted, found: Answer) -> dict[str, Any]:
+    if "reason" in found:
+        return {"reason": found["reason"]}
+    return {"cache": image.cache, "facts": image.facts | found}
+
+
+def _unfit(source: Source, register: Register, items: list[Item]) -> str:
+    """Why too many files are damaged to work with the others, or "": a failing disk or share shows itself like this."""
+    damaged = sum(count for reason, count in register.reasons().items() if reason.damage)
+    if damaged < DAMAGED_LEAST or damaged <= source.damaged_share_max * len(items):
+        return ""
+    return (
+        f"{damaged} of {len(items)} files are damaged ({damaged / len(items):.1%}), and site.yaml permits "
+        f"{source.damaged_share_max:.1%} (data.damaged_share_max)"
+    )
+
+
+def _labels(source: Source, root: Path, *, sidecars: bool) -> tuple[LabelTable | None, LabelTableError | None]:
     """The label table, or why it cannot be read. DICOM can be ingested without; pictures cannot, it names the patients."""
     mapping: LabelMap = source.labels
-    if source.format == "pictures":
+    alone = source.format != "dicom"
+    if alone and not sidecars:
         if mapping.matches not in ("file", "patient_id"):
-            raise LabelTableError(f"pictures carry no {mapping.matches}; `matches` must be file or patient_id")
+            raise LabelTableError(f"{source.format} carry no {mapping.matches}; `matches` must be file or patient_id")
         if mapping.matches == "file" and mapping.patient is None:
-            raise LabelTableError("pictures matched by file need `patient`, the column that names the patient")
+            raise LabelTableError(f"{source.format} matched by file need `patient`, the column that names the patient")
     try:
         return LabelTable.read(root / mapping.table, mapping), None
     except LabelTableError as error:
-        if source.format == "pictures":
+        if alone:
             raise
         return None, error
-
-
-def _bytes_of(item: Item) -> bytes:
-    try:
-        return item.path.read_bytes()
-    except OSError:
-        raise ImageLeftOut(Reason.UNREADABLE_FILE) from None
-
-
-def _store(path: Path, pixels: npt.NDArray[np.float32]) -> str:
-    """Write pixels as uint16 in one atomic step; the SHA-256 of shape and values, by which equal images are known."""
-    stored = np.rint(pixels * SCALE).astype(np.uint16)
-    _private_folder(path.parent)
-    part = path.with_suffix(".part")
-    with os.fdopen(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "wb") as file:
-        np.save(file, stored, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    return hashlib.sha256(repr(stored.shape).encode() + stored.tobytes()).hexdigest()
 
 
 def _private_folder(path: Path) -> None:

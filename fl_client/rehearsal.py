@@ -14,6 +14,7 @@ from fl_client.cohort import Cohort, Split
 from fl_client.consent import Consent, Offer
 from fl_client.ingest import Index, ingest
 from fl_client.phantom import VENDORS, make_hospital
+from fl_client.phantom_ct import SCANNERS, make_ct_hospital
 from fl_client.policy import Policy
 from fl_client.site import Site, Source
 from models.labels import LabelTable
@@ -32,12 +33,18 @@ PERMISSIVE: dict[str, object] = {
 
 
 def prepare(
-    home: Path, name: str, original: Path | None, phantoms: tuple[int, int], coordinator: ec.EllipticCurvePublicKey
+    home: Path,
+    name: str,
+    original: Path | None,
+    phantoms: tuple[int, int],
+    coordinator: ec.EllipticCurvePublicKey,
+    *,
+    volumes: bool = False,
 ) -> None:
     """Make `home` a site called `name` that trusts `coordinator`.
 
     With `original`, its data section and ingested images are used; otherwise `phantoms` = (patients, number of the site) says
-    how many patients to make and, in turn, whose devices to imitate.
+    how many patients to make and, in turn, whose devices to imitate; `volumes`: chest CT instead of radiographs.
     """
     keys.make_key(home / "keys" / "site.key")
     keys.write_public(home / "keys" / "coordinator.pem", keys.public_pem(coordinator))
@@ -50,12 +57,15 @@ def prepare(
         (home / "state").symlink_to(Site.state_of(original).resolve(), target_is_directory=True)
     else:
         patients, number = phantoms
-        vendor = list(VENDORS.values())[number % len(VENDORS)]
-        mapping = make_hospital(home / "hospital", name, patients, number + 1, vendor)
-        mapping["table"] = str((home / "hospital" / mapping["table"]).resolve())
-        source = Source.model_validate({"folder": str((home / "hospital" / "dicom").resolve()), "labels": mapping})
+        hospital, seed = home / "hospital", number + 1
+        if volumes:
+            mapping = make_ct_hospital(hospital, name, patients, seed, SCANNERS[number % len(SCANNERS)])
+        else:
+            mapping = make_hospital(hospital, name, patients, seed, list(VENDORS.values())[number % len(VENDORS)])
+        mapping["table"] = str((hospital / mapping["table"]).resolve())
+        source = Source.model_validate({"folder": str((hospital / "dicom").resolve()), "labels": mapping})
         threads, least = 0, Policy().minimum_patients
-        ingest(source, home, Site.state_of(home), lambda done, total: None)
+        ingest(source, home, Site.state_of(home))
     text = {
         "version": 1,
         "site": name,

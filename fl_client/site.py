@@ -87,10 +87,29 @@ class Source(Document):
 
     name: Name = Field(default="chest", description="what this collection of images is called")
     folder: str = Field(min_length=1, description="folder with the images; searched with everything below it")
-    format: Literal["dicom", "pictures"] = Field(default="dicom", description="dicom, or pictures (PNG, JPEG)")
+    format: Literal["dicom", "pictures", "nifti"] = Field(
+        default="dicom", description="dicom, pictures (PNG, JPEG; with JSON headers beside them), or nifti (CT volumes)"
+    )
     labels: LabelMap
+    patients: Literal["header", "folder"] = Field(
+        default="header",
+        description="DICOM only; who an image is of. header: Patient ID; folder: the first folder below `folder` is the patient",
+    )
     longest_side_px: int = Field(
-        default=1024, ge=64, le=4096, description="cached images are reduced to this, never enlarged"
+        default=1024, ge=64, le=4096, description="cached radiographs are reduced to this, never enlarged"
+    )
+    scaling: Literal["percentiles", "window"] = Field(
+        default="percentiles",
+        description="what becomes black and white of a radiograph; has to be what a study asks for",
+    )
+    require_deidentified: bool = Field(
+        default=False, description="true: DICOM files that name a person (PS3.15 Annex E) are left out"
+    )
+    damaged_share_max: float = Field(
+        default=0.05,
+        ge=0,
+        le=1,
+        description="share of damaged files above which this site does not work with its images",
     )
 
 

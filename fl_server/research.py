@@ -96,7 +96,7 @@ def check(file: StudyFile, as_json: AsJson = False) -> None:
     rows = [
         ("digest", digest or "fixed by `fl-study submit`, which fills in the keys of the sites"),
         ("predicts", ", ".join(study.task.targets)),
-        ("from", f"{study.images.view} {'/'.join(study.images.modalities)}, {study.images.size_px} px"),
+        ("from", study.images.words),
         ("network", f"{study.network.name}, {plan.rounds} rounds of {plan.local_epochs} epoch(s), {plan.optimizer}"),
         ("sites", f"{', '.join(part.sites)}; a round needs {part.quorum}"),
         ("evaluates", ", ".join(study.all_sites)),

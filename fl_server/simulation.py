@@ -59,9 +59,8 @@ def simulate(study: Study, homes: dict[str, Path], patients: int, out: Path, tel
     home = Home.found(folder / "coordinator", ServerFile(version=1, name="simulation", host="127.0.0.1"))
     for number, name in enumerate(study.all_sites):
         site = folder / "sites" / name
-        pkgutil.resolve_name(PREPARE)(
-            site, name, homes.get(name), (patients, number), home.coordinator_key.public_key()
-        )
+        public, volumes = home.coordinator_key.public_key(), study.images.volume is not None
+        pkgutil.resolve_name(PREPARE)(site, name, homes.get(name), (patients, number), public, volumes=volumes)
         line = home.invite(name, "site")
         authority.enrol(home, line.token, name, "site", keys.make_csr(keys.load_key(site / "keys" / "site.key"), name))
         home.roster.set_node(name, number + 1)

@@ -2,8 +2,9 @@
 
 The order of a DICOM value is fixed (PS3.4 N.2): stored value -> modality LUT or rescale -> polarity. Polarity is decided by
 Photometric Interpretation alone and inverted exactly once, so bright always means dense: Presentation LUT Shape says the same
-thing a second time in many files, and applying both turns the image back. Windows are not used: nearly half of all
-radiographs have none and the others carry the site's taste; percentiles 0.5 and 99.5 take their place.
+thing a second time in many files, and applying both turns the image back. Percentiles 0.5 and 99.5 become 0 and 1, unless a
+study asks for the display that the file names (VOI LUT or window): nearly half of all radiographs have none, and the others
+carry the site's taste.
 
 Only lossless transfer syntaxes are decoded, each by one chosen decoder, so that two sites never see different pixels.
 Nothing pydicom says is passed on: its warnings and errors quote the header's values.
@@ -24,8 +25,9 @@ import numpy.typing as npt
 import torch
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
+from pydicom.multival import MultiValue
 from pydicom.pixels import pixel_array
-from pydicom.pixels.processing import apply_modality_lut
+from pydicom.pixels.processing import apply_modality_lut, apply_voi
 from torch.nn import functional
 
 from privacy.errors import ImageLeftOut
@@ -47,6 +49,7 @@ DECODERS = {
 }
 """Compressed transfer syntaxes that are lossless by definition, and the one decoder used for each."""
 
+JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 RLE = "1.2.840.10008.1.2.5"
 PIXELS_MAX = 64_000_000  # the largest detectors have 20 million pixels
 LOW, HIGH = 0.5, 99.5  # percentiles mapped to 0 and 1: robust against markers and dead pixels
@@ -70,6 +73,8 @@ class Radiograph:
     values: npt.NDArray[np.float32]
     padding: npt.NDArray[np.bool_] | None
     spacing_mm: tuple[float, float] | None
+    display: npt.NDArray[np.float32] | None = None
+    """float32 (H, W) in 0..1, bright is dense: what the file says a screen should show, if that was asked for and it says so."""
 
 
 @contextlib.contextmanager
@@ -89,10 +94,11 @@ def quiet_reading() -> Iterator[None]:
                 logger.handlers, logger.propagate = handlers, propagate
 
 
-def decode(dataset: Dataset) -> Radiograph:
-    """The radiograph in `dataset` in DICOM's value order. Raises ImageLeftOut with a named reason, and nothing else.
+def decode(dataset: Dataset, *, display: bool = False) -> Radiograph:
+    """The radiograph or slice in `dataset` in DICOM's value order, with its `display` if asked. Raises only ImageLeftOut.
 
-    Reasons: no_pixels, colour, polarity_unknown, too_large, unsupported_syntax, truncated, unreadable_pixels.
+    Reasons: no_pixels, colour, polarity_unknown, too_large, unsupported_syntax, jpeg_extended_12_bit, truncated,
+    unreadable_pixels.
     """
     with quiet_reading():
         try:
@@ -100,20 +106,22 @@ def decode(dataset: Dataset) -> Radiograph:
             padding = _padding(dataset, stored)
             values = np.asarray(apply_modality_lut(stored, dataset), dtype=np.float32)
             spacing_mm = _spacing_mm(dataset)
+            shown = _display(values, dataset) if display else None
         except READING_ERRORS:
             raise ImageLeftOut("unreadable_pixels") from None
     if not np.isfinite(values).all():
         raise ImageLeftOut("unreadable_pixels")
     if _photometric(dataset) == "MONOCHROME1":
         values = -values
-    return Radiograph(values, padding, spacing_mm)
+        shown = None if shown is None else 1 - shown
+    return Radiograph(values, padding, spacing_mm, shown)
 
 
 def stored_values(dataset: Dataset) -> npt.NDArray[Any]:
     """Integers (H, W) as the device stored them: bits outside Bits Stored removed, sign kept. Raises ImageLeftOut."""
     syntax = transfer_syntax(dataset)
     if syntax not in NATIVE and syntax not in DECODERS:
-        raise ImageLeftOut("unsupported_syntax")
+        raise ImageLeftOut("jpeg_extended_12_bit" if syntax == JPEG_EXTENDED else "unsupported_syntax")
     if "PixelData" not in dataset:
         raise ImageLeftOut("truncated" if "Rows" in dataset else "no_pixels")
     if int(dataset.get("SamplesPerPixel") or 1) != 1:
@@ -193,8 +201,54 @@ def _spacing_mm(dataset: Dataset) -> tuple[float, float] | None:
     return None
 
 
-def scaled(image: Radiograph) -> npt.NDArray[np.float32]:
-    """float32 (H, W) in 0..1: percentile 0.5 of the image proper to 0, 99.5 to 1, padding black. Raises ImageLeftOut("blank")."""
+def _display(values: npt.NDArray[np.float32], dataset: Dataset) -> npt.NDArray[np.float32] | None:
+    """float32 (H, W) in 0..1: modality values through the first VOI LUT, else the first window (PS3.3 C.11.2.1); None without."""
+    table = dataset.get("VOILUTSequence")
+    if table:
+        entries = int(table[0].LUTDescriptor[2])
+        shown = np.asarray(apply_voi(np.rint(values).astype(np.int32), dataset, 0), np.float32) / np.float32(
+            2**entries - 1
+        )
+        found: npt.NDArray[np.float32] = np.clip(shown, 0, 1)
+        return found
+    centres, widths = (dataset.get(keyword) for keyword in ("WindowCenter", "WindowWidth"))
+    if centres in (None, "") or widths in (None, ""):
+        return None
+    centre, width = (float(v[0] if isinstance(v, MultiValue | list) else v) for v in (centres, widths))
+    return windowed(values, centre, width, str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper())
+
+
+def windowed(
+    values: npt.NDArray[np.float32], centre: float, width: float, function: str
+) -> npt.NDArray[np.float32] | None:
+    """float32 of the same shape in 0..1 by PS3.3 C.11.2.1.2 and C.11.2.1.3; None for a window that it does not allow."""
+    least = 1.0 if function == "LINEAR" else 0.0
+    if not (math.isfinite(centre) and math.isfinite(width)) or width < least or (width == 0 and function != "LINEAR"):
+        return None
+    wide = values.astype(np.float64)
+    if function == "SIGMOID":
+        shown = 1 / (1 + np.exp(np.clip(-4 * (wide - centre) / width, -700, 700)))
+    elif function == "LINEAR_EXACT":
+        shown = (wide - centre) / width + 0.5
+    elif function == "LINEAR":
+        shown = (wide > centre - 0.5).astype(np.float64) if width == 1 else (wide - (centre - 0.5)) / (width - 1) + 0.5
+    else:
+        return None
+    result: npt.NDArray[np.float32] = np.clip(shown, 0, 1).astype(np.float32)
+    return result
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """float32 (H, W) in 0..1, and the modality values that percentiles take for 0 and 1: a device's signature."""
+
+    pixels: npt.NDArray[np.float32]
+    low: float
+    high: float
+
+
+def scaled(image: Radiograph) -> Scaled:
+    """Percentile 0.5 of the image proper to 0, 99.5 to 1, or its `display`; padding black. Raises ImageLeftOut("blank")."""
     values, padding = image.values, image.padding
     proper = values if padding is None else values[~padding]
     if proper.size == 0:
@@ -203,10 +257,13 @@ def scaled(image: Radiograph) -> npt.NDArray[np.float32]:
     if not high > low:
         # Fewer than one pixel in two hundred differs: an empty exposure, or a test image of the device.
         raise ImageLeftOut("blank")
-    result: npt.NDArray[np.float32] = np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1)
+    if image.display is not None and float(np.ptp(image.display)) > 0:
+        result = image.display.copy()
+    else:
+        result = np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1)
     if padding is not None:
         result[padding] = 0
-    return result
+    return Scaled(result, low, high)
 
 
 def reduced(pixels: npt.NDArray[np.float32], longest_side_px: int) -> npt.NDArray[np.float32]:

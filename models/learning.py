@@ -35,7 +35,7 @@ GRADIENT_NORM_MAX = 5.0  # a longer gradient is a single odd batch; ordinary one
 class TrainingCohort(Protocol):
     """The labelled images of one site and split, in memory. Row i of all four belongs to one image."""
 
-    images: Tensor  # float32 or float16 (N, 1, S, S) in [0, 1]
+    images: Tensor  # float32 or float16 (N, 1, S, S) or (N, 1, D, H, W) in [0, 1]
     targets: Tensor  # float32 (N, T)
     known: Tensor  # float32 (N, T): 1 where the label is known
     patients: Tensor  # int64 (N,): number of the patient
@@ -112,10 +112,10 @@ def engine_of(net: nn.Module, study: Study) -> dpsgd.Engine:
     It is chosen on stand-ins: engines round differently, so a patient must not have a say in which of them computes the others.
     """
     plan, generator = private(study), Generator().manual_seed(0)
-    size, targets, images = study.images.size_px, len(study.task.targets), plan.images_per_patient
+    shape, targets, images = study.images.shape, len(study.task.targets), plan.images_per_patient
     samples = [
         (
-            torch.rand(1, images, 1, size, size, generator=generator),
+            torch.rand(1, images, *shape, generator=generator),
             (torch.rand(1, images, targets, generator=generator) > 0.5).float(),
             torch.ones(1, images, targets),
         )
@@ -211,10 +211,11 @@ def evaluation_loss(scores: NDArray[np.float32], cohort: TrainingCohort) -> floa
 
 
 def augment(images: Tensor, generator: Generator) -> Tensor:
-    """A copy of `images` float32 (B, 1, S, S), each moved and re-exposed a little, still within [0, 1]; S is kept.
+    """A copy of `images` float32 (B, 1, S, S) or (B, 1, D, H, W), each moved a little, still within [0, 1]; the shape is kept.
 
-    Geometry as a technician varies it: rotation to 8 degrees, scale to 13 %, shift to 4 % of the side, slight shear.
-    Exposure as devices vary it: gamma, contrast, brightness. Nothing is mirrored: the side of the heart is information.
+    Geometry as a technician varies it: rotation to 8 degrees, scale to 13 %, shift to 4 % of the side, slight shear; of volumes
+    within their slices. Exposure of radiographs as devices vary it: gamma, contrast, brightness; Hounsfield units mean the same
+    everywhere and stay. Nothing is mirrored: the side of the heart is information.
     """
     count = len(images)
 
@@ -225,11 +226,24 @@ def augment(images: Tensor, generator: Generator) -> Tensor:
     stretch = torch.exp(jitter(0.05))
     cosine, sine = torch.cos(angle) * scale, torch.sin(angle) * scale
     rows = torch.stack([cosine * stretch, shear - sine, right], 1), torch.stack([sine, cosine / stretch, down], 1)
+    if images.dim() == 5:
+        return _moved_slices(images, rows, jitter(0.08))
     grid = functional.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
     moved = functional.grid_sample(images, grid, align_corners=False).clamp(0, 1)
     exposure = torch.exp(jitter(0.3)), torch.exp(jitter(0.2)), jitter(0.1)
     gamma, contrast, brightness = (part[:, None, None, None] for part in exposure)
     return ((moved.pow(gamma) - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
+
+
+def _moved_slices(volumes: Tensor, rows: tuple[Tensor, Tensor], along: Tensor) -> Tensor:
+    """`volumes` float32 (B, 1, D, H, W), each slice moved by `rows` (B, 3) of an affine map, and all of them by `along`."""
+    zero, one = torch.zeros_like(along), torch.ones_like(along)
+    flat = [torch.stack([row[:, 0], row[:, 1], zero, row[:, 2]], 1) for row in rows]
+    maps = torch.stack(
+        [*flat, torch.stack([zero, zero, one, along], 1)], dim=1
+    )  # (B, 3, 4), in the order across, down, along
+    grid = functional.affine_grid(maps, list(volumes.shape), align_corners=False)
+    return functional.grid_sample(volumes, grid, align_corners=False).clamp(0, 1)
 
 
 def first_images(cohort: TrainingCohort, most: int) -> NDArray[np.int64]:

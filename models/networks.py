@@ -1,7 +1,7 @@
-"""Networks for radiographs: one study builds the same parameters at the server and at every site, without BatchNorm.
+"""Networks for radiographs and CT: one study builds the same parameters at the server and at every site, without BatchNorm.
 
-A network takes float32 (B, 1, size_px, size_px) in [0, 1] and returns logits float32 (B, T), T the targets of the
-study. Statistics of a batch are statistics of patients: they would leave the site with the weights, couple the
+A network takes float32 (B, 1, S, S) radiographs or (B, 1, D, H, W) volumes in [0, 1] and returns logits float32 (B, T), T the
+targets of the study. Statistics of a batch are statistics of patients: they would leave the site with the weights, couple the
 gradients of different patients (which differential privacy forbids) and differ by hospital. So every norm is a
 GroupNorm, and `build` looks at what it built, because some networks ignore the norm they are asked for.
 """
@@ -23,6 +23,7 @@ from privacy.errors import MessageMalformed, StudyConflict
 CHANNELS_PER_GROUP = 8  # between InstanceNorm (1) and LayerNorm (all) for the 16 to 128 channels of the small network
 DENSENET_GROUPS = 8  # every channel count of DenseNet121 is a multiple of 32, so 8 groups divide all of them
 CELLS = 8  # of the linear network; with 12, real radiographs at ε = 6 lost 0.1 of the AUROC that 8 keep
+CELLS_OF_VOLUME = 4  # as many weights as in a picture
 SMALL_CHANNELS = (16, 16, 32, 64, 128)  # the stem, then one residual block each; 0.3 million parameters
 
 
@@ -33,70 +34,90 @@ class Layer(NamedTuple):
     shape: tuple[int, ...]
 
 
-class StandardisedConv(nn.Conv2d):
-    """A 3 x 3 convolution whose kernels have zero mean and unit gain (weight standardisation, Qiao et al. 2019).
+CONVOLUTIONS: dict[int, type[nn.Conv2d | nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+
+
+class _Standardised(nn.modules.conv._ConvNd):
+    """A convolution of side 3 whose kernels have zero mean and unit gain (weight standardisation, Qiao et al. 2019).
 
     A batch of ten radiographs moves such kernels less, and models of different sites stay close enough to be averaged.
     It depends on weights alone, so no patient meets another in it.
     """
 
-    def __init__(self, before: int, after: int, stride: int = 1) -> None:
-        super().__init__(before, after, kernel_size=3, stride=stride, padding=1, bias=False)
-
     def forward(self, images: Tensor) -> Tensor:
-        kernels = self.weight  # (after, before, 3, 3)
-        variance, mean = torch.var_mean(kernels, dim=(1, 2, 3), keepdim=True, correction=0)
+        kernels = self.weight  # (after, before, 3, 3) or (after, before, 3, 3, 3)
+        within = tuple(range(1, kernels.dim()))
+        variance, mean = torch.var_mean(kernels, dim=within, keepdim=True, correction=0)
         # Half of what arrives was cut off by a ReLU, so a gain of sqrt(2) keeps the variance from layer to layer.
         scale = torch.rsqrt(variance + 1e-5) * math.sqrt(2 / kernels[0].numel())
-        return functional.conv2d(images, (kernels - mean) * scale, stride=self.stride, padding=1)
+        filtered: Tensor = self._conv_forward(images, (kernels - mean) * scale, None)
+        return filtered
+
+
+class StandardisedConv2d(_Standardised, nn.Conv2d):
+    """Of pictures."""
+
+
+class StandardisedConv3d(_Standardised, nn.Conv3d):
+    """Of volumes."""
+
+
+def _standardised(dims: int, before: int, after: int, stride: int = 1) -> nn.Module:
+    kind = StandardisedConv2d if dims == 2 else StandardisedConv3d
+    return kind(before, after, kernel_size=3, stride=stride, padding=1, bias=False)
 
 
 class ResidualBlock(nn.Module):
     """Halve the side and go from `before` to `after` channels, norm and ReLU before each convolution (He et al. 2016)."""
 
-    def __init__(self, before: int, after: int) -> None:
+    def __init__(self, dims: int, before: int, after: int) -> None:
         super().__init__()
         self.first_norm, self.second_norm = _norm(before), _norm(after)
-        self.first, self.second = StandardisedConv(before, after, stride=2), StandardisedConv(after, after)
-        self.shortcut = nn.Conv2d(before, after, kernel_size=1, bias=False)
+        self.first, self.second = _standardised(dims, before, after, stride=2), _standardised(dims, after, after)
+        self.shortcut = CONVOLUTIONS[dims](before, after, kernel_size=1, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
         ready = functional.relu(self.first_norm(images))
         added: Tensor = self.second(functional.relu(self.second_norm(self.first(ready))))
         # Pooled with ceil_mode, an odd side is halved upwards, as the strided convolution beside it does.
-        shortcut: Tensor = self.shortcut(functional.avg_pool2d(ready, 2, ceil_mode=True))
+        # A volume of few slices is down to one of them sooner than to one row.
+        pool = functional.avg_pool2d if ready.dim() == 4 else functional.avg_pool3d
+        window = tuple(min(2, side) for side in ready.shape[2:])
+        shortcut: Tensor = self.shortcut(pool(ready, window, ceil_mode=True))
         return added + shortcut
 
 
 class SmallCNN(nn.Module):
     """A residual network that one CPU core trains on some hundred radiographs in a second per epoch."""
 
-    def __init__(self, network: Network, targets: int) -> None:
+    def __init__(self, network: Network, targets: int, dims: int) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, SMALL_CHANNELS[0], kernel_size=5, stride=2, padding=2, bias=False)
-        self.body = nn.Sequential(*(ResidualBlock(before, after) for before, after in pairwise(SMALL_CHANNELS)))
+        stem = CONVOLUTIONS[dims]
+        self.stem = stem(1, SMALL_CHANNELS[0], kernel_size=5, stride=2, padding=2, bias=False)
+        self.body = nn.Sequential(*(ResidualBlock(dims, before, after) for before, after in pairwise(SMALL_CHANNELS)))
         self.norm = _norm(SMALL_CHANNELS[-1])
         self.dropout = nn.Dropout(network.dropout)
         self.head = nn.Linear(2 * SMALL_CHANNELS[-1], targets)
 
     def forward(self, images: Tensor) -> Tensor:
-        found = functional.relu(self.norm(self.body(self.stem(_centred(images)))))  # (B, C, h, w)
+        found = functional.relu(self.norm(self.body(self.stem(_centred(images)))))  # (B, C, h, w) or (B, C, d, h, w)
+        within = tuple(range(2, found.dim()))
         # The mean tells how widespread a finding is, the maximum whether a small one is anywhere.
-        pooled = torch.cat([found.mean(dim=(2, 3)), found.amax(dim=(2, 3))], dim=1)  # (B, 2C)
+        pooled = torch.cat([found.mean(dim=within), found.amax(dim=within)], dim=1)  # (B, 2C)
         logits: Tensor = self.head(self.dropout(pooled))
         return logits
 
 
 class Radiograph121(nn.Module):
-    """MONAI's DenseNet121 in two dimensions for one channel, with GroupNorm; needs a strong machine or patience."""
+    """MONAI's DenseNet121 in two or three dimensions for one channel, with GroupNorm; needs a strong machine or patience."""
 
-    def __init__(self, network: Network, targets: int) -> None:
+    def __init__(self, network: Network, targets: int, dims: int) -> None:
         super().__init__()
         # Importing MONAI takes two seconds and 165 MiB; a site that trains the small network needs neither.
         from monai.networks.nets import DenseNet121
 
         norm = ("group", {"num_groups": DENSENET_GROUPS})
-        self.net = DenseNet121(2, 1, targets, norm=norm, dropout_prob=network.dropout)
+        self.net = DenseNet121(dims, 1, targets, norm=norm, dropout_prob=network.dropout)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.net(_centred(images))
@@ -104,22 +125,24 @@ class Radiograph121(nn.Module):
 
 
 class LinearOnCells(nn.Module):
-    """Logistic regression on the picture reduced to CELLS x CELLS mean values.
+    """Logistic regression on the picture reduced to CELLS x CELLS mean values, or a volume to CELLS_OF_VOLUME each way.
 
     65 weights for each target. Noise of differential privacy grows with the square root of the number of weights, and at sites of
     a hundred patients it drowns a deep network that starts from nothing: there a few good features do better (Tramer and Boneh
     2021). An opacity of the lungs is coarse enough to be seen in such a picture.
     """
 
-    def __init__(self, network: Network, targets: int) -> None:
+    def __init__(self, network: Network, targets: int, dims: int) -> None:
         super().__init__()
         self.dropout = nn.Dropout(network.dropout)
-        self.head = nn.Linear(CELLS * CELLS, targets)
+        self.side = CELLS if dims == 2 else CELLS_OF_VOLUME
+        self.head = nn.Linear(self.side**dims, targets)
 
     def forward(self, images: Tensor) -> Tensor:
-        cells = functional.adaptive_avg_pool2d(_centred(images), CELLS).flatten(1)  # (B, CELLS * CELLS)
+        reduce = functional.adaptive_avg_pool2d if images.dim() == 4 else functional.adaptive_avg_pool3d
+        cells = reduce(_centred(images), self.side).flatten(1)  # (B, cells)
         # Divided so that a picture, and with it a patient's gradient, has a norm of about 1 whatever the number of cells.
-        logits: Tensor = self.head(self.dropout(cells / CELLS))
+        logits: Tensor = self.head(self.dropout(cells / math.sqrt(cells.shape[1])))
         return logits
 
 
@@ -135,7 +158,8 @@ def build(study: Study) -> nn.Module:
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(study.training.seed)
-        net = kinds[study.network.name](study.network, len(study.task.targets))
+        dims = len(study.images.shape) - 1
+        net = kinds[study.network.name](study.network, len(study.task.targets), dims)
     refuse_batch_statistics(net)
     return net
 

@@ -72,14 +72,79 @@ class Task(Document):
         return self
 
 
-class Images(Document):
-    """Which images take part and the grid they are brought to: float32 (1, size_px, size_px)."""
+Triple = Annotated[list[float], Field(min_length=3, max_length=3)]
+DENSENET_LEAST = 32
+VOXELS_MAX = 16_777_216  # of one volume: 256 x 256 x 256; a network in three dimensions trains on far fewer
 
-    modalities: list[Literal["CR", "DX"]] = Field(
-        default=["CR", "DX"], min_length=1, description="DICOM modalities that take part"
+
+class Volume(Document):
+    """The grid that CT series are resampled to, centred on each: along the body, front to back, right to left.
+
+    Axes are the patient's (slices from the feet upwards), whatever the scanner's table, tilt or plane was. What lies outside a
+    series is air.
+    """
+
+    spacing_mm: Triple = Field(default=[4.0, 3.0, 3.0], description="millimetres between voxels: along, down, across")
+    size: Annotated[list[int], Field(min_length=3, max_length=3)] = Field(
+        default=[80, 112, 128], description="voxels: along, down, across"
     )
-    view: Literal["frontal"] = Field(default="frontal", description="projection that takes part")
-    size_px: int = Field(default=96, ge=32, le=512, description="side of the square grid that images are brought to")
+    window_hu: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
+        default=[-1000.0, 400.0], description="Hounsfield units that become 0 and 1; lungs: -1000 to 400"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Volume":
+        if not all(0.25 <= value <= 20 for value in self.spacing_mm):
+            raise ValueError("spacing_mm must lie between 0.25 and 20")
+        if not all(8 <= value <= 512 for value in self.size) or math.prod(self.size) > VOXELS_MAX:
+            raise ValueError(f"size must lie between 8 and 512 on each axis, with at most {VOXELS_MAX} voxels")
+        low, high = self.window_hu
+        if not -2000 <= low < high <= 10_000:
+            raise ValueError("window_hu must be two rising numbers between -2000 and 10000")
+        return self
+
+
+class Images(Document):
+    """Which images take part and the grid they are brought to: radiographs float32 (1, size_px, size_px), or CT volumes."""
+
+    modalities: list[Literal["CR", "DX", "CT"]] = Field(
+        default=["CR", "DX"], min_length=1, description="DICOM modalities that take part; CT stands alone"
+    )
+    view: Literal["frontal"] = Field(default="frontal", description="projection of radiographs that takes part")
+    size_px: int = Field(
+        default=96, ge=32, le=512, description="side of the square grid that radiographs are brought to"
+    )
+    scaling: Literal["percentiles", "window"] = Field(
+        default="percentiles",
+        description="what becomes 0 and 1 of a radiograph. percentiles: 0.5 and 99.5 of its values; window: the display that its "
+        "file names, else percentiles; windows are a site's taste",
+    )
+    volume: Volume | None = Field(
+        default=None, description="CT only: the grid of voxels and the window; {} for its defaults"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Images":
+        if ("CT" in self.modalities) != (self.volume is not None) or (
+            "CT" in self.modalities and len(set(self.modalities)) > 1
+        ):
+            raise ValueError("modalities: [CT] and volume belong together, and CT takes part alone")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(1, S, S) of a radiograph, (1, D, H, W) of a volume."""
+        return (1, self.size_px, self.size_px) if self.volume is None else (1, *self.volume.size)
+
+    @property
+    def words(self) -> str:
+        """What takes part, for people."""
+        if self.volume is None:
+            return f"{self.view} {'/'.join(self.modalities)}, {self.size_px} px"
+        size, spacing = (
+            " x ".join(f"{value:g}" for value in row) for row in (self.volume.size, self.volume.spacing_mm)
+        )
+        return f"CT volumes, {size} voxels of {spacing} mm"
 
 
 class Network(Document):
@@ -374,6 +439,8 @@ class Study(Document):
                 f"protection: masked needs {MASKED_SITES_MIN} training sites and a quorum of {MASKED_SITES_MIN}: in a sum "
                 "of two, each knows the other's update"
             )
+        if self.network.name == "densenet121" and min(self.images.shape[1:]) < DENSENET_LEAST:
+            found.append(f"network: densenet121 halves images five times and needs {DENSENET_LEAST} on each axis")
         if self.roster and set(self.roster) != set(self.all_sites):
             found.append("the roster has keys of other sites than participation names")
         found += self.private_conflicts()

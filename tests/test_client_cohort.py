@@ -52,7 +52,7 @@ class Site:
 
     def ingest(self) -> None:
         source = Source(folder="dicom", labels=LabelMap.model_validate(self.mapping), longest_side_px=64)
-        ingest(source, self.home, self.state, lambda done, total: None)
+        ingest(source, self.home, self.state)
 
     def labels(self, **changes: Any) -> LabelTable:
         mapping = LabelMap.model_validate(self.mapping | changes)
@@ -244,16 +244,19 @@ def test_the_grid_is_made_once_and_made_again_when_images_change(site: Site, mon
 
     monkeypatch.setattr(cohort_module, "to_grid", counting)
     assert torch.equal(site.cohort().images, before) and not made
-    (grid,) = (site.state / "grids").iterdir()
-    grid.write_bytes(grid.read_bytes()[:-50])
-    assert torch.equal(site.cohort().images, before) and len(made) == len(before)
+    (grid,) = (site.state / "grids").glob("*.npy")
+    whole = grid.read_bytes()
+    flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    for times, damaged in enumerate((whole[:-50], flipped), start=1):
+        grid.write_bytes(damaged)
+        assert torch.equal(site.cohort().images, before) and len(made) == times * len(before)
     site.cohort("train", study(images={"size_px": 48}))
     assert made[-1] == 48
     next((site.home / "dicom").rglob("IM*")).unlink()
     site.ingest()
     for split in SPLITS:
         site.cohort(split)
-    assert len([p for p in (site.state / "grids").iterdir() if p.name.startswith(study().digest[:16])]) == 3
+    assert len([p for p in (site.state / "grids").glob("*.npy") if p.name.startswith(study().digest[:16])]) == 3
 
 
 def test_writing_to_the_tensor_does_not_reach_the_disk(site: Site) -> None:

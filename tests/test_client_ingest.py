@@ -10,7 +10,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from fl_client import sources
-from fl_client.headers import read_picture, view_in_words, view_of
-from fl_client.ingest import Index, IngestReport, Reason, ingest
+from fl_client.headers import Caption, look_at_picture, view_in_words, view_of
+from fl_client.ingest import Index, IngestReport, Progress, Reason, ingest
 from fl_client.site import Source
 from models.labels import LabelMap
 from privacy.errors import CacheLost, DataError, ImageLeftOut, LabelTableError
@@ -89,8 +88,8 @@ class Hospital:
         )
         return Source.model_validate({"folder": "dicom", "labels": LabelMap.model_validate(mapping)} | changes)
 
-    def ingest(self, progress: Callable[[int, int], None] = lambda done, total: None, **changes: Any) -> IngestReport:
-        return ingest(self.source(**changes), self.home, self.state, progress)
+    def ingest(self, progress: Progress = lambda stage, done, total: None, **changes: Any) -> IngestReport:
+        return ingest(self.source(**changes), self.home, self.state, progress, changes.pop("jobs", 0))
 
     def reason(self, content: Dataset | bytes) -> str:
         """Why this one file is left out; "" if it is taken."""
@@ -150,8 +149,9 @@ def deflation_bomb() -> bytes:
         (bytes(5000), "not_dicom"),
         (radiograph(SOPClassUID="1.2.840.10008.5.1.4.1.1.7", Modality="OT"), "secondary_capture"),
         (radiograph(SOPClassUID="1.2.840.10008.5.1.4.1.1.7.2"), "secondary_capture"),
-        (radiograph(SOPClassUID="1.2.840.10008.5.1.4.1.1.2", Modality="CT"), "not_a_radiograph"),
-        (radiograph(Modality="MG"), "not_a_radiograph"),
+        (radiograph(SOPClassUID="1.2.840.10008.5.1.4.1.1.2", Modality="CT"), "no_geometry"),
+        (radiograph(SOPClassUID="1.2.840.10008.5.1.4.1.1.6.1", Modality="US"), "other_object"),
+        (radiograph(Modality="MG"), "other_object"),
         (radiograph(SOPClassUID=DX + ".1", Modality="DX"), "for_processing"),
         (radiograph(SOPClassUID=DX, Modality="DX", PresentationIntentType="FOR PROCESSING"), "for_processing"),
         (radiograph(ViewPosition="LL"), "lateral"),
@@ -246,9 +246,10 @@ def test_a_second_run_reads_only_what_changed(hospital: Hospital) -> None:
     for number in range(5):
         hospital.put(f"f{number}", radiograph(number))
     hospital.put("note.txt", b"text")
-    calls: list[tuple[int, int]] = []
-    assert hospital.ingest(lambda done, total: calls.append((done, total))).read == 6
-    assert calls == [(n, 6) for n in range(1, 7)]
+    calls: list[tuple[str, int, int]] = []
+    assert hospital.ingest(lambda *call: calls.append(call)).read == 6
+    looked, made = [("looking at files", n, 6) for n in range(7)], [("reading images", n, 5) for n in range(6)]
+    assert calls == looked + made
     assert hospital.ingest().read == 0
     size = (hospital.images / "f1").stat().st_size
     assert hospital.put("f1", radiograph(8)).stat().st_size == size  # only its date tells that it changed
@@ -371,7 +372,7 @@ def test_another_folder_with_the_same_names_is_read_anew(hospital: Hospital) -> 
 def test_two_ingests_at_once_are_refused(hospital: Hospital) -> None:
     hospital.put("one", radiograph())
 
-    def meanwhile(done: int, total: int) -> None:
+    def meanwhile(stage: str, done: int, total: int) -> None:
         hospital.ingest()
 
     with pytest.raises(DataError, match="another ingest"):
@@ -385,8 +386,8 @@ from pathlib import Path
 from fl_client.ingest import ingest
 from fl_client.site import Source
 from models.study import read
-def slow(done, total):
-    print(done, flush=True)
+def slow(stage, done, total):
+    print(stage.split()[0], done, flush=True)
     time.sleep(0.004)
 home = Path(sys.argv[1])
 ingest(Source.model_validate_json((home / "source.json").read_text()), home, home / "state", slow)
@@ -397,11 +398,11 @@ def test_killed_at_any_instant_it_goes_on(hospital: Hospital) -> None:
     for number in range(80):
         hospital.put(f"f{number:03d}", radiograph(number))
     (hospital.home / "source.json").write_text(hospital.source().model_dump_json())
-    for stop in (40, 70):
+    for stage, stop in (("looking", 40), ("reading", 40), ("reading", 70)):
         command = [sys.executable, "-c", KILLED, str(hospital.home)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
             assert process.stdout
-            while (line := process.stdout.readline()) and int(line) < stop:
+            while (line := process.stdout.readline().split()) and (line[0] != stage or int(line[1]) < stop):
                 pass
             process.send_signal(signal.SIGKILL)
     index = Index.open(hospital.state)
@@ -608,7 +609,7 @@ def test_all_697_real_frontal_radiographs_are_taken(tmp_path: Path) -> None:
     taken = {"north": (254, 254, 11), "south": (211, 211, 9), "east": (69, 54, 3), "west": (163, 163, 7)}
     for name, mapping in {"north": NORTH, "south": SOUTH, "east": EAST, "west": WEST}.items():
         source = Source(folder="dicom", labels=LabelMap.model_validate({"table": "labels.csv", **mapping}))
-        report = ingest(source, tmp_path / name, tmp_path / name / "state", lambda done, total: None)
+        report = ingest(source, tmp_path / name, tmp_path / name / "state")
         images, labelled, laterals = taken[name]
         assert report.labels and (report.taken, report.labels.labelled) == (images, labelled)
         dirt = dict.fromkeys([Reason.NOT_DICOM, Reason.EMPTY_FILE, Reason.TRUNCATED, Reason.SECONDARY_CAPTURE], 1)
@@ -628,5 +629,5 @@ def test_ingest_is_quick_when_nothing_changed(hospital: Hospital) -> None:
 
 def test_a_table_among_the_pictures_is_no_picture_rather_than_a_picture_without_patient() -> None:
     with pytest.raises(ImageLeftOut) as caught:
-        read_picture(b"image,label\nx.png,1\n", 512, None, None)
+        look_at_picture(b"image,label\nx.png,1\n", Caption(None, None))
     assert caught.value.reason == Reason.NOT_A_PICTURE

@@ -27,7 +27,7 @@ def hospitals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path,
 
 def ingested(home: Path, mapping: dict[str, Any], state: Path) -> IngestReport:
     source = Source(folder="dicom", labels=LabelMap.model_validate(mapping))
-    return ingest(source, home, state, lambda done, total: None)
+    return ingest(source, home, state)
 
 
 def content(folder: Path) -> dict[str, str]:

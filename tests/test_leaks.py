@@ -137,7 +137,7 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             plant(home / "hospital")
             spoil(home / "hospital")
             site = Site.open(home)
-            ingest(site.source, home, site.state, lambda done, total: None)
+            ingest(site.source, home, site.state)
             made[name] = home
         return made[name]
 
@@ -314,7 +314,7 @@ def test_files_that_make_pydicom_quote_them_are_counted_without_a_word(
             if not quiet:
                 monkeypatch.setattr(imaging, "quiet_reading", contextlib.nullcontext)
             state = tmp_path / f"state-{quiet}"
-            reports.append(ingest(each.site.source, each.home, state, lambda done, total: None))
+            reports.append(ingest(each.site.source, each.home, state))
             shown.append(capfd.readouterr().err)
     assert reports[0] == reports[1] and sum(reports[0].reasons.values()) >= 5 and reports[0].taken >= 10
     assert shown[0] == "" and "a message of pydicom" in shown[1] and not marks_in(shown[1].encode())

@@ -91,7 +91,7 @@ def test_monochrome1_is_inverted_exactly_once() -> None:
     """The same picture written in both polarities gives the same result, whatever else the header says about it."""
     bright_corner = np.full((20, 20), 100, "<u2")
     bright_corner[:5, :5] = 4000
-    plain = scaled(decode(radiograph(bright_corner)))
+    plain = scaled(decode(radiograph(bright_corner))).pixels
     assert plain[0, 0] == 1 and plain[10, 10] == 0
     for extra in (
         {},
@@ -100,13 +100,13 @@ def test_monochrome1_is_inverted_exactly_once() -> None:
         {"WindowCenter": 5, "WindowWidth": 1},
     ):
         inverted = radiograph((4095 - bright_corner).astype("<u2"), PhotometricInterpretation="MONOCHROME1", **extra)
-        np.testing.assert_array_equal(scaled(decode(inverted)), plain)
-        np.testing.assert_array_equal(scaled(decode(radiograph(bright_corner, **extra))), plain)
+        np.testing.assert_array_equal(scaled(decode(inverted)).pixels, plain)
+        np.testing.assert_array_equal(scaled(decode(radiograph(bright_corner, **extra))).pixels, plain)
 
 
 def test_noise_in_both_polarities_gives_the_same_picture() -> None:
     inverted = radiograph((4095 - NOISE).astype("<u2"), PhotometricInterpretation="MONOCHROME1")
-    np.testing.assert_allclose(scaled(decode(inverted)), scaled(decode(radiograph())), atol=1e-6)
+    np.testing.assert_allclose(scaled(decode(inverted)).pixels, scaled(decode(radiograph())).pixels, atol=1e-6)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the test file is not here")
@@ -114,7 +114,7 @@ def test_a_real_monochrome1_chest_has_bright_bones_and_dark_air() -> None:
     dataset = pydicom.dcmread(SHARED / "mono1_chest" / "gdcm-CR-MONO1-10-chest.dcm")
     assert dataset.PhotometricInterpretation == "MONOCHROME1"
     raw = np.frombuffer(dataset.PixelData, "<u2").reshape(dataset.Rows, dataset.Columns).astype(float)
-    pixels = scaled(decode(dataset))
+    pixels = scaled(decode(dataset)).pixels
     assert np.corrcoef(pixels.ravel(), raw.ravel())[0, 1] < -0.9
     spine = pixels[150:300, 200:240].mean()
     assert spine > pixels[150:300, 80:150].mean() + 0.1  # the spine is brighter than the lung beside it
@@ -148,8 +148,10 @@ def test_padding_is_black_and_does_not_move_the_percentiles(limit: int | None) -
     framed[10:100, 10:80] = NOISE // 2 + 1000
     header = {"PixelPaddingValue": 0} | ({"PixelPaddingRangeLimit": limit} if limit is not None else {})
     for photometric in ("MONOCHROME1", "MONOCHROME2"):
-        pixels = scaled(decode(radiograph(framed, PhotometricInterpretation=photometric, **header)))
-        alone = scaled(decode(radiograph((NOISE // 2 + 1000).astype("<u2"), PhotometricInterpretation=photometric)))
+        pixels = scaled(decode(radiograph(framed, PhotometricInterpretation=photometric, **header))).pixels
+        alone = scaled(
+            decode(radiograph((NOISE // 2 + 1000).astype("<u2"), PhotometricInterpretation=photometric))
+        ).pixels
         np.testing.assert_array_equal(pixels[10:100, 10:80], alone)
         assert pixels[:10].max() == 0
 
@@ -159,7 +161,7 @@ def test_percentiles_are_those_of_numpy_and_clip_markers() -> None:
     values[0, 0] = 1e6
     low, high = np.percentile(values.astype(np.float64), [0.5, 99.5])
     expected = np.clip((values.astype(np.float64) - low) / (high - low), 0, 1)
-    np.testing.assert_allclose(scaled(Radiograph(values, None, None)), expected, atol=1e-6)
+    np.testing.assert_allclose(scaled(Radiograph(values, None, None)).pixels, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

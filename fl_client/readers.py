@@ -1,0 +1,356 @@
+"""The processes that open files: a look at each, then the pixels of what is taken. Decoders never run beside keys.
+
+A file from an archive is foreign input to a dozen decoders written in C. Each reading process is confined by the kernel like the
+process that trains (no network, no other program, the folder of keys hidden), may take so much memory and so long for one file;
+one that crashes or hangs costs that file a reason, and a new one takes its place. What a process answers is JSON of a fixed
+shape and never unpickled.
+
+A file is read twice: at the first look its SHA-256 is noted, and before its pixels are used it is read again and must have the
+same one, because three compressions decode damaged data without a word.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fl_client import nifti
+from fl_client.headers import (
+    Caption,
+    Header,
+    look_at_dicom,
+    look_at_picture,
+    read_picture,
+    read_radiograph,
+    read_slice,
+    volume_header,
+)
+from fl_client.sources import Item, Reason
+from models import burned_in, volumes
+from privacy import annex_e
+from privacy.errors import ImageLeftOut
+
+SCALE = 65535  # 16 bits: finer than any detector, half the size of float32
+FILE_S = 120.0  # for one file; the slowest radiograph takes two seconds
+SLICE_S = 2.0  # more for each slice of a volume
+MEMORY_BYTES = (
+    6 * 1024**3
+)  # beyond what a process has when it starts: the largest volume, twice, and a decoder's scratch
+ANSWER_BYTES_MAX = 1 << 20
+
+Answer = dict[str, Any]
+Key = TypeVar("Key")
+
+
+class Task(Protocol):
+    """Something to be done with files; `seconds` is how long it may take."""
+
+    @property
+    def seconds(self) -> float: ...
+
+    def run(self) -> Answer:
+        """Facts for the index. Raises ImageLeftOut."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """The first look at one file: its SHA-256, and its header or why it is left out."""
+
+    item: Item
+    format: str  # as in site.yaml
+    caption: Caption | None = None  # of a picture or a NIfTI volume
+    patient: str = ""  # who it is where a folder says so, and not the header
+    require_deidentified: bool = False
+
+    @property
+    def seconds(self) -> float:
+        return FILE_S
+
+    def run(self) -> Answer:
+        data = self.item.read()
+        found: Answer = {"sha256": hashlib.sha256(data).hexdigest()}
+        try:
+            header = self._header(data)
+            if not header.patient and not self.patient:
+                raise ImageLeftOut(Reason.NO_PATIENT)
+        except ImageLeftOut as refusal:
+            return found | {"reason": str(Reason(refusal.reason))}
+        return found | {"header": header.to_json() | ({"patient": self.patient} if self.patient else {})}
+
+    def _header(self, data: bytes) -> Header:
+        if self.format == "nifti":
+            if not nifti.looks_like_nifti(data):
+                raise ImageLeftOut(Reason.NOT_NIFTI)
+            return volume_header(self.caption or Caption(None, None))
+        if self.format == "pictures":
+            return look_at_picture(data, self.caption or Caption(None, None))
+        return look_at_dicom(data, annex_e.identifying if self.require_deidentified else None)
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """The pixels of one file, into the cache under `path`."""
+
+    item: Item
+    sha256: str
+    path: Path
+    longest_side_px: int
+    display: bool = False
+    picture: bool = False
+    inverted: bool = False
+
+    @property
+    def seconds(self) -> float:
+        return FILE_S
+
+    def run(self) -> Answer:
+        data = _same(self.item, self.sha256)
+        if self.picture:
+            found = read_picture(data, self.longest_side_px, inverted=self.inverted)
+        else:
+            found = read_radiograph(data, self.longest_side_px, display=self.display)
+        stored = np.rint(found.pixels * SCALE).astype(np.uint16)
+        _write(self.path, stored)
+        return {
+            "content": content_of(stored),
+            "shape": list(stored.shape),
+            "spacing_mm": found.spacing_mm,
+            "low": found.low,
+            "high": found.high,
+            "text": burned_in.text_score(found.pixels),
+        }
+
+
+@dataclass(frozen=True)
+class SlicesOfVolume:
+    """The slices of one volume in order, into the cache under `path` as int16 (D, H, W) in Hounsfield units."""
+
+    items: list[Item]
+    sha256: list[str]
+    path: Path
+    size: tuple[int, int]
+
+    @property
+    def seconds(self) -> float:
+        return FILE_S + SLICE_S * len(self.items)
+
+    def run(self) -> Answer:
+        with _part(self.path) as part:
+            made = np.lib.format.open_memmap(part, mode="w+", dtype=np.int16, shape=(len(self.items), *self.size))
+            for number, (item, sha256) in enumerate(zip(self.items, self.sha256, strict=True)):
+                plane = read_slice(_same(item, sha256))
+                if plane.shape != self.size:
+                    raise ImageLeftOut(Reason.UNREADABLE_PIXELS)
+                made[number] = plane
+            return _finished(made)
+
+
+@dataclass(frozen=True)
+class VolumeFile:
+    """One NIfTI file, into the cache under `path` as int16 (D, H, W) in Hounsfield units."""
+
+    item: Item
+    sha256: str
+    path: Path
+
+    @property
+    def seconds(self) -> float:
+        return FILE_S + SLICE_S * self.item.size / 2**19  # a slice of 512 x 512
+
+    def run(self) -> Answer:
+        found, affine = nifti.read(_same(self.item, self.sha256))
+        volumes.require_air(found)
+        with _part(self.path) as part:
+            made = np.lib.format.open_memmap(part, mode="w+", dtype=np.int16, shape=found.shape)
+            made[:] = found
+            where = volumes.Stack([], affine, volumes.tilt_of(affine))
+            return _finished(made) | {
+                "affine": [float(value) for value in affine.ravel()],
+                "spacing_mm": [round(value, 6) for value in where.spacing_mm],
+                "tilt_degrees": round(where.tilt_degrees, 3),
+            }
+
+
+def _finished(made: npt.NDArray[np.int16]) -> Answer:
+    volumes.require_air(made)
+    low, high = (float(v) for v in np.percentile(made[:: max(1, len(made) // 16), ::4, ::4], [0.5, 99.5]))
+    content = content_of(made)
+    made.flush()  # type: ignore[attr-defined]  # a memory map
+    return {"content": content, "shape": list(made.shape), "low": low, "high": high, "text": 0.0}
+
+
+def content_of(stored: npt.NDArray[Any]) -> str:
+    """The SHA-256 of shape and values, by which equal images are known, and damaged ones."""
+    digest = hashlib.sha256(repr(stored.shape).encode())
+    for part in stored if stored.ndim > 2 else [stored]:  # a volume is hashed slice by slice, without a copy of it
+        digest.update(np.ascontiguousarray(part).data)
+    return digest.hexdigest()
+
+
+def _same(item: Item, sha256: str) -> bytes:
+    """The bytes of `item`, which must be those of the first look."""
+    data = item.read()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ImageLeftOut(Reason.CHANGED)
+    return data
+
+
+def _write(path: Path, stored: npt.NDArray[Any]) -> None:
+    with _part(path) as part, part.open("wb") as file:
+        np.save(file, stored, allow_pickle=False)
+
+
+@contextlib.contextmanager
+def _part(path: Path) -> Iterator[Path]:
+    """A file for this user alone, which gets the name `path` when it is whole and on the disk, or is removed."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    part = path.with_name(f"{path.stem}.{os.getpid()}.part")
+    try:
+        os.close(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        # A full disk is nobody's bad image; it ends the run, which goes on when there is room.
+        raise OSError(error.errno, f"the cache cannot be written: {error.strerror}") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def answer(task: Task) -> Answer:
+    """What `run` gives, with a reason where it raised one."""
+    try:
+        return task.run()
+    except ImageLeftOut as refusal:
+        return {"reason": str(Reason(refusal.reason))}
+
+
+class Readers:
+    """`count` confined processes; `home` is the site's folder, whose keys they cannot open. A context manager.
+
+    count 0: in this process, for what is known to be sound (rehearsals make their own images).
+    """
+
+    def __init__(self, count: int, home: Path) -> None:
+        self.count, self.home = count, home
+        self._context = multiprocessing.get_context("forkserver")
+        self._readers: list[_Reader] = []
+
+    def __enter__(self) -> "Readers":
+        if self.count:
+            # Forked from a process that has loaded everything once, and that never had a thread or a key.
+            self._context.set_forkserver_preload(["fl_client.readers"])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for reader in self._readers:
+            reader.end()
+
+    def run(self, tasks: Iterable[tuple[Key, Task]]) -> Iterator[tuple[Key, Answer]]:
+        """Each task's answer as it comes. A crashed or endless one answers decoder_failed. Raises OSError if the disk is full."""
+        if not self.count:
+            for key, task in tasks:
+                yield key, answer(task)
+            return
+        waiting, busy = iter(tasks), dict[_Reader, Key]()
+        while True:
+            for reader in self._idle(busy):
+                if (following := next(waiting, None)) is None:
+                    break
+                key, task = following
+                reader.give(task)
+                busy[reader] = key
+            if not busy:
+                return
+            soonest = min(reader.deadline for reader in busy) - time.monotonic()
+            ready = wait([reader.pipe for reader in busy], timeout=max(0.0, soonest))
+            for reader in list(busy):
+                if reader.pipe in ready or reader.deadline <= time.monotonic():
+                    found = reader.take() if reader.pipe in ready else None
+                    if found is None:
+                        reader.end()
+                        self._readers.remove(reader)
+                        found = {"reason": str(Reason.DECODER_FAILED)}
+                    if "error" in found:
+                        raise OSError(found["error"])
+                    yield busy.pop(reader), found
+
+    def _idle(self, busy: dict["_Reader", Any]) -> Iterator["_Reader"]:
+        yield from [reader for reader in self._readers if reader not in busy]
+        while len(self._readers) < self.count:
+            self._readers.append(_Reader(self._context, self.home))
+            yield self._readers[-1]
+
+
+class _Reader:
+    """One process and the pipe to it."""
+
+    def __init__(self, context: Any, home: Path) -> None:
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, str(home)), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.deadline = 0.0
+
+    def give(self, task: Task) -> None:
+        with contextlib.suppress(OSError):  # it died meanwhile: `take` finds out
+            self.pipe.send(task)
+        self.deadline = time.monotonic() + task.seconds
+
+    def take(self) -> Answer | None:
+        """Its answer; None if it died or answers anything else."""
+        try:
+            found = json.loads(self.pipe.recv_bytes(ANSWER_BYTES_MAX))
+        except (EOFError, OSError, ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def end(self) -> None:
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(pipe: Connection, home: str) -> None:
+    """A reading process: confined first, then tasks in and answers out until the pipe closes."""
+    import torch
+
+    from fl_client import sandbox
+    from privacy.deidentify import guard
+
+    guard(Path(home), native=True)
+    keys = Path(home) / "keys"
+    if keys.is_dir():
+        sandbox.hide(str(keys))
+    torch.set_num_threads(1)
+    sandbox.confine()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY_BYTES, hard))
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            task = pipe.recv()  # from the process that started this one: what comes back is not unpickled
+            try:
+                found = answer(task)
+            except OSError as error:
+                found = {"error": str(error)}
+            pipe.send_bytes(json.dumps(found).encode())
+
+
+def _address_space() -> int:
+    """Bytes that this process has mapped; generous where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 16 * 1024**3
