@@ -191,6 +191,9 @@ class _Intake:
         return hashlib.sha256(LOOK + b"\n" + repr(parts).encode()).hexdigest()
 
 
+_JSON = {".json": Reason.SIDECAR}
+
+
 def _intakes(source: Source, items: list[Item], labels: LabelTable | None) -> list[_Intake]:
     if source.format == "dicom":
         first = [item.name.partition("/") for item in items]
@@ -201,20 +204,19 @@ def _intakes(source: Source, items: list[Item], labels: LabelTable | None) -> li
             for item, patient in zip(items, whose, strict=True)
         ]
     sidecars = {item.name[: -len(".json")]: item for item in items if item.name.lower().endswith(".json")}
-    return [_Intake(item, Look(item, source.format, _caption(item, sidecars, labels))) for item in items]
+    named = [replace(item, reason=item.reason or _JSON.get(item.name[-5:].lower())) for item in items]
+    return [_Intake(item, Look(item, source.format, _caption(item, sidecars, labels))) for item in named]
 
 
 def _caption(item: Item, sidecars: dict[str, Item], labels: LabelTable | None) -> Caption:
     """What table and sidecar say of a picture or volume; the table comes first, because people look after it."""
     sidecar = sidecars.get(item.name.rpartition(".")[0])
     said = Caption(None, None)
-    if sidecar is not None and sidecar is not item and sidecar.reason is None and sidecar.size <= SIDECAR_BYTES_MAX:
+    if sidecar is not None and sidecar.reason is None and sidecar.size <= SIDECAR_BYTES_MAX:
         try:
             said = read_sidecar(sidecar.read())
         except ImageLeftOut:
             said = Caption(None, "")  # a header that cannot be read vouches for nothing
-    elif item.name.lower().endswith(".json"):
-        return Caption(None, None)
     if labels is None:
         return said
     mapping = labels.mapping

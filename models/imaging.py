@@ -27,7 +27,7 @@ from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
 from pydicom.pixels import pixel_array
-from pydicom.pixels.processing import apply_modality_lut, apply_voi
+from pydicom.pixels.processing import apply_modality_lut
 from torch.nn import functional
 
 from privacy.errors import ImageLeftOut
@@ -43,7 +43,7 @@ DECODERS = {
     "1.2.840.10008.1.2.4.57": "gdcm",  # JPEG Lossless, process 14
     "1.2.840.10008.1.2.4.70": "gdcm",  # JPEG Lossless, process 14, selection value 1
     "1.2.840.10008.1.2.4.80": "pyjpegls",  # JPEG-LS Lossless; the others return damaged data as if it were whole
-    "1.2.840.10008.1.2.4.90": "pylibjpeg",  # JPEG 2000 Lossless Only
+    "1.2.840.10008.1.2.4.90": "gdcm",  # JPEG 2000 Lossless Only
     "1.2.840.10008.1.2.4.201": "pylibjpeg",  # HTJ2K Lossless Only
     "1.2.840.10008.1.2.4.202": "pylibjpeg",  # HTJ2K Lossless RPCL
 }
@@ -203,19 +203,30 @@ def _spacing_mm(dataset: Dataset) -> tuple[float, float] | None:
 
 def _display(values: npt.NDArray[np.float32], dataset: Dataset) -> npt.NDArray[np.float32] | None:
     """float32 (H, W) in 0..1: modality values through the first VOI LUT, else the first window (PS3.3 C.11.2.1); None without."""
-    table = dataset.get("VOILUTSequence")
-    if table:
-        entries = int(table[0].LUTDescriptor[2])
-        shown = np.asarray(apply_voi(np.rint(values).astype(np.int32), dataset, 0), np.float32) / np.float32(
-            2**entries - 1
-        )
-        found: npt.NDArray[np.float32] = np.clip(shown, 0, 1)
-        return found
+    tables = dataset.get("VOILUTSequence")
+    if tables:
+        return _through_table(values, tables[0])
     centres, widths = (dataset.get(keyword) for keyword in ("WindowCenter", "WindowWidth"))
     if centres in (None, "") or widths in (None, ""):
         return None
     centre, width = (float(v[0] if isinstance(v, MultiValue | list) else v) for v in (centres, widths))
     return windowed(values, centre, width, str(dataset.get("VOILUTFunction") or "LINEAR").strip().upper())
+
+
+def _through_table(values: npt.NDArray[np.float32], item: Dataset) -> npt.NDArray[np.float32]:
+    """float32 of the same shape in 0..1: `values` through a VOI LUT (PS3.3 C.11.2.1.1), ends kept.
+
+    Ours, because pydicom counts the places of an 8-bit table in 8 bits, and so reads all but 256 of them wrong.
+    """
+    entries, first, depth = (int(number) for number in item.LUTDescriptor)
+    data = item.LUTData
+    table = np.frombuffer(data, "<u2") if isinstance(data, bytes) else np.asarray(data, np.int64)
+    entries = entries or 65536
+    if not 0 < depth <= 16 or table.size < entries:
+        raise ImageLeftOut("unreadable_pixels")
+    places = np.clip(np.rint(values).astype(np.int64) - first, 0, entries - 1)
+    found: npt.NDArray[np.float32] = (np.clip(table[places], 0, 2**depth - 1) / (2**depth - 1)).astype(np.float32)
+    return found
 
 
 def windowed(

@@ -22,7 +22,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from models.imaging import Radiograph, decode, quiet_reading, reduced, scaled, stored_values, to_grid
+from models.imaging import Radiograph, decode, quiet_reading, reduced, scaled, stored_values, to_grid, windowed
 from privacy.errors import ImageLeftOut
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "dicom"
@@ -282,3 +282,67 @@ def test_the_grid_is_square_centred_and_black_outside(shape: tuple[int, int]) ->
     assert abs(rows.min() - (63 - rows.max())) <= 1 and abs(columns.min() - (63 - columns.max())) <= 1
     assert grid.mean() == pytest.approx(min(shape) / max(shape), abs=0.03)
     assert grid[0, 32, 32] == pytest.approx(1)
+
+
+def display(function: str, centre: float, width: float) -> Any:
+    values = np.linspace(-2000, 6000, 64 * 80).reshape(80, 64).astype(np.float32)
+    return values, windowed(values, centre, width, function)
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize(("centre", "width"), [(2048, 4096), (600.5, 1200), (-100, 2.5), (40, 400)])
+def test_windows_are_those_of_another_implementation(function: str, centre: float, width: float) -> None:
+    from pydicom.pixels.processing import apply_windowing
+
+    values, found = display(function, centre, width)
+    dataset = Dataset()
+    dataset.WindowCenter, dataset.WindowWidth, dataset.VOILUTFunction = centre, width, function
+    dataset.BitsStored, dataset.PixelRepresentation, dataset.PhotometricInterpretation = 12, 0, "MONOCHROME2"
+    other = apply_windowing(values.astype(np.float64), dataset) / 4095
+    np.testing.assert_allclose(found, np.clip(other, 0, 1), atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("function", "centre", "width"),
+    [("LINEAR", 0, 0.5), ("LINEAR_EXACT", 0, 0), ("SIGMOID", 0, -1), ("CUBIC", 0, 10), ("LINEAR", float("nan"), 10)],
+)
+def test_a_window_that_the_standard_forbids_is_no_window(function: str, centre: float, width: float) -> None:
+    assert display(function, centre, width)[1] is None
+
+
+def test_the_display_comes_from_the_table_else_the_first_window_and_is_turned_once() -> None:
+    for photometric in ("MONOCHROME1", "MONOCHROME2"):
+        shown = {}
+        for name, header in {
+            "window": {"WindowCenter": [1000, 9], "WindowWidth": [500, 9]},
+            "first": {"WindowCenter": 1000, "WindowWidth": 500},
+            "none": {},
+        }.items():
+            dataset = radiograph(NOISE, PhotometricInterpretation=photometric, **header)
+            shown[name] = decode(dataset, display=True).display
+        assert shown["none"] is None
+        np.testing.assert_array_equal(shown["window"], shown["first"])
+        plain = np.clip((NOISE.astype(float) - 999.5) / 499 + 0.5, 0, 1)
+        expected = 1 - plain if photometric == "MONOCHROME1" else plain
+        np.testing.assert_allclose(shown["first"], expected, atol=1e-6)
+        assert scaled(decode(dataset)).pixels.mean() != pytest.approx(float(shown["first"].mean()))
+
+
+def test_a_voi_table_is_followed_to_its_own_depth() -> None:
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [4096, 0, 8], [255 - n // 16 for n in range(4096)]
+    table["LUTData"].VR = "US"
+    table["LUTDescriptor"].VR = "US"
+    values = (NOISE % 4096).astype("<u2")
+    dataset = radiograph(values, VOILUTSequence=[table], WindowCenter=1, WindowWidth=1, PixelRepresentation=0)
+    found = decode(dataset, display=True).display
+    assert found is not None
+    np.testing.assert_allclose(found, (255 - values // 16) / 255, atol=1e-6)
+
+
+def test_jpeg_with_12_bits_is_refused_by_its_own_name() -> None:
+    dataset = radiograph(NOISE)
+    dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.4.51"
+    with pytest.raises(ImageLeftOut) as caught:
+        decode(dataset)
+    assert caught.value.reason == "jpeg_extended_12_bit"
