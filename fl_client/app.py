@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fl_client.cohort import Cohort
+from fl_client.counting import carry_out_count, counted
 from fl_client.ingest import Index
 from fl_client.orders import answer
 from fl_client.protection import Vault
@@ -36,10 +37,12 @@ from models.contributions import (
 from models.labels import LabelTable
 from models.learning import Turn
 from models.metrics import ScoreHistogram
+from models.questions import Counting
 from models.study import Study
 from privacy import dpsgd, noise
 from privacy.errors import CohortTooSmall, MessageMalformed, StepRefused
 from privacy.wire import (
+    COHORT,
     EvaluateOrder,
     EvaluateReport,
     KeysOrder,
@@ -127,6 +130,8 @@ def carry_out(desk: Desk, site: Site, study: Study, order: Order) -> Report:
     """What this site reports to `order`, which was admitted; raises an IsocenterError that says why there is no report."""
     if threads := site.settings.resources.cpu_threads:
         torch.set_num_threads(threads)
+    if isinstance(study.task, Counting) and isinstance(order, WorkOrder):
+        return carry_out_count(desk.vault, site, study, study.task, order)
     if isinstance(order, TrainOrder):
         return carry_out_training(desk, site, study, order)
     if isinstance(order, EvaluateOrder):
@@ -169,6 +174,8 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
 def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: EvaluateOrder) -> EvaluateReport:
     """Evaluate the ordered model on the ordered split; of the test split alone, release the figures that the study asks for."""
     began = time.monotonic()
+    if order.split == COHORT:
+        raise StepRefused("the study asks no questions that could be counted")
     cohort = desk.cohort(site, study, "test" if order.split == "test" else "validation")
     net = desk.net(study, order)
     sending = desk.vault.begin(site, study, order, order.model.size)
@@ -200,7 +207,11 @@ def carry_out_step(desk: Desk, site: Site, study: Study, order: Order) -> KeysRe
         raise MessageMalformed("the order is no step of secure aggregation")
     if study.protection != "masked":
         raise StepRefused("the study is not masked, so there is nothing to make keys for")
-    desk.cohorts_of(site, study)  # a site that would refuse the work itself must not be counted on in the sum
+    # A site that would refuse the work itself must not be counted on in the sum.
+    if isinstance(study.task, Counting):
+        counted(site, study, study.task)
+    else:
+        desk.cohorts_of(site, study)
     made = desk.vault.make_keys(site, study, order)
     return KeysReport(**order.naming(), site=site.name, seconds=time.monotonic() - began, keys=made)
 

@@ -59,7 +59,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class _Member:
+class Member:
     """One image that takes part, with its patient's token and its label for each target of the study, in order."""
 
     image: IndexedImage
@@ -76,7 +76,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     under. `public_size`: patients of the training split in tens, as they were when the study began here.
     """
 
-    def __init__(self, members: list[_Member], images: torch.Tensor, names: list[str]) -> None:
+    def __init__(self, members: list[Member], images: torch.Tensor, names: list[str]) -> None:
         self.images = images
         labels = [[math.nan if label is None else float(label) for label in member.labels] for member in members]
         table = torch.tensor(labels, dtype=torch.float32).reshape(len(members), len(names))
@@ -104,7 +104,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
             raise LabelTableError(
                 f"none of the study's targets ({', '.join(names)}) is in data.labels.targets ({mapped})"
             )
-        members, left_out = _join(index, labels, study)
+        members, left_out = join(index, labels, study)
         placed = _pinned(pins, members, study)
         mine = [member for member in members if placed.splits[member.token] == split]
         cohort = cls(mine, _grid(index, study, split, mine), names)
@@ -117,7 +117,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     @staticmethod
     def identities_of(index: Index, labels: LabelTable, study: Study, split: Split, pins: Path) -> list[set[str]]:
         """`identities` of a cohort that is not opened: no image is read. Raises what `open` raises, but CohortTooSmall."""
-        members, _ = _join(index, labels, study)
+        members, _ = join(index, labels, study)
         placed = _pinned(pins, members, study)
         return _identities([member for member in members if placed.splits[member.token] == split])
 
@@ -140,9 +140,9 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         )
 
 
-def _join(index: Index, labels: LabelTable, study: Study) -> tuple[list[_Member], LeftOut]:
+def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], LeftOut]:
     """Images with a label for at least one target, ordered by patient token and file."""
-    members: list[_Member] = []
+    members: list[Member] = []
     unlabelled = modality = 0
     index.require_fit()
     wanted = study.images
@@ -165,12 +165,12 @@ def _join(index: Index, labels: LabelTable, study: Study) -> tuple[list[_Member]
             unlabelled += 1
             continue
         patient = labels.patient_of(key) or image.patient
-        members.append(_Member(image, _token(patient), row))
+        members.append(Member(image, _token(patient), row))
     members.sort(key=lambda member: (member.token, member.image.file))
     return members, LeftOut(unlabelled, modality)
 
 
-def _identities(members: list[_Member]) -> list[set[str]]:
+def _identities(members: list[Member]) -> list[set[str]]:
     """By what each patient is known again, in order of token: the token, and the hashes of the pixels."""
     found: dict[str, set[str]] = {}
     for member in members:
@@ -183,7 +183,7 @@ def _token(patient: str) -> str:
     return hashlib.sha256(TOKEN_LABEL + b"\n" + patient.encode()).hexdigest()[:32]
 
 
-def _strata(members: list[_Member]) -> dict[str, bool]:
+def _strata(members: list[Member]) -> dict[str, bool]:
     """Token -> does the patient have any positive label?"""
     strata: dict[str, bool] = {}
     for member in members:
@@ -192,7 +192,7 @@ def _strata(members: list[_Member]) -> dict[str, bool]:
 
 
 @dataclass
-class _Pins:
+class Pins:
     """Where patients (by token) and images (by content) belong. Images and the public size are kept for private studies only."""
 
     splits: dict[str, Split]
@@ -206,26 +206,33 @@ class _Pins:
         return facts
 
 
-def _pinned(pins: Path, members: list[_Member], study: Study) -> _Pins:
+def placed(members: list[Member], study: Study, known: Pins) -> Pins:
+    """`known`, with every patient of `members` placed who is not yet; nothing is written down."""
+    strata = _strata(members)
+    found = Pins(dict(known.splits), dict(known.images), known.public_size)
+    if study.privacy == "none":
+        for stratum in (True, False):
+            tokens = [token for token, positive in strata.items() if positive == stratum]
+            _place(tokens, found.splits, study.evaluation)
+        return found
+    _place_each(strata, found.splits, study.evaluation)
+    if not found.public_size:
+        trained = sum(found.splits[token] == "train" for token in strata)
+        found.public_size = max(PUBLIC_STEP, trained // PUBLIC_STEP * PUBLIC_STEP)
+    return found
+
+
+def _pinned(pins: Path, members: list[Member], study: Study) -> Pins:
     """The split of every patient of `members`; new ones are placed and written down before anybody uses them."""
     pins.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    strata = _strata(members)
     with _locked(pins):
-        known = _read_pins(pins) if pins.exists() else _Pins({}, {})
-        placed = _Pins(dict(known.splits), dict(known.images), known.public_size)
-        if study.privacy == "none":
-            for stratum in (True, False):
-                tokens = [token for token, positive in strata.items() if positive == stratum]
-                _place(tokens, placed.splits, study.evaluation)
-        else:
-            _place_each(strata, placed.splits, study.evaluation)
-            _pin_images(members, placed)
-            if not placed.public_size:
-                trained = sum(placed.splits[token] == "train" for token in strata)
-                placed.public_size = max(PUBLIC_STEP, trained // PUBLIC_STEP * PUBLIC_STEP)
-        if placed != known:
-            keys.write_private(pins, json.dumps(placed.document(), sort_keys=True, indent=0).encode())
-    return placed
+        known = read_pins(pins)
+        found = placed(members, study, known)
+        if study.privacy != "none":
+            _pin_images(members, found)
+        if found != known:
+            keys.write_private(pins, json.dumps(found.document(), sort_keys=True, indent=0).encode())
+    return found
 
 
 def _place_each(strata: dict[str, bool], placed: dict[str, Split], evaluation: Evaluation) -> None:
@@ -237,7 +244,7 @@ def _place_each(strata: dict[str, bool], placed: dict[str, Split], evaluation: E
             placed[token] = "test" if place < evaluation.test else "validation" if held else "train"
 
 
-def _pin_images(members: list[_Member], placed: _Pins) -> None:
+def _pin_images(members: list[Member], placed: Pins) -> None:
     for member in members:
         split = placed.splits[member.token]
         if placed.images.setdefault(member.image.content, split) != split:
@@ -261,24 +268,28 @@ def _place(tokens: list[str], placed: dict[str, Split], evaluation: Evaluation) 
         lacking[split] -= 1
 
 
-def _read_pins(pins: Path) -> _Pins:
-    """The written assignment. A damaged file is an error and never made anew: that would move patients between splits."""
+def read_pins(pins: Path) -> Pins:
+    """The written assignment, empty before there is one. A damaged file is an error and never made anew: that would move patients
+    between splits.
+    """
+    if not pins.exists():
+        return Pins({}, {})
     remedy = "Restore the file from a backup. If it is removed, patients used for training may be used for testing."
     try:
         if pins.stat().st_size > PINS_BYTES_MAX:
             raise ValueError
         document = json.loads(pins.read_text(encoding="ascii"))
-        read = _Pins(document["splits"], document.get("images", {}), document.get("public_size", 0))
+        read = Pins(document["splits"], document.get("images", {}), document.get("public_size", 0))
         good = document == read.document() | {"version": PINS_VERSION} and type(read.public_size) is int
         good &= all(isinstance(part, dict) and set(part.values()) <= set(SPLITS) for part in (read.splits, read.images))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        good, read = False, _Pins({}, {})
+        good, read = False, Pins({}, {})
     if not good:
         raise DataError(f"{pins}: the assignment of patients to splits cannot be read", remedy=remedy)
     return read
 
 
-def _grid(index: Index, study: Study, split: Split, members: list[_Member]) -> torch.Tensor:
+def _grid(index: Index, study: Study, split: Split, members: list[Member]) -> torch.Tensor:
     """float32 (N, *study.images.shape), memory-mapped from a file that is made once per selection of images and grid."""
     shape = (len(members), *study.images.shape)
     if not members:
@@ -313,7 +324,7 @@ def _content_file(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def _make_grid(path: Path, shape: tuple[int, ...], study: Study, index: Index, members: list[_Member]) -> None:
+def _make_grid(path: Path, shape: tuple[int, ...], study: Study, index: Index, members: list[Member]) -> None:
     """Write the images one by one into a file that gets its name when it is whole; never all of them in memory."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:

@@ -16,6 +16,7 @@ from typing import Any
 from fl_client.consent import Consent
 from privacy import journal
 from privacy.errors import IsocenterError, JournalDamaged, MessageMalformed
+from privacy.wire import COHORT
 
 PARTS = {
     "masked": "masked part of a sum",
@@ -51,6 +52,8 @@ def _trained(facts: Facts) -> str:
 def _evaluated(facts: Facts) -> str:
     figures = facts["figures"]
     released = f"; beside it, figures of the test split for {_count(figures, 'target')}" if figures else ""
+    if facts["split"] == COHORT:
+        return _part(facts, "numbers of patients and images in tens, as the study's questions ask")
     words = f"losses, counts and score histograms of the {facts['split']} split, round {facts['round']}"
     return _part(facts, words) + released
 

@@ -123,10 +123,9 @@ def read_radiograph(data: bytes, longest_side_px: int, *, display: bool) -> Pixe
 def read_slice(data: bytes) -> volumes.Int16:
     """The pixels of a file that `look_at_dicom` found a CT slice, in Hounsfield units int16 (H, W). Raises only ImageLeftOut."""
     with imaging.quiet_reading():
-        dataset = _whole(data)
-        image = imaging.decode(dataset)
-        if _text(dataset, "PhotometricInterpretation") != "MONOCHROME2":
-            raise ImageLeftOut(Reason.POLARITY_UNKNOWN)
+        image = imaging.decode(_whole(data))
+    if image.inverted:
+        raise ImageLeftOut(Reason.POLARITY_UNKNOWN)
     return volumes.hounsfield(image.values, image.padding)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from fl_client.sources import Reason
 from models import volumes
+from models.imaging import READING_ERRORS, quiet_reading
 from models.volumes import Float64, Int16
 from privacy.errors import ImageLeftOut
 
@@ -50,24 +51,8 @@ def read(data: bytes) -> tuple[Int16, Float64]:
     if voxels > VOXELS_MAX or sizes[3] > volumes.SLICES_MAX or not 0 < bits <= 64 or not HEADER_BYTES <= offset < 2**24:
         raise ImageLeftOut(Reason.TOO_LARGE)
     whole = _unpacked(data, int(offset) + voxels * bits // 8)
-    try:
-        image = nibabel.Nifti1Image.from_bytes(whole)
-        affine = np.asarray(image.affine, np.float64)[:3]
-        values = np.asarray(image.dataobj).reshape(sizes[1:4])
-        made = np.empty(sizes[3:0:-1], np.int16)
-        for number in range(sizes[3]):
-            plane = np.nan_to_num(values[:, :, number].T.astype(np.float32), nan=volumes.AIR_HU)
-            made[number] = volumes.hounsfield(plane, None)
-    except (
-        ValueError,
-        TypeError,
-        OSError,
-        RuntimeError,
-        ArithmeticError,
-        MemoryError,
-        nibabel.filebasedimages.ImageFileError,
-    ):
-        raise ImageLeftOut(Reason.UNREADABLE_PIXELS) from None
+    with quiet_reading():
+        made, affine = _decoded(whole, sizes[1:4])
     if not np.isfinite(affine).all() or abs(float(np.linalg.det(affine[:, :3]))) < 1e-6:
         raise ImageLeftOut(Reason.NO_GEOMETRY)
     # NIfTI counts to the right, to the front and up; DICOM to the left, to the back and up. Its axes come in reverse order here.
@@ -93,3 +78,18 @@ def _unpacked(data: bytes, length: int) -> bytes:
     if len(found) < length:
         raise ImageLeftOut(Reason.TRUNCATED)
     return found
+
+
+def _decoded(whole: bytes, sizes: tuple[int, ...]) -> tuple[Int16, Float64]:
+    """Values as int16 (D, H, W), and the file's own affine float64 (3, 4)."""
+    try:
+        image = nibabel.Nifti1Image.from_bytes(whole)
+        affine = np.asarray(image.affine, np.float64)[:3]
+        values = np.asarray(image.dataobj).reshape(sizes)
+        made = np.empty(sizes[::-1], np.int16)
+        for number in range(sizes[2]):
+            plane = np.nan_to_num(values[:, :, number].T.astype(np.float32), nan=volumes.AIR_HU)
+            made[number] = volumes.hounsfield(plane, None)
+    except (*READING_ERRORS, nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError):
+        raise ImageLeftOut(Reason.UNREADABLE_PIXELS) from None
+    return made, affine

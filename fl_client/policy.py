@@ -19,7 +19,7 @@ from privacy.errors import DocumentError
 
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-TaskKind = Literal["classification"]
+TaskKind = Literal["classification", "counting"]
 NetworkName = Literal["small_cnn", "densenet121", "linear"]
 NETWORKS: tuple[NetworkName, ...] = ("small_cnn", "densenet121", "linear")
 SECONDS_MOST = 2**36  # of a moment that can be shown, in the year 4147; what is beyond is no time
@@ -74,7 +74,10 @@ class Policy(Document):
         default=10, ge=1, description="least patients in each split; a study may ask for more"
     )
     maximum_rounds: int = Field(default=1000, ge=1, description="most rounds of a study")
-    tasks: list[TaskKind] = Field(default=["classification"], description="kinds of task that may be learned")
+    tasks: list[TaskKind] = Field(
+        default=["classification"],
+        description="kinds of task that are permitted; counting: numbers of patients in tens, in masked sums only",
+    )
     networks: list[NetworkName] = Field(default=list(NETWORKS), description="networks that may be trained here")
     targets: list[Name] = Field(
         default=[], description="targets that may be learned; none listed: whatever `data` maps labels for"
@@ -134,8 +137,8 @@ def broken(policy: Policy, study: Study, name: str, data_set: str) -> list[str]:
     if study.training.rounds > policy.maximum_rounds:
         found.append(f"{study.training.rounds} rounds are more than policy.maximum_rounds ({policy.maximum_rounds})")
     if study.task.kind not in policy.tasks:
-        found.append(f"the task {study.task.kind} is not among policy.tasks")
-    if study.network.name not in policy.networks:
+        found.append(f"the task {study.task.kind} is not among policy.tasks ({', '.join(policy.tasks)})")
+    if study.task.kind != "counting" and study.network.name not in policy.networks:
         found.append(f"the network {study.network.name} is not among policy.networks ({', '.join(policy.networks)})")
     if policy.targets and (other := [target for target in study.task.targets if target not in policy.targets]):
         found.append(f"{', '.join(other)} may not be learned here: policy.targets lists {', '.join(policy.targets)}")
@@ -147,6 +150,8 @@ def broken(policy: Policy, study: Study, name: str, data_set: str) -> list[str]:
 def _broken_privacy(policy: Policy, study: Study, name: str) -> list[str]:
     """What `study` says or leaves out about differential privacy, held against site.yaml and against itself."""
     plan = study.privacy
+    if study.task.kind == "counting":
+        return study.counting_conflicts()
     if name not in study.participation.sites:
         return []  # nothing is trained on its patients
     if plan == "none":

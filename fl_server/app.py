@@ -7,16 +7,19 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fl_server import strategies, sums
 from fl_server.roster import Home
-from fl_server.run import Float32, Round, Run, Test, score_sheet
+from fl_server.run import Counted, Float32, Round, Run, Test, score_sheet
 from fl_server.sums import Nodes, Task, Total
+from models import questions
 from models.contributions import read_figures
+from models.questions import Counting
 from privacy.errors import CertificateRevoked, IsocenterError, MessageMalformed
-from privacy.wire import EvaluateOrder, TrainOrder
+from privacy.wire import COHORT, EvaluateOrder, TrainOrder
 
 app = ServerApp()
 
@@ -29,6 +32,9 @@ def main(grid: Grid, context: Context) -> None:
     run.start()
     try:
         desk = Desk(home, run, grid)
+        if isinstance(run.study.task, Counting):
+            run.conclude(desk.count(run.study.task))
+            return
         strategy = strategies.build(run.study)
         if run.model is None:
             run.model = first_model(run)
@@ -94,6 +100,17 @@ class Desk:
         least = self.run.study.participation.quorum if self.run.study.protection == "masked" else 1
         task = Task(EvaluateOrder, model, number, 0, sites, least, afterwards, {"split": split})
         return self.summing.carry_out(task)
+
+    def count(self, task: Counting) -> Counted:
+        """The answers to the study's questions in one sum over the sites; the order carries a model of one zero."""
+        began, study = time.monotonic(), self.run.study
+        blank, quorum = np.zeros(1, np.float32), study.participation.quorum
+        total = self.summing.carry_out(
+            Task(EvaluateOrder, blank, 1, 0, self.evaluators, quorum, None, {"split": COHORT})
+        )
+        answers = questions.read(task, total.mean.answers)
+        missing = self.absent(total, study.all_sites)
+        return Counted(total.contributors, missing, answers, time.monotonic() - began)
 
     def score(self, total: Total) -> None:
         """Note the validation of the model that the sites were sent."""

@@ -5,7 +5,7 @@
       run.json                who launched it, state, label, attempt; small, replaced atomically
       checkpoint.safetensors  model, best model, strategy state, history of all committed rounds; one atomic rename a round
       events.jsonl            what happened, a line each; for progress bars, never read back for state
-      results.json, model.safetensors, card.json   written by `finish`
+      results.json, model.safetensors, card.json   written by `finish`; of a study that counts, results.json by `conclude`
 
 The attempt counts launches and sums that had to be tried again. It is part of every order and of every mask, so nothing of a
 later attempt repeats anything of an earlier one.
@@ -27,6 +27,7 @@ from safetensors.numpy import save
 
 from models.contributions import Sheet
 from models.metrics import ScoreHistogram
+from models.questions import Answer
 from models.study import Study
 from privacy import keys
 from privacy.errors import DocumentError, MessageMalformed, RunError, RunUnknown
@@ -77,6 +78,16 @@ class Test:
     missing: dict[str, str]
     figures: dict[str, list[dict[str, float | int] | None]]
     ingested: int
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The answers of a study that counts: sums over `contributors`, in tens, and who is not in them and why."""
+
+    contributors: list[str]
+    missing: dict[str, str]
+    answers: dict[str, Answer]
+    seconds: float
 
 
 class Run:
@@ -238,6 +249,30 @@ class Run:
         keys.write_private(self.folder / "results.json", json.dumps(results).encode())
         self._save_facts()
         self.event("finished", label=label, auroc=_auroc(test.sheet))
+
+    def conclude(self, counted: Counted) -> None:
+        """Write the answers of a study that counts; the state becomes complete or partial."""
+        everyone = self.study.all_sites
+        absent = ", ".join(f"{site} missing: {why}" for site, why in sorted(counted.missing.items()))
+        label = f"partial ({len(counted.contributors)} of {len(everyone)}, {absent})" if absent else "complete"
+        self.facts |= {"state": "partial" if absent else "complete", "label": label, "finished": now(), "round": 1}
+        results = {
+            "version": 1,
+            "kind": self.study.task.kind,
+            "run_id": self.run_id,
+            "digest": self.study.digest,
+            "study": self.study.model_dump(mode="json"),
+            "label": label,
+            "started": self.facts["started"],
+            "finished": self.facts["finished"],
+            "contributors": counted.contributors,
+            "missing": counted.missing,
+            "answers": {name: answer.to_json(len(counted.contributors)) for name, answer in counted.answers.items()},
+        }
+        keys.write_private(self.folder / "results.json", json.dumps(results).encode())
+        self._save_facts()
+        self.event("counted", seconds=round(counted.seconds, 3), missing=counted.missing)
+        self.event("finished", label=label, auroc=None)
 
     def fail(self, code: str, sentence: str) -> None:
         self.facts |= {"state": "failed", "label": f"failed after round {len(self.history)}: {code}"}

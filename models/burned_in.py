@@ -3,11 +3,11 @@
 Letters are small pieces of one height, one brightness and thin strokes, that stand side by side on one line; anatomy, wires,
 electrodes, collimation edges and a single lead letter are not. So: pieces that are brighter (then: darker) than their
 surroundings; of these, pieces of a letter's proportions; of these, chains along a line. The score of a chain is the number of
-strokes that a row through it crosses, weighted by how alike its letters are and how even they are in brightness; the score of
-an image is that of its best chain.
+strokes that a row through it crosses, less for each way in which it is unlike text; that of an image is its best chain's.
 
-What it cannot see: handwriting, text that runs vertically, letters under 5 pixels, words of one or two letters, and text with
-less contrast than the bones around it. docs/deidentification.md has the measured misses and false alarms.
+What it cannot see: handwriting, text that runs vertically, words of one or two letters, letters under 5 pixels or over 48, text
+that touches a bright edge, and text with less contrast than the bones around it. docs/deidentification.md has the measured misses
+and false alarms.
 """
 
 from dataclasses import dataclass
@@ -22,20 +22,21 @@ from scipy.sparse.csgraph import connected_components
 Plane = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.float64]
 
-THRESHOLD = 2.5  # chosen on half of the measured images; docs/deidentification.md
+THRESHOLD = 3.0  # chosen on half of the measured images; docs/deidentification.md
 WINDOW_PX = 25  # surroundings: four times the stroke of the largest letters looked for
+SMALL_PX, ENLARGED_MAX = 768, 3  # a picture of at most 384 or 256 pixels is also looked at twice or thrice enlarged
 CONTRAST = 0.12  # of a stroke against its surroundings, of the whole range
-HEIGHT_PX = (5, 48)
+HEIGHT_PX = (5, 48)  # of a letter: below it noise has as many shapes, above it bones have
 ASPECT_MIN = 1.5  # widths of a line in its heights; less is a single letter, such as the marker of a side
 WIDTH_MAX = 12.0  # heights; words whose letters touch are one piece
-WEIGHT_MIN = 0.35
+WEIGHT_MIN = 0.35  # one way in which a line is unlike text does not rule it out
 FILL = (0.12, 0.92)  # of the box that a letter fills: less is a thin curve, more a bar or a plate
 PIECES_MAX = 700  # pairs are compared, so time grows with its square; the rest of a very noisy image is passed over
 
 
 @dataclass(frozen=True)
 class _Pieces:
-    """What may be letters. One number per piece: box, strokes that a row crosses on average, mean brightness."""
+    """What may be letters. One number per piece: box, strokes that a row crosses on average, outmost brightness, contrast."""
 
     top: Numbers
     bottom: Numbers
@@ -43,7 +44,6 @@ class _Pieces:
     right: Numbers
     strokes: Numbers
     value: Numbers
-    spread: Numbers
     contrast: Numbers
 
     @property
@@ -63,6 +63,13 @@ def text_score(pixels: Plane) -> float:
     """Weighted strokes in the best line of text-like pieces in `pixels`, float32 (H, W) in 0..1; 0.0 if there is no such line."""
     if min(pixels.shape) < WINDOW_PX:
         return 0.0
+    score, times = _score(pixels), min(ENLARGED_MAX, SMALL_PX // max(pixels.shape))
+    if times > 1:  # in a picture this small letters are under 5 pixels, and apart by less than one
+        score = max(score, _score(ndimage.zoom(pixels, times, order=1)))
+    return score
+
+
+def _score(pixels: Plane) -> float:
     difference = pixels - _surroundings(pixels)
     masks = (difference > CONTRAST, difference < -CONTRAST)
     return max(_best_line(_pieces(pixels, difference, mask)) for mask in masks)
@@ -71,7 +78,7 @@ def text_score(pixels: Plane) -> float:
 def _surroundings(pixels: Plane) -> Plane:
     """The mean of about WINDOW_PX squared around each pixel, taken at half the resolution: a quarter of the time."""
     height, width = pixels.shape
-    even = np.pad(pixels, ((0, height % 2), (0, width % 2)), mode="edge")
+    even = np.pad(pixels, ((0, height % 2), (0, width % 2)), mode="edge") if height % 2 or width % 2 else pixels
     half = (even[::2, ::2] + even[1::2, ::2] + even[::2, 1::2] + even[1::2, 1::2]) / np.float32(4)
     mean = ndimage.uniform_filter(half, WINDOW_PX // 2 + 1, mode="nearest")
     result: Plane = np.repeat(np.repeat(mean, 2, axis=0), 2, axis=1)[:height, :width]
@@ -85,7 +92,7 @@ def _pieces(pixels: Plane, difference: Plane, mask: npt.NDArray[np.bool_]) -> _P
     """
     where = np.flatnonzero(mask)
     if len(where) == 0:
-        return _Pieces(*(np.zeros(0) for _ in range(8)))
+        return _Pieces(*(np.zeros(0) for _ in range(7)))
     columns = mask.shape[1]
     begins = np.flatnonzero((np.diff(where, prepend=-2) > 1) | (where % columns == 0))
     starts, ends = where[begins], where[np.append(begins[1:], len(where)) - 1] + 1
@@ -107,14 +114,15 @@ def _pieces(pixels: Plane, difference: Plane, mask: npt.NDArray[np.bool_]) -> _P
     fill = area / (height * width)
     letters = (height >= HEIGHT_PX[0]) & (height <= HEIGHT_PX[1]) & (width <= WIDTH_MAX * height) & (fill >= FILL[0])
     letters &= (fill <= FILL[1]) | (width < 0.5 * height)  # a full box is a bar or a plate, or else an I
-    value = summed(np.add.reduceat(values, begins)) / area
-    spread = np.sqrt(np.maximum(summed(np.add.reduceat(values**2, begins)) / area - value**2, 0))
+    outmost = np.full(count, 0.5)  # of thin strokes only the middle is as bright as it was drawn
+    ends_of = np.maximum if difference.ravel()[where[0]] > 0 else np.minimum
+    ends_of.at(outmost, piece, ends_of.reduceat(values, begins))
     contrast = summed(np.add.reduceat(np.abs(difference.ravel()[where]).astype(float), begins)) / area
     chosen = np.flatnonzero(letters)
     if len(chosen) > PIECES_MAX:
         chosen = np.sort(chosen[np.argsort(-contrast[chosen], kind="stable")[:PIECES_MAX]])
     strokes = np.bincount(piece, minlength=count) / height
-    return _Pieces(*(numbers[chosen] for numbers in (top, bottom, left, right, strokes, value, spread, contrast)))
+    return _Pieces(*(numbers[chosen] for numbers in (top, bottom, left, right, strokes, outmost, contrast)))
 
 
 def _joined(
@@ -145,19 +153,25 @@ def _chains(p: _Pieces) -> npt.NDArray[np.int32]:
 def _best_line(p: _Pieces) -> float:
     if len(p) == 0:
         return 0.0
-    chain = _chains(p)
-    return max(_line_score(p, np.flatnonzero(chain == number)) for number in np.unique(chain))
+    chain, best = _chains(p), 0.0
+    strokes = np.bincount(chain, p.strokes)
+    for number in np.argsort(-strokes):
+        if strokes[number] <= best:  # a line's score is at most its strokes
+            break
+        best = max(best, _line_score(p, np.flatnonzero(chain == number)))
+    return best
 
 
 def _line_score(p: _Pieces, members: npt.NDArray[np.intp]) -> float:
-    """Strokes of one line, less for each way in which it is unlike text; the weights were set by eye on half of the images."""
+    """Strokes of one line, less for each way in which it is unlike text; the weights were set on half of the images."""
     top, bottom, left, right = (side[members] for side in (p.top, p.bottom, p.left, p.right))
     height, width = float(np.median(bottom - top)), float(right.max() - left.min())
     if width < ASPECT_MIN * height:
         return 0.0
     strokes = float(p.strokes[members].sum())
-    base = np.polyfit(left, bottom, 1) if len(members) > 2 else np.array([0.0, bottom.mean()])
-    ragged = float(np.abs(bottom - np.polyval(base, left)).mean()) / height if len(members) > 2 else 0.0
+    along = left - left.mean()
+    slope = float((along * bottom).sum()) / max(float((along**2).sum()), 1.0)
+    ragged = float(np.abs(bottom - bottom.mean() - slope * along).mean()) / height
     weights = (
         float(p.contrast[members].mean()) / 0.25,  # bones and noise stand out by 0.15, text by 0.35
         strokes * height / width / 1.2,  # letters come close together: 1.4 strokes on the width of a height

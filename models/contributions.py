@@ -14,7 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from models import questions
 from models.metrics import ScoreHistogram
+from models.questions import Counting
 from models.study import Study
 from privacy import noise
 from privacy.errors import MessageMalformed
@@ -56,6 +58,7 @@ class Contribution:
     loss: float = 0.0
     update: npt.NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.float32))
     summed: bool = False
+    answers: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))  # of a study that counts, in tens; all it has
 
     @property
     def weight(self) -> int:
@@ -64,6 +67,8 @@ class Contribution:
 
     def counts(self, kind: Kind) -> Int64:
         """The whole numbers of this contribution, in the order that `read` expects."""
+        if self.answers.size:
+            return self.answers
         sheet = self.sheet
         facts = [self.ingested, sheet.patients, sheet.images, _units(sheet.loss, sheet.images)]
         if kind == "train":
@@ -119,6 +124,8 @@ def empty_sheet(study: Study) -> Sheet:
 
 def count_of(study: Study, kind: Kind) -> int:
     """How many counts a contribution of this kind has."""
+    if isinstance(study.task, Counting):
+        return study.task.size
     return (6 if kind == "train" else 4) + len(study.task.targets) * 2 * study.evaluation.bins
 
 
@@ -129,6 +136,9 @@ def read(study: Study, kind: Kind, values: npt.NDArray[np.float64], counts: Int6
     """
     if counts.shape != (count_of(study, kind),):
         raise MessageMalformed("the sum has another number of counts than the study")
+    if isinstance(study.task, Counting):
+        questions.read(study.task, counts)
+        return Contribution(0, empty_sheet(study), answers=counts)
     head = [int(n) for n in counts[: 6 if kind == "train" else 4]]
     ingested, patients, images, loss = head[:4]
     histogram = ScoreHistogram(counts[len(head) :].reshape(len(study.task.targets), 2, study.evaluation.bins))

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.errors import BytesLengthException, InvalidDicomError
 from pydicom.multival import MultiValue
 from pydicom.pixels import pixel_array
 from pydicom.pixels.processing import apply_modality_lut
@@ -57,7 +57,7 @@ SPACING_MM_MAX = 10.0  # a radiograph with coarser pixels is a typing error
 
 READING_ERRORS = (
     *(ValueError, AttributeError, RuntimeError, KeyError, IndexError, TypeError, EOFError, OSError, ArithmeticError),
-    *(AssertionError, MemoryError, InvalidDicomError, struct.error, zlib.error),
+    *(AssertionError, MemoryError, InvalidDicomError, BytesLengthException, struct.error, zlib.error),
 )
 """What pydicom and its decoders raise on damaged files, found by damaging files; caught per file, never passed on."""
 
@@ -75,13 +75,15 @@ class Radiograph:
     spacing_mm: tuple[float, float] | None
     display: npt.NDArray[np.float32] | None = None
     """float32 (H, W) in 0..1, bright is dense: what the file says a screen should show, if that was asked for and it says so."""
+    inverted: bool = False
+    """Whether bright meant air in the file; it does not any more."""
 
 
 @contextlib.contextmanager
 def quiet_reading() -> Iterator[None]:
     """Nothing that pydicom or a decoder warns of or logs inside this block is shown: those texts quote patient data."""
     # Their modules log under these names; what reaches the top one ends there, in a handler that drops it.
-    loggers = [logging.getLogger(name) for name in ("pydicom", "pylibjpeg", "openjpeg", "jpeg_ls")]
+    loggers = [logging.getLogger(name) for name in ("pydicom", "pylibjpeg", "openjpeg", "jpeg_ls", "nibabel")]
     before = [(logger, logger.handlers, logger.propagate) for logger in loggers]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -111,10 +113,11 @@ def decode(dataset: Dataset, *, display: bool = False) -> Radiograph:
             raise ImageLeftOut("unreadable_pixels") from None
     if not np.isfinite(values).all():
         raise ImageLeftOut("unreadable_pixels")
-    if _photometric(dataset) == "MONOCHROME1":
+    inverted = _photometric(dataset) == "MONOCHROME1"
+    if inverted:
         values = -values
         shown = None if shown is None else 1 - shown
-    return Radiograph(values, padding, spacing_mm, shown)
+    return Radiograph(values, padding, spacing_mm, shown, inverted)
 
 
 def stored_values(dataset: Dataset) -> npt.NDArray[Any]:
@@ -141,6 +144,11 @@ def stored_values(dataset: Dataset) -> npt.NDArray[Any]:
         stored = pixel_array(dataset, raw=True, decoding_plugin=DECODERS.get(syntax, ""), **whole)
     except READING_ERRORS:
         raise ImageLeftOut("unreadable_pixels") from None
+    except BaseException as error:
+        # A decoder written in Rust that fails a check of its own raises this, which is no Exception on purpose.
+        if type(error).__name__ == "PanicException":
+            raise ImageLeftOut("unreadable_pixels") from None
+        raise
     if stored.shape != (rows, columns):
         raise ImageLeftOut("unreadable_pixels")
     return _significant_bits(stored, dataset) if whole else stored

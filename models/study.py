@@ -1,24 +1,18 @@
 """The study protocol: one strict YAML document that says what is trained, on what, by whom, and what leaves a site.
 
 A `Study` is immutable. Its SHA-256 over a canonical form (`digest`) is its identity in every order, checkpoint, journal line
-and report, so two studies that differ in one number are two studies. `read` is the one reader of all YAML files of Isocenter:
-an unknown key, a wrong type or a value out of range is a `DocumentError` that names file, line and the nearest known key.
+and report, so two studies that differ in one number are two studies. What is asked may also be a question in numbers (`models.questions`):
+then nothing is trained, and a study is what keeps the question under the same signature, approval and masks.
 """
 
-import difflib
 import hashlib
 import json
 import math
-import re
 import unicodedata
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     StringConstraints,
@@ -29,28 +23,21 @@ from pydantic import (
     model_validator,
 )
 
+from models.documents import YAML_BYTES_MAX, Document, Name, parse, read
+from models.questions import Counting
 from privacy.errors import DocumentError, PrivacyError, StudyConflict
 
 if TYPE_CHECKING:
     from privacy.accounting import PrivacyEvent, Statement
 
+__all__ = ["PROTECTIONS", "YAML_BYTES_MAX", "Document", "Name", "Point", "Protection", "Study", "parse", "read"]
+
 LABEL = b"isocenter/v1/study"
 WARM_UP_ROUNDS = 2  # fresh GroupNorm networks take a full first step badly: half the rate in the first round
 NOISED_BINS_MAX = 100  # of a histogram whose every bin gets noise
-YAML_BYTES_MAX = 256 * 1024  # a study is a page; anything larger is a mistake or an attack on the parser
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
-"""Names that may leave a site: lower case, short, without blanks, dots or slashes, so never a path or a person's name."""
 Point = Annotated[str, StringConstraints(pattern=r"^0[23][0-9a-f]{64}$")]
 """An enrolled P-256 key as `keys.point_hex` writes it."""
-
-
-class Document(BaseModel):
-    """A section of a YAML file: immutable, and unknown keys are errors. Types are strict: "3" is no number."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
 Protection = Literal["masked", "sealed", "plain"]
 PROTECTIONS: tuple[Protection, ...] = ("masked", "sealed", "plain")
 """From the strongest to the weakest."""
@@ -70,6 +57,16 @@ class Task(Document):
         if len(set(self.targets)) != len(self.targets):
             raise ValueError("targets must differ from each other")
         return self
+
+
+def _kind_of_task(given: Any) -> str:
+    kind = given.get("kind") if isinstance(given, dict) else getattr(given, "kind", "")
+    return "[counting]" if kind == "counting" else "[classification]"
+
+
+TaskOrQuestions = Annotated[
+    Annotated[Task, Tag("[classification]")] | Annotated[Counting, Tag("[counting]")], Discriminator(_kind_of_task)
+]
 
 
 Triple = Annotated[list[float], Field(min_length=3, max_length=3)]
@@ -304,6 +301,9 @@ class Evaluation(Document):
     )
 
 
+COUNTING_SECTIONS: dict[str, Any] = {"training": {"rounds": 1}, "evaluation": {"site_figures": False}}
+
+
 class Study(Document):
     """One study protocol.
 
@@ -317,7 +317,7 @@ class Study(Document):
     name: Name = Field(description="short name of the study")
     title: str = Field(min_length=1, max_length=200, description="title of the report")
     purpose: str = Field(min_length=1, max_length=2000, description="what sites read before they approve")
-    task: Task
+    task: TaskOrQuestions = Field(description="what is predicted; or, with `kind: counting`, questions in numbers")
     images: Images = Images()
     network: Network = Network()
     training: Training
@@ -342,6 +342,13 @@ class Study(Document):
         pattern=r"^([0-9a-f]{64})?$",
         description="X25519 key that sealed updates are encrypted to; filled in by `fl-study submit`",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sections_of_questions(cls, given: Any) -> Any:
+        """A study that counts says nothing of training: these sections are fixed then, and `check` refuses others."""
+        task = given.get("task") if isinstance(given, dict) else None
+        return COUNTING_SECTIONS | given if isinstance(task, dict) and task.get("kind") == "counting" else given
 
     @field_validator("title", "purpose")
     @classmethod
@@ -443,9 +450,32 @@ class Study(Document):
             found.append(f"network: densenet121 halves images five times and needs {DENSENET_LEAST} on each axis")
         if self.roster and set(self.roster) != set(self.all_sites):
             found.append("the roster has keys of other sites than participation names")
-        found += self.private_conflicts()
+        found += self.counting_conflicts() if isinstance(self.task, Counting) else self.private_conflicts()
         if found:
             raise StudyConflict("; ".join(found))
+
+    def counting_conflicts(self) -> list[str]:
+        """One sentence for each setting under which questions are not asked; a site asks as well before it answers."""
+        fixed = {
+            "images": Images(),
+            "network": Network(),
+            "training": Training.model_validate(COUNTING_SECTIONS["training"]),
+            "strategy": Strategy(),
+            "evaluation": Evaluation.model_validate(COUNTING_SECTIONS["evaluation"]),
+            "encoding_bits": 32,
+        }
+        found = [
+            f"{name} has no meaning in a study that counts; leave it out"
+            for name, value in fixed.items()
+            if getattr(self, name) != value
+        ]
+        if self.participation.evaluate_only:
+            found.append("participation.evaluate_only has no meaning in a study that counts: name all sites in `sites`")
+        if self.protection != "masked" or self.participation.quorum < MASKED_SITES_MIN:
+            found.append(f"numbers leave in masked sums of {MASKED_SITES_MIN} sites or more, never of one site")
+        if self.privacy != "none":
+            found.append("privacy has to be none: numbers are rounded down to tens, and no ε covers them")
+        return found
 
     def private_conflicts(self) -> list[str]:
         """One sentence for each setting that breaks the promise of `privacy`, or that it has no use for."""
@@ -552,124 +582,3 @@ class Study(Document):
         if event is None or plan == "none":
             return 0.0
         return event.noise_multiplier * plan.images_per_patient * math.sqrt(len(self.task.targets))
-
-
-D = TypeVar("D", bound=Document)
-
-
-def read(kind: type[D], path: Path) -> D:
-    """Read one YAML document strictly. Errors name the file, the line and, for an unknown key, the nearest known one."""
-    if not path.is_file():
-        raise DocumentError(f"{path}: there is no such file", remedy="Check the path.")
-    if path.stat().st_size > YAML_BYTES_MAX:
-        raise DocumentError(f"{path}: larger than {YAML_BYTES_MAX // 1024} KiB; this is not one of our documents")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DocumentError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    return parse(kind, text, str(path))
-
-
-def parse(kind: type[D], text: str, name: str) -> D:
-    """`read` for text already in memory; `name` stands where the file name would in messages."""
-    try:
-        root = yaml.compose(text, Loader=_Loader)
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader that also refuses aliases and repeated keys
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise DocumentError(f"{name}, line {line}: {error.problem or 'not YAML'}") from None
-    except (yaml.YAMLError, RecursionError):
-        raise DocumentError(f"{name}: not YAML") from None
-    except (ValueError, LookupError, TypeError, AttributeError):  # PyYAML's own, for tags and numbers it cannot convert
-        raise DocumentError(f"{name}: a value does not fit its tag, or has too many digits") from None
-    if not isinstance(data, dict):
-        raise DocumentError(f"{name}, line 1: expected keys and values, found {type(data).__name__}")
-    try:
-        return kind.model_validate(data)
-    except ValidationError as error:
-        raise DocumentError("\n".join(_explain(kind, root, name, dict(e)) for e in error.errors())) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader without aliases (they make YAML bombs), with repeated keys refused (the last would win in silence).
-
-    Only `true` and `false` are booleans: label words such as yes, no, on and off stay words.
-    """
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]  # PyYAML's stubs leave it out
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not allowed here", problem_mark=mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int | float | bool):
-                raise yaml.MarkedYAMLError(problem="a key must be a plain word", problem_mark=key_node.start_mark)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-
-
-def _explain(kind: type[BaseModel], root: yaml.Node | None, name: str, error: dict[str, Any]) -> str:
-    """One sentence for one pydantic error: file, line, dotted key, what is wrong, nearest known key."""
-    place = [part for part in error["loc"] if not (isinstance(part, str) and "[" in part)]
-    line = _line(root, place)
-    dotted = ".".join(str(part) for part in place)
-    if error["type"] == "extra_forbidden":
-        known = sorted(_known_keys(kind, place[:-1]))
-        near = difflib.get_close_matches(str(place[-1]), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(known)}"
-        return f"{name}, line {line}: unknown key {dotted!r}{hint}"
-    if error["type"] == "missing":
-        return f"{name}, line {line}: the key {dotted!r} is missing"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    given = error.get("input")
-    shown = f" (found {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{name}, line {line}: {dotted}: {message[:1].lower()}{message[1:]}{shown}"
-
-
-def _line(node: yaml.Node | None, place: list[Any]) -> int:
-    """1-based line of the key at `place`, or of the nearest section above it."""
-    line = node.start_mark.line + 1 if node is not None else 1
-    for part in place:
-        if isinstance(node, yaml.MappingNode):
-            hit = next(((k, v) for k, v in node.value if str(k.value) == str(part)), None)
-            if hit is None:
-                return line
-            line, node = hit[0].start_mark.line + 1, hit[1]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            line = node.start_mark.line + 1
-        else:
-            return line
-    return line
-
-
-def _known_keys(kind: type[BaseModel], place: list[Any]) -> list[str]:
-    """Field names of the section at `place` below `kind`, through optional and mapped sections."""
-    section: Any = kind
-    for part in place:
-        fields = getattr(section, "model_fields", {})
-        annotation = fields[part].annotation if part in fields else section
-        section = _document_in(annotation) or section
-    return list(getattr(section, "model_fields", {}))
-
-
-def _document_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        if found := _document_in(argument):
-            return found
-    return None

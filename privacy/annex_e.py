@@ -22,7 +22,8 @@ what its value representation and multiplicity permit.
 Private groups, curves (50xx) and overlays (60xx) go whole, and so do preamble and file meta information, which are made anew.
 
 Pixel data stay as they are, bit for bit. What is painted into them is not seen here (models/burned_in.py looks for text), but
-bits that no pixel uses are: overlays of old devices hide there, and such an object is refused.
+bits that no pixel uses, and bytes behind the last pixel, are: overlays of old devices hide there, and such an object is refused.
+Comments inside a compressed stream are not looked at.
 
 Pseudonyms are keyed (`keys.token`): who lacks the site's secret can neither turn them back nor try names until one fits.
 Of an object without a PatientID the study stands for the patient.
@@ -31,9 +32,11 @@ Nothing of a value is put into an error, a warning or a log.
 """
 
 import contextlib
+import copy
 import functools
 import json
 import logging
+import math
 import re
 import struct
 import uuid
@@ -198,7 +201,6 @@ def deidentified(dataset: Dataset, profile: Profile) -> Dataset:
     """
     with silent():
         try:
-            _nothing_hidden_or_raise(dataset)
             patient = _word(dataset, "PatientID") or f"study {_word(dataset, 'StudyInstanceUID')}"
             walk = _Walk(profile, patient)
             result = walk.cleaned(dataset, 0)
@@ -207,11 +209,10 @@ def deidentified(dataset: Dataset, profile: Profile) -> Dataset:
             _add_meta(result, dataset, profile)
             correct_ambiguous_vr(result, _syntax(result) != EXPLICIT_BIG_ENDIAN)
             _add_character_set(result)
+            _complete_or_raise(result, dataset)
+            _nothing_hidden_or_raise(dataset)
         except READING_ERRORS:
             raise ImageLeftOut("not_dicom", "the header cannot be read") from None
-    for keyword in NEEDED:
-        if _word(dataset, keyword) and keyword not in result:
-            raise ImageLeftOut("not_dicom", f"{keyword} is not what the standard permits there")
     return result
 
 
@@ -266,7 +267,7 @@ class _Walk:
             ):  # a value that its representation does not permit is no loss, and may be a name in a wrong place
                 continue
             if tag in PIXELS:
-                result[tag] = element
+                result[tag] = copy.copy(element)  # its VR may be corrected below, and the caller's is not ours
             elif (new := self._element(element, depth)) is not None:
                 result[tag] = new
         return result
@@ -500,10 +501,15 @@ def _add_character_set(result: Dataset) -> None:
         result.SpecificCharacterSet = "ISO_IR 192"
 
 
-def _nothing_hidden_or_raise(dataset: Dataset) -> None:
-    """Refuse pixels with something in bits that they do not use: before 2004 overlays were put there (PS3.5 8.1.2).
+def _complete_or_raise(result: Dataset, dataset: Dataset) -> None:
+    for keyword in NEEDED:
+        if _word(dataset, keyword) and keyword not in result:
+            raise ImageLeftOut("not_dicom", f"{keyword} is not what the standard permits there")
 
-    Only native pixels can hold it unseen; signed ones fill these bits with the sign.
+
+def _nothing_hidden_or_raise(dataset: Dataset) -> None:
+    """Refuse native pixels with something in bits that they do not use, where overlays were put before 2004 (PS3.5 8.1.2), or
+    with something behind the last of them. Signed pixels fill these bits with the sign.
     """
     positions = [
         _number(dataset, tag) for tag in list(dataset.keys()) if _repeating(tag.group) and tag.element == 0x0102
@@ -512,6 +518,8 @@ def _nothing_hidden_or_raise(dataset: Dataset) -> None:
     allocated, stored = _number(dataset, 0x00280100), _number(dataset, 0x00280101)
     signed = _number(dataset, 0x00280103) == 1
     element = dataset.get(0x7FE00010)
+    if element is not None and not element.is_undefined_length and isinstance(element.value, bytes):
+        hidden = hidden or any(element.value[_native_bytes(dataset, allocated) :])
     if element is not None and allocated in (8, 16) and 0 < stored < allocated and not signed:
         lowest = (_number(dataset, 0x00280102) or stored - 1) - stored + 1
         if not element.is_undefined_length and isinstance(element.value, bytes) and 0 <= lowest <= allocated - stored:
@@ -521,6 +529,13 @@ def _nothing_hidden_or_raise(dataset: Dataset) -> None:
             hidden = hidden or bool((values & values.dtype.type(unused)).any())
     if hidden:
         raise ImageLeftOut("overlay_in_pixels", "bits that no pixel uses are not empty")
+
+
+def _native_bytes(dataset: Dataset, allocated: int) -> int:
+    """How many bytes the pixels fill when they are not compressed (PS3.5 8.1.1)."""
+    sizes = [_number(dataset, tag) for tag in (0x00280010, 0x00280011)]  # rows, columns
+    times = [_number(dataset, tag) or 1 for tag in (0x00280002, 0x00280008)]  # samples, frames
+    return -(-math.prod((*sizes, *times, allocated)) // 8)
 
 
 # Looking for what identifies -----------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ path, a patient's name or an exception text has nowhere to travel. Decoding is s
 field, another type, a value out of range, an array of another dtype or with a NaN is MessageMalformed.
 
     order   TrainOrder      evaluate this model on the validation split, then train it; names the study, restates none of it
-            EvaluateOrder   evaluate this model on one split
+            EvaluateOrder   evaluate this model on one split; or count what the study's questions ask for
             KeysOrder       make keys for a sum that is to come
             UnmaskOrder     help to open a sum, and take in the keys of the next one
     report  TrainReport, EvaluateReport   the site's contribution to a sum, protected as the study says; keys of the next sum
@@ -53,9 +53,10 @@ _PATTERNS = {
     "study": re.compile(r"[0-9a-f]{64}"),
     "run": re.compile(r"[a-z0-9-]{1,64}"),
     "site": re.compile(r"[a-z][a-z0-9_-]{0,31}"),
-    "split": re.compile(r"validation|test"),
+    "split": re.compile(r"validation|test|cohort"),
 }
 RECORD = "isocenter"
+COHORT = "cohort"  # in place of a split: count the patients that a study's questions ask for, and score nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,6 +227,8 @@ class TrainOrder(WorkOrder):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvaluateOrder(WorkOrder):
+    """`split`: of the patients, validation or test; cohort: count all of them, as the study's questions say."""
+
     kind: ClassVar[str] = "evaluate"
     message_type: ClassVar[str] = "evaluate"
 

@@ -44,7 +44,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fl_server.rounds.GRACE_S", 0.05)
     monkeypatch.setattr("fl_server.rounds.ONLINE_LOOK_S", 0.01)
     # Every order makes its site read the same site.yaml; to parse it once saves half of the time of this file.
-    monkeypatch.setattr("models.study.parse", functools.cache(parse))
+    monkeypatch.setattr("models.documents.parse", functools.cache(parse))
     monkeypatch.setattr("os.fsync", lambda file: None)  # processes end in these tests; machines do not
 
 
@@ -417,7 +417,7 @@ def test_replies_that_come_twice_and_in_any_order_change_nothing(
     check_protocol(shaken)
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_whatever_happens_a_committed_model_is_the_mean_over_whom_the_record_names(tmp_path: Path, seed: int) -> None:
     """Faults at random, more than can be tolerated now and then. A run may end early, by name; it is never wrong."""
     dice, stages = random.Random(seed), ("keys", "invite", "shares", "train", "unmask", "evaluate")

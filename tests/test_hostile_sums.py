@@ -41,7 +41,7 @@ SUM = 2  # the first of an attempt, as the honest coordinator counts
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     # Every order makes its site read the same site.yaml; to parse it once saves half of the time of this file.
-    monkeypatch.setattr("models.study.parse", functools.cache(parse))
+    monkeypatch.setattr("models.documents.parse", functools.cache(parse))
     monkeypatch.setattr("os.fsync", lambda file: None)  # processes end in these tests; machines do not
 
 

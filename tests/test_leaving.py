@@ -25,7 +25,7 @@ FOUR = ["north", "south", "east", "west"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("models.study.parse", functools.cache(parse))
+    monkeypatch.setattr("models.documents.parse", functools.cache(parse))
     monkeypatch.setattr("os.fsync", lambda file: None)
 
 

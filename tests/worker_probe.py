@@ -14,17 +14,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import pytest
+from typing import TYPE_CHECKING, Any
 
 from fl_client import worker
 from fl_client.protection import Vault
 from privacy import wire
 from privacy.errors import AuditFailed
 
+if TYPE_CHECKING:
+    import pytest  # a worker is started many times, and needs none of it
 
-def program(patch: pytest.MonkeyPatch, name: str, *given: object) -> None:
+
+def program(patch: "pytest.MonkeyPatch", name: str, *given: object) -> None:
     """From now on new workers run the function `name` of this module, with `given` first."""
     code = (
         f"{worker.HIDE}; sys.path.append({str(Path(__file__).parent)!r}); import worker_probe; "
