@@ -87,14 +87,14 @@ class Desk:
     def cohort(self, site: Site, study: Study, split: Split) -> Cohort:
         """The site's images of `split`; CohortTooSmall if this split is smaller than the study's or the site's minimum."""
         source = site.source
-        table = site.home / source.labels.table
-        seen = tuple(p.stat().st_mtime_ns if p.exists() else 0 for p in (site.state / "index.sqlite", table))
+        files = (site.state / "index.sqlite", *source.labels.files(site.home))
+        seen = tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in files)
         key = (site.home, study.digest, split, seen)
         if key not in self.cohorts:
             self.cohorts = {
                 k: c for k, c in self.cohorts.items() if k[0] != site.home or (k[1], k[3]) == (study.digest, seen)
             }
-            labels = LabelTable.read(table, source.labels)
+            labels = LabelTable.open(site.home, source.labels)
             cohort = Cohort.open(Index.open(site.state), labels, study, split, site.pins(study))
             least = site.settings.policy.minimum_patients
             if cohort.counts.patients < least:

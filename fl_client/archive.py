@@ -33,7 +33,7 @@ ACCESSION_CHARACTERS_MAX = 64  # DICOM allows 16; archives that hold longer ones
 DAYS_MAX = 36_600  # a hundred years of studies
 UID = re.compile(r"[0-9][0-9.]{0,62}[0-9]|[0-9]")
 _ACCESSION = re.compile(r"[^\x00-\x1f\x7f*?\\\"]{1,64}")  # `*`, `?` and `\` would make one number match others
-_TITLE = r"^(?! )[ -\[\]-~]{1,16}(?<! )$"  # an application entity's title, PS3.5: 16 characters without a backslash
+_TITLE = r"^[!-\[\]-~]([ -\[\]-~]{0,14}[!-\[\]-~])?$"  # an application entity's title, PS3.5: 16 characters without a backslash
 Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 Title = Annotated[str, Field(pattern=_TITLE)]
 Port = Annotated[int, Field(ge=1, le=65535)]

@@ -164,7 +164,7 @@ def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], 
         if all(label is None for label in row):
             unlabelled += 1
             continue
-        patient = labels.patient_of(key) or image.patient
+        patient = labels.patient_of(key) or labels.mapping.plain_patient(image.patient)
         members.append(Member(image, _token(patient), row))
     members.sort(key=lambda member: (member.token, member.image.file))
     return members, LeftOut(unlabelled, modality)

@@ -53,7 +53,7 @@ def counted(site: Site, study: Study, task: Counting) -> dict[str, Answer]:
     """
     index, source = Index.open(site.state), site.source
     index.require_fit()
-    labels = LabelTable.read(site.home / source.labels.table, source.labels)
+    labels = LabelTable.open(site.home, source.labels)
     mapped = labels.mapping.targets
     if task.targets and not set(task.targets) & set(mapped):
         raise LabelTableError(

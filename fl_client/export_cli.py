@@ -51,7 +51,7 @@ def dicom(  # noqa: PLR0913, PLR0917  each parameter is one option
     kept = "age up to 89, sex, size, weight, ethnic group" if retain_characteristics else "nothing about the patient"
     _tell(f"Handed over: copies of {limit or 'all'} images of {site.name}, with keyed pseudonyms in place of numbers.")
     _tell(
-        f"Kept of the headers: what the picture needs, and {kept}. Dates are {dates}. Faces of devices stay as they are."
+        f"Kept of the headers: what the picture needs, and {kept}. Dates are {dates}. Maker and model of the device stay."
     )
     _tell("Pixels are not changed. Images with suspected text stay here until you list them with --reviewed.")
     _ask(yes)

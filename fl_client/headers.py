@@ -9,13 +9,14 @@ import json
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pydicom
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 
 from fl_client.sources import FILE_BYTES_MAX, Reason
@@ -40,6 +41,39 @@ GREY_TOLERANCE = 8  # JPEG stores grey as luminance and chroma; rounding leaves 
 YEARS = {"D": 1 / 365.25, "W": 7 / 365.25, "M": 1 / 12, "Y": 1.0}
 YEARS_MAX = 120  # above it, an age is a typing error: headers say 148 and 155
 SIDECAR_BYTES_MAX = 4 * 1024 * 1024
+
+
+READ = [
+    *(
+        "SOPClassUID",
+        "SOPInstanceUID",
+        "StudyInstanceUID",
+        "SeriesInstanceUID",
+        "AccessionNumber",
+        "Modality",
+        "Manufacturer",
+    ),
+    *(
+        "PatientID",
+        "PatientSex",
+        "PatientAge",
+        "ViewPosition",
+        "ViewCodeSequence",
+        "PatientOrientation",
+        "SeriesDescription",
+    ),
+    *("StudyDescription", "PresentationIntentType", "ImageType", "BurnedInAnnotation", "LossyImageCompression", "Rows"),
+    *(
+        "Columns",
+        "SamplesPerPixel",
+        "NumberOfFrames",
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+    ),
+    *("AcquisitionNumber", "TemporalPositionIdentifier"),
+]
+"""What a first look reads of a header; the rest is passed over."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +102,7 @@ class Header:
     size: list[int] = field(default_factory=list)  # of a CT slice: rows, columns
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -88,7 +122,7 @@ def look_at_dicom(data: bytes, identifying: Callable[[Dataset], list[str]] | Non
     """
     with imaging.quiet_reading():
         try:
-            dataset = _parse(data, pixels=False)
+            dataset = _parse(data, pixels=False, only=None if identifying else READ)
             modality = _image_or_raise(dataset)
             header = Header(
                 patient=_text(dataset, "PatientID"),
@@ -279,8 +313,8 @@ def _grey(picture: Image.Image) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(channels[..., 1])
 
 
-def _parse(data: bytes, *, pixels: bool) -> Dataset:
-    """The data set, with or without what follows the header.
+def _parse(data: bytes, *, pixels: bool, only: list[str] | None = None) -> Dataset:
+    """The data set, with or without what follows the header; of the header all, or `only` so much.
 
     Without "DICM" at byte 128 the first tag must be of group 2 or 8, else it is no DICOM.
     """
@@ -289,7 +323,7 @@ def _parse(data: bytes, *, pixels: bool) -> Dataset:
         raise ImageLeftOut(Reason.NOT_DICOM)
     if preamble:
         _bounded_or_raise(data)
-    dataset = pydicom.dcmread(io.BytesIO(data), force=not preamble, stop_before_pixels=not pixels)
+    dataset = pydicom.dcmread(io.BytesIO(data), force=not preamble, stop_before_pixels=not pixels, specific_tags=only)
     if not preamble and "SOPClassUID" not in dataset and "Modality" not in dataset:
         raise ImageLeftOut(Reason.NOT_DICOM)
     return dataset
@@ -349,7 +383,7 @@ def _lies(dataset: Dataset) -> dict[str, Any]:
     """`plane` and `size` of a CT slice. Raises ImageLeftOut(no_geometry)."""
     try:
         values = [
-            [float(part) for part in dataset.get(keyword) or ()]
+            _numbers(dataset, keyword)
             for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
         ]
         size = [int(dataset.Rows), int(dataset.Columns)]
@@ -424,5 +458,29 @@ def view_in_words(text: str) -> View:
 
 def _text(dataset: Dataset, keyword: str) -> str:
     """The value as one line of text without padding; "" if absent."""
+    raw = _raw(dataset, keyword)
+    if raw is not None:
+        return raw.replace("\0", "").strip()[:TEXT_MAX]
     value = dataset.get(keyword)
     return "" if value is None else str(value).replace("\0", "").strip()[:TEXT_MAX]
+
+
+def _raw(dataset: Dataset, keyword: str) -> str | None:
+    """A single value that stands in the file as plain ASCII; None if pydicom has to say what it means.
+
+    Of the hundred values of a header twenty are read here, and pydicom's way to each costs as much as finding all of them.
+    """
+    element = dataset.get_item(keyword)
+    value = getattr(element, "value", None) if type(element) is RawDataElement else None
+    if not isinstance(value, bytes) or not value.isascii() or b"\\" in value or b"\x1b" in value:
+        return None
+    return value.decode("ascii")
+
+
+def _numbers(dataset: Dataset, keyword: str) -> list[float]:
+    """The numbers of a decimal string; [] if absent. Raises what float() and pydicom raise."""
+    element = dataset.get_item(keyword)
+    value = getattr(element, "value", None) if type(element) is RawDataElement else None
+    if isinstance(value, bytes) and value.isascii():
+        return [float(part.strip(" \0")) for part in value.decode("ascii").split("\\")]
+    return [float(part) for part in dataset.get(keyword) or ()]

@@ -25,7 +25,8 @@ from models.labels import Matches, plain_key
 from privacy.errors import CacheLost, DataError
 
 VERSION = 2  # of the index; another version is read anew from the source
-ROWS_PER_COMMIT = 32  # work lost by a kill: at most this many files are read twice
+ROWS_PER_COMMIT = 32  # work lost by a kill: at most so many images are read twice,
+LOOKS_PER_COMMIT = 256  # ... and so many files looked at twice, which takes as long
 
 _TABLES = (
     "CREATE TABLE IF NOT EXISTS files (file TEXT PRIMARY KEY, size INTEGER NOT NULL, modified_ns INTEGER NOT NULL, "
@@ -41,7 +42,8 @@ class IndexedImage:
 
     `file`: the file it came from; of a volume, the lowest slice's, and `files` is how many there are. `spacing_mm`: between
     (slices,) rows and columns. `low`, `high`: the values that percentiles take for black and white. `text`: how much it looks as
-    if something were written on it, 0 to 1. `affine`: of a volume, 12 numbers from voxels to millimetres in the patient.
+    if something were written on it (`models.burned_in`). `affine`: of a volume, 12 numbers from voxels to
+    millimetres in the patient.
     """
 
     file: str
@@ -286,7 +288,7 @@ class Register:
         row = (item.name, item.size, item.modified_ns, recipe, found.get("sha256", ""), found.get("reason"))
         header = json.dumps(found["header"]) if "header" in found else None
         self.database.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", (*row, header))
-        self._count()
+        self._count(LOOKS_PER_COMMIT)
 
     def forget(self) -> int:
         """Drop the rows of files that are gone; how many."""
@@ -314,7 +316,7 @@ class Register:
         facts = None if "reason" in found else json.dumps(found["facts"])
         row = (name, recipe, json.dumps(members), found.get("reason"), found.get("cache"), facts)
         self.database.execute("INSERT OR REPLACE INTO images VALUES (?, ?, ?, ?, ?, ?)", row)
-        self._count()
+        self._count(ROWS_PER_COMMIT)
 
     def reasons(self) -> Counter[Reason]:
         """How many files are left out, by reason."""
@@ -341,9 +343,9 @@ class Register:
         self.database.commit()
         self.uncommitted = 0
 
-    def _count(self) -> None:
+    def _count(self, most: int) -> None:
         self.uncommitted += 1
-        if self.uncommitted >= ROWS_PER_COMMIT:
+        if self.uncommitted >= most:
             self.database.commit()
             self.uncommitted = 0
 

@@ -59,6 +59,7 @@ class LabelCount:
     conflicts: int
     malformed: int
     without_key: int
+    implausible_ages: int
     unmapped: dict[str, dict[str, int]]
 
     def to_json(self) -> dict[str, Any]:
@@ -148,10 +149,11 @@ def label_count(index: Index, labels: LabelTable) -> LabelCount:
         labelled=labelled,
         unlabelled=len(keys) - labelled,
         rows=labels.rows,
-        keys_without_image=len(labels.keys() - set(keys)),
+        keys_without_image=labels.without_image(keys),
         conflicts=labels.conflicts,
         malformed=labels.malformed,
         without_key=labels.without_key,
+        implausible_ages=labels.implausible_ages,
         unmapped={target: dict(words.most_common(20)) for target, words in labels.unmapped.items() if words},
     )
 
@@ -374,7 +376,7 @@ def _labels(source: Source, root: Path, *, sidecars: bool) -> tuple[LabelTable |
         if mapping.matches == "file" and mapping.patient is None:
             raise LabelTableError(f"{source.format} matched by file need `patient`, the column that names the patient")
     try:
-        return LabelTable.read(root / mapping.table, mapping), None
+        return LabelTable.open(root, mapping), None
     except LabelTableError as error:
         if alone:
             raise

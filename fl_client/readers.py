@@ -16,11 +16,12 @@ import multiprocessing
 import os
 import resource
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,7 @@ from fl_client.headers import (
 )
 from fl_client.sources import Item, Reason
 from models import burned_in, volumes
+from models.imaging import quiet_reading
 from privacy import annex_e
 from privacy.errors import ImageLeftOut
 
@@ -51,6 +53,7 @@ ANSWER_BYTES_MAX = 1 << 20
 
 Answer = dict[str, Any]
 Key = TypeVar("Key")
+BATCH = 16  # looks that are asked for at once
 
 
 class Task(Protocol):
@@ -58,6 +61,10 @@ class Task(Protocol):
 
     @property
     def seconds(self) -> float: ...
+
+    @property
+    def light(self) -> bool:
+        """Whether it takes about as long as asking for it, so that several are asked for at once."""
 
     def run(self) -> Answer:
         """Facts for the index. Raises ImageLeftOut."""
@@ -72,6 +79,8 @@ class Look:
     caption: Caption | None = None  # of a picture or a NIfTI volume
     patient: str = ""  # who it is where a folder says so, and not the header
     require_deidentified: bool = False
+
+    light = True
 
     @property
     def seconds(self) -> float:
@@ -110,6 +119,8 @@ class Radiograph:
     picture: bool = False
     inverted: bool = False
 
+    light = False
+
     @property
     def seconds(self) -> float:
         return FILE_S
@@ -141,6 +152,8 @@ class SlicesOfVolume:
     path: Path
     size: tuple[int, int]
 
+    light = False
+
     @property
     def seconds(self) -> float:
         return FILE_S + SLICE_S * len(self.items)
@@ -163,6 +176,8 @@ class VolumeFile:
     item: Item
     sha256: str
     path: Path
+
+    light = False
 
     @property
     def seconds(self) -> float:
@@ -264,34 +279,63 @@ class Readers:
             for key, task in tasks:
                 yield key, answer(task)
             return
-        waiting, busy = iter(tasks), dict[_Reader, Key]()
+        waiting, busy = _Queue(tasks), dict[_Reader, list[tuple[Key, Task]]]()
         while True:
-            for reader in self._idle(busy):
-                if (following := next(waiting, None)) is None:
-                    break
-                key, task = following
-                reader.give(task)
-                busy[reader] = key
+            while len(self._readers) < self.count:
+                self._readers.append(_Reader(self._context, self.home))
+            for reader in self._readers:
+                if reader not in busy and (batch := waiting.next()):
+                    busy[reader] = reader.give(batch)
             if not busy:
                 return
             soonest = min(reader.deadline for reader in busy) - time.monotonic()
             ready = wait([reader.pipe for reader in busy], timeout=max(0.0, soonest))
-            for reader in list(busy):
-                if reader.pipe in ready or reader.deadline <= time.monotonic():
-                    found = reader.take() if reader.pipe in ready else None
-                    if found is None:
-                        reader.end()
-                        self._readers.remove(reader)
-                        found = {"reason": str(Reason.DECODER_FAILED)}
+            for reader in [one for one in busy if one.pipe in ready or one.deadline <= time.monotonic()]:
+                batch = busy.pop(reader)
+                answers = reader.take(len(batch)) if reader.pipe in ready else None
+                if answers is None:
+                    reader.end()
+                    self._readers.remove(reader)
+                    answers = waiting.alone(batch)
+                elif following := waiting.next():  # before its answers are looked at, so that it need not wait for that
+                    busy[reader] = reader.give(following)
+                for (key, _), found in zip(batch, answers, strict=bool(answers)):
                     if "error" in found:
                         raise OSError(found["error"])
-                    yield busy.pop(reader), found
+                    yield key, found
 
-    def _idle(self, busy: dict["_Reader", Any]) -> Iterator["_Reader"]:
-        yield from [reader for reader in self._readers if reader not in busy]
-        while len(self._readers) < self.count:
-            self._readers.append(_Reader(self._context, self.home))
-            yield self._readers[-1]
+
+class _Queue(Generic[Key]):
+    """What is still to be done, light tasks in batches."""
+
+    def __init__(self, tasks: Iterable[tuple[Key, Task]]) -> None:
+        self._tasks = iter(tasks)
+        self._first: deque[tuple[Key, Task]] = deque()
+        self._again: deque[tuple[Key, Task]] = deque()
+
+    def next(self) -> list[tuple[Key, Task]]:
+        """What one process does next; empty at the end."""
+        if self._again:
+            return [self._again.popleft()]
+        batch: list[tuple[Key, Task]] = []
+        while len(batch) < BATCH:
+            following = self._first.popleft() if self._first else next(self._tasks, None)
+            if following is None:
+                break
+            if batch and not following[1].light:
+                self._first.append(following)
+                break
+            batch.append(following)
+            if not following[1].light:
+                break
+        return batch
+
+    def alone(self, batch: list[tuple[Key, Task]]) -> list[Answer]:
+        """The answer for a task in which a process failed; of a batch nobody knows which, so all are tried one by one."""
+        if len(batch) > 1:
+            self._again.extend(batch)
+            return []
+        return [{"reason": str(Reason.DECODER_FAILED)}]
 
 
 class _Reader:
@@ -304,18 +348,21 @@ class _Reader:
         theirs.close()
         self.deadline = 0.0
 
-    def give(self, task: Task) -> None:
+    def give(self, batch: list[tuple[Key, Task]]) -> list[tuple[Key, Task]]:
+        """Ask for `batch`, which is returned."""
         with contextlib.suppress(OSError):  # it died meanwhile: `take` finds out
-            self.pipe.send(task)
-        self.deadline = time.monotonic() + task.seconds
+            self.pipe.send([task for _, task in batch])
+        self.deadline = time.monotonic() + sum(task.seconds for _, task in batch)
+        return batch
 
-    def take(self) -> Answer | None:
-        """Its answer; None if it died or answers anything else."""
+    def take(self, count: int) -> list[Answer] | None:
+        """Its `count` answers; None if it died or answers anything else."""
         try:
             found = json.loads(self.pipe.recv_bytes(ANSWER_BYTES_MAX))
         except (EOFError, OSError, ValueError, RecursionError):
             return None
-        return found if isinstance(found, dict) else None
+        good = isinstance(found, list) and len(found) == count and all(isinstance(one, dict) for one in found)
+        return found if good else None
 
     def end(self) -> None:
         self.pipe.close()
@@ -338,14 +385,17 @@ def _serve(pipe: Connection, home: str) -> None:
     sandbox.confine()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY_BYTES, hard))
-    with contextlib.suppress(EOFError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError, KeyboardInterrupt), quiet_reading():
         while True:
-            task = pipe.recv()  # from the process that started this one: what comes back is not unpickled
-            try:
-                found = answer(task)
-            except OSError as error:
-                found = {"error": str(error)}
-            pipe.send_bytes(json.dumps(found).encode())
+            tasks = pipe.recv()  # from the process that started this one: what comes back is not unpickled
+            pipe.send_bytes(json.dumps([_told(task) for task in tasks]).encode())
+
+
+def _told(task: Task) -> Answer:
+    try:
+        return answer(task)
+    except OSError as error:
+        return {"error": str(error)}
 
 
 def _address_space() -> int:

@@ -52,8 +52,8 @@ def prepare(
     if original is not None:
         settings = Site.settings_of(original)
         source = Site.source_of(settings, original)
-        labels = source.labels.model_copy(update={"table": str((original / source.labels.table).resolve())})
-        source = source.model_copy(update={"labels": labels, "folder": str((original / source.folder).resolve())})
+        anchored = {"labels": source.labels.anchored(original), "folder": str((original / source.folder).resolve())}
+        source = source.model_copy(update=anchored)
         threads, least = settings.resources.cpu_threads, settings.policy.minimum_patients
         (home / "state").symlink_to(Site.state_of(original).resolve(), target_is_directory=True)
     else:
@@ -70,7 +70,7 @@ def prepare(
     text = {
         "version": 1,
         "site": name,
-        "data": source.model_dump(mode="json"),
+        "data": source.model_dump(mode="json", exclude_none=True),
         "policy": PERMISSIVE | {"minimum_patients": least},
         "resources": {"cpu_threads": threads},
     }
@@ -89,5 +89,5 @@ def approve(home: Path, study: Study, coordinator_signature: bytes) -> None:
 def cohort(home: Path, study: Study, split: Split) -> Cohort:
     """One split of `study` at the rehearsal's site, as its node saw it."""
     site = Site.open(home)
-    labels = LabelTable.read(home / site.source.labels.table, site.source.labels)
+    labels = LabelTable.open(home, site.source.labels)
     return Cohort.open(Index.open(site.state), labels, study, split, site.pins(study))

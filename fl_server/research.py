@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from models.questions import Counting
 from models.study import Study, read
 from privacy import calls
 from privacy.console import run as run_command
@@ -91,10 +92,34 @@ def check(file: StudyFile, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({"digest": digest, "study": study.model_dump(mode="json")}))
         return
-    plan, part = study.training, study.participation
     console.print(f"[bold]{study.title}[/bold]", highlight=False)
+    fixed = digest or "fixed by `fl-study submit`, which fills in the keys of the sites"
+    for name, value in [("digest", fixed), *(_questions(study) or _settings(study))]:
+        console.print(f"{name:<11} {value}", highlight=False, markup=False, soft_wrap=True)
+    console.print("The study is consistent.", style="green")
+
+
+def _questions(study: Study) -> list[tuple[str, str]]:
+    """What a study that counts asks, and whom; empty for others."""
+    task, part = study.task, study.participation
+    if not isinstance(task, Counting):
+        return []
+    return [
+        *(
+            (f"asks {number}", f"{name}: {task.questions[name].words}")
+            for number, name in enumerate(task.names, start=1)
+        ),
+        ("by", ", ".join(task.breakdown) or "no groups"),
+        ("sites", f"{', '.join(part.sites)}; a sum needs {part.quorum}"),
+        ("protection", f"{study.protection}: {SEEN[study.protection]}"),
+        ("privacy", "each site rounds its numbers down to tens; nothing is trained"),
+    ]
+
+
+def _settings(study: Study) -> list[tuple[str, str]]:
+    """What a study trains, where, and what is promised."""
+    plan, part = study.training, study.participation
     rows = [
-        ("digest", digest or "fixed by `fl-study submit`, which fills in the keys of the sites"),
         ("predicts", ", ".join(study.task.targets)),
         ("from", study.images.words),
         ("network", f"{study.network.name}, {plan.rounds} rounds of {plan.local_epochs} epoch(s), {plan.optimizer}"),
@@ -105,10 +130,7 @@ def check(file: StudyFile, as_json: AsJson = False) -> None:
         if study.privacy == "none"
         else ("privacy", f"differential privacy, {study.privacy.mode}; noise {study.privacy.noise_multiplier:g}"),
     ]
-    rows += [("", statement.sentence()) for statement in study.statements()]
-    for name, value in rows:
-        console.print(f"{name:<11} {value}", highlight=False, soft_wrap=True)
-    console.print("The study is consistent.", style="green")
+    return rows + [("", statement.sentence()) for statement in study.statements()]
 
 
 @app.command()
@@ -253,8 +275,8 @@ def run(
         run_id = caller.launch(_digest(caller, study))
         console.print(f"Run {run_id}", highlight=False)
         if not detach:
-            follow(iter(text for _, text in caller.watch(run_id)))
-            console.print(f"Next: fl-study report {run_id}", highlight=False)
+            counted = follow(iter(text for _, text in caller.watch(run_id)))
+            console.print(f"Next: fl-study {'cohort' if counted else 'report'} {run_id}", highlight=False)
 
 
 @app.command()
@@ -280,14 +302,60 @@ def report(
     """Fetch a run's results and write the evaluation report."""
     from fl_server import report as evaluation
 
+    results = _results(home, run_id, out)
+    if results.get("kind") == "counting":
+        raise DocumentError(
+            "this study counts patients and trains nothing, so there is no evaluation to report",
+            remedy=f"Read its numbers with `fl-study cohort {run_id}`.",
+        )
+    say_report(evaluation.write(results, out), as_json)
+
+
+def _results(home: Path, run_id: str, out: Path) -> dict[str, Any]:
+    """results.json of a finished run, which is stored in the folder `out` with the run's other files."""
     out.mkdir(parents=True, exist_ok=True)
     with calls.Caller.open(home / "keys") as caller:
         files = caller.results(_run_id(caller, run_id), out)
     results = next((file for file in files if file.name == "results.json"), None)
     if results is None:
         raise RunUnknown(f"run {run_id} has no results yet", remedy="Watch it with `fl-study watch`.")
-    page = evaluation.write(json.loads(results.read_bytes()), out)
-    say_report(page, as_json)
+    found: dict[str, Any] = json.loads(results.read_bytes())
+    return found
+
+
+@app.command()
+def cohort(
+    run_id: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="A finished run, a study's digest or file (its latest finished run), or a cohort.json."
+        ),
+    ],
+    home: Home = Path(),
+    census: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.csv", help="Compare to this table: attribute,category,count or share[,maps_to]."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for cohort.json and cohort.csv; without it, none.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the numbers of a finished study that counts, and how those counted compare to a census."""
+    from fl_server import counting
+    from fl_server.census import read_census
+
+    table = None if census is None else read_census(census)
+    if run_id.endswith(".json"):
+        found = counting.Found.open(Path(run_id))
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = counting.Found.of(_results(home, run_id, Path(scratch)))
+    counting.say(found, table, as_json)
+    if out is not None:
+        page = counting.write(found, table, out)
+        if not as_json:
+            _line(f"Written: {page} and {page.with_suffix('.csv').name}")
 
 
 def say_report(page: Path, as_json: bool) -> None:
@@ -337,6 +405,11 @@ def simulate(
             with progress() as tell:
                 matrix[name] = simulation.test_auroc(simulation.alone(study, name, outcome, tell))
         (out / "comparison.json").write_text(json.dumps(matrix, indent=1), encoding="utf-8")
+    if isinstance(study.task, Counting):
+        from fl_server import counting
+
+        counting.say(counting.Found.of(outcome.results), None, as_json)
+        return
     say_report(outcome.page, as_json)
     if matrix is not None and not as_json:
         _say_matrix(matrix)
@@ -366,6 +439,8 @@ def attack(
     from fl_server import evidence, simulation
 
     study = _read_study(file)
+    if isinstance(study.task, Counting):
+        raise StudyConflict("a study that counts trains nothing that could be attacked")
     out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=out / "attack.log", level=logging.WARNING)
     with progress() as tell:
@@ -538,6 +613,12 @@ class _Teller:
         if not console.is_terminal or odd:
             _line(f"round {event['round']}  {event['seconds']:.1f} s  {self.trained}{'  '.join(odd)}".rstrip())
 
+    def _counted(self, event: dict[str, Any]) -> None:
+        if self.rounds is not None:
+            self.bars.update(self.rounds, completed=1)
+        odd = [f"[{name} missing: {why}]" for name, why in event["missing"].items()]
+        _line("  ".join([f"counted in {event['seconds']:.1f} s", *odd]))
+
     def _news(self) -> None:
         if self.rounds is not None:
             self.bars.update(self.rounds, news=f"{self.trained}{self.scored}".rstrip())
@@ -560,11 +641,15 @@ def _line(sentence: str) -> None:
     console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
-def follow(lines: Iterator[str]) -> None:
-    """Show a run's events until its end; raises RunError if it failed."""
+def follow(lines: Iterator[str]) -> bool:
+    """Show a run's events until its end, and say whether it counted; raises RunError if it failed."""
+    counted = False
     with progress() as tell:
         for line in lines:
-            tell(json.loads(line))
+            event = json.loads(line)
+            counted |= event["event"] == "counted"
+            tell(event)
+    return counted
 
 
 def main() -> None:

@@ -252,10 +252,9 @@ class Run:
 
     def conclude(self, counted: Counted) -> None:
         """Write the answers of a study that counts; the state becomes complete or partial."""
-        everyone = self.study.all_sites
-        absent = ", ".join(f"{site} missing: {why}" for site, why in sorted(counted.missing.items()))
-        label = f"partial ({len(counted.contributors)} of {len(everyone)}, {absent})" if absent else "complete"
-        self.facts |= {"state": "partial" if absent else "complete", "label": label, "finished": now(), "round": 1}
+        label = counted_label(self.study, counted.contributors, counted.missing)
+        state = "complete" if label == "complete" else "partial"
+        self.facts |= {"state": state, "label": label, "finished": now(), "round": 1}
         results = {
             "version": 1,
             "kind": self.study.task.kind,
@@ -365,3 +364,9 @@ def participation_label(study: Study, history: list[Round], test_missing: dict[s
         return "complete"
     whole = len(study.all_sites) - len(absent)
     return f"partial ({whole} of {len(study.all_sites)}, {', '.join(absent)})"
+
+
+def counted_label(study: Study, contributors: list[str], missing: dict[str, str]) -> str:
+    """ "complete", or "partial (3 of 4, west missing: offline)", of a run that counted."""
+    absent = ", ".join(f"{site} missing: {why}" for site, why in sorted(missing.items()))
+    return f"partial ({len(contributors)} of {len(study.all_sites)}, {absent})" if absent else "complete"

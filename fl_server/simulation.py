@@ -19,7 +19,7 @@ from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_server import app as coordinator
-from fl_server import authority, report
+from fl_server import authority, counting, report
 from fl_server.roster import Home, ServerFile
 from fl_server.run import Run, read_facts
 from models.metrics import ScoreHistogram
@@ -65,11 +65,15 @@ def simulate(study: Study, homes: dict[str, Path], patients: int, out: Path, tel
         authority.enrol(home, line.token, name, "site", keys.make_csr(keys.load_key(site / "keys" / "site.key"), name))
         home.roster.set_node(name, number + 1)
     results = _carry_out(study, home, folder, tell)
+    if study.task.kind == "counting":
+        return Outcome(folder, results, counting.write(counting.Found.of(results), None, out))
     return Outcome(folder, results, report.write(results, out))
 
 
 def alone(study: Study, name: str, outcome: Outcome, tell: Tell) -> dict[str, Any]:
     """The same study trained at site `name` only and evaluated at every site of it: what the site could do by itself."""
+    if study.task.kind == "counting":
+        raise StudyConflict("a study that counts trains nothing to compare", remedy="Leave --compare out.")
     if study.privacy != "none" and study.privacy.mode == "distributed":
         raise StudyConflict(
             "a site alone has nobody to share its noise with",

@@ -17,6 +17,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,12 +80,19 @@ class Radiograph:
     """Whether bright meant air in the file; it does not any more."""
 
 
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+
+
 @contextlib.contextmanager
 def quiet_reading() -> Iterator[None]:
     """Nothing that pydicom or a decoder warns of or logs inside this block is shown: those texts quote patient data."""
+    if _quiet.get():  # once is enough, and costs as much as reading a header
+        yield
+        return
     # Their modules log under these names; what reaches the top one ends there, in a handler that drops it.
     loggers = [logging.getLogger(name) for name in ("pydicom", "pylibjpeg", "openjpeg", "jpeg_ls", "nibabel")]
     before = [(logger, logger.handlers, logger.propagate) for logger in loggers]
+    token = _quiet.set(True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
@@ -92,6 +100,7 @@ def quiet_reading() -> Iterator[None]:
         try:
             yield
         finally:
+            _quiet.reset(token)
             for logger, handlers, propagate in before:
                 logger.handlers, logger.propagate = handlers, propagate
 
@@ -177,8 +186,14 @@ def _significant_bits(stored: npt.NDArray[Any], dataset: Dataset) -> npt.NDArray
     shift = int(dataset.get("HighBit") or bits - 1) + 1 - bits
     if not 0 < bits <= allocated or not 0 <= shift <= allocated - bits:
         raise ImageLeftOut("unreadable_pixels")
+    signed = int(dataset.get("PixelRepresentation") or 0) == 1
+    if shift == 0 and not signed and stored.dtype.kind == "u":
+        narrow: npt.NDArray[Any] = stored & stored.dtype.type(
+            (1 << bits) - 1
+        )  # nearly every file, as wide as it is stored
+        return narrow
     plain = (stored.astype(np.int64) >> shift) & ((1 << bits) - 1)
-    if int(dataset.get("PixelRepresentation") or 0) == 1:
+    if signed:
         plain = np.where(plain >> (bits - 1), plain - (1 << bits), plain)
     return plain.astype(np.int32 if bits < 32 else np.int64)
 

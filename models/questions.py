@@ -3,7 +3,7 @@
 A study of `kind: counting` asks them. Each site counts its patients, rounds every number down to tens, and what is rounded goes
 into one masked sum: so a sum is a lower bound, and the true number is at most 9 higher for each site in it. Numbers below 10 are
 0 at the site already, whatever the sum is over. That is no differential privacy: who asks many questions that differ a little
-learns where a number passes a ten. Ages are therefore asked in fixed bands, and every list of questions needs each site's approval.
+learns where a number passes a ten. So ages are asked in fixed bands, and every list of questions needs each site's approval.
 
 A condition holds, does not hold, or is not known of an image. A patient fits if all conditions hold for one image; if none fits
 and for one of them nothing speaks against it, the patient is counted as undetermined, and never as fitting or not.
@@ -88,7 +88,9 @@ class Question(Document):
         said = ["/".join(self.modalities or ()), "/".join(self.views or ())]
         said += [f"{name} {'present' if value else 'absent'}" for name, value in sorted(self.targets.items())]
         if self.age:
-            said += [f"age {self.age[0]} and above" if self.age[1] == AGE_LAST else f"age {self.age[0]} to {self.age[1]}"]
+            said += [
+                f"age {self.age[0]} and above" if self.age[1] == AGE_LAST else f"age {self.age[0]} to {self.age[1]}"
+            ]
         said += [f"sex {self.sex}" if self.sex else "", self.race or "", self.ethnicity or "", self.manufacturer or ""]
         return ", ".join(filter(None, said)) or "everybody"
 

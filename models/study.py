@@ -1,8 +1,8 @@
 """The study protocol: one strict YAML document that says what is trained, on what, by whom, and what leaves a site.
 
 A `Study` is immutable. Its SHA-256 over a canonical form (`digest`) is its identity in every order, checkpoint, journal line
-and report, so two studies that differ in one number are two studies. What is asked may also be a question in numbers (`models.questions`):
-then nothing is trained, and a study is what keeps the question under the same signature, approval and masks.
+and report, so two studies that differ in one number are two studies. A study may also ask questions in numbers
+(`models.questions`): then nothing is trained, and they are under the same signatures, approvals and masks as everything else.
 """
 
 import hashlib

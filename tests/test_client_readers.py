@@ -28,6 +28,7 @@ class Probe:
     what: str
     path: str = ""
     seconds: float = 20.0
+    light: bool = False
 
     def run(self) -> Answer:
         return getattr(self, self.what)()  # type: ignore[no-any-return]
@@ -111,6 +112,12 @@ def test_a_process_that_dies_hangs_or_floods_costs_one_file(tmp_path: Path) -> N
     alive = [found[n]["fine"] for n in (0, 2, 4, 8)]
     assert len(set(alive)) == 4 and os.getpid() not in alive
     assert time.monotonic() - began < 40
+
+
+def test_one_bad_task_in_a_batch_costs_no_other(tmp_path: Path) -> None:
+    tasks = [Probe("fine", light=True)] * 20 + [Probe("crash", light=True)] + [Probe("fine", light=True)] * 20
+    found = run(tmp_path, *tasks, count=2)
+    assert found[20] == FAILED and all("fine" in answer for n, answer in enumerate(found) if n != 20)
 
 
 def test_every_process_is_ended_with_the_pool(tmp_path: Path) -> None:

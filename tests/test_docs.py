@@ -130,29 +130,28 @@ def sections(schema: dict[str, Any], defs: dict[str, Any], above: str) -> Iterat
     rows, inner = [], []
     for key, field in schema["properties"].items():
         dotted = f"{above}{key}"
-        child, suffix = section_in(field, defs)
+        found = list(sections_in(field, defs))
+        child = found[0][0] if found else None
         meaning = prose(field.get("description", ""))
+        inner += [(one, f"{dotted}{suffix}.") for one, suffix in found]
         if child is not None:
-            inner.append((child, f"{dotted}{suffix}."))
             meaning = meaning or re.split(r"(?<=[.]) |; ", prose(child.get("description", "")))[0]
         required = key in schema.get("required", [])
         default = "required" if required else "as below" if child is not None else f"`{shown(field.get('default'))}`"
         rows.append(f"| `{dotted}` | {cell(values(field, defs))} | {cell(default)} | {cell(meaning)} |")
-    yield above.rstrip("."), prose(schema.get("description", "")), rows
+    kinds = schema["properties"].get("kind", {})
+    which = f" (kind: {kinds['const']})" if "const" in kinds else ""
+    yield above.rstrip(".") + which, prose(schema.get("description", "")), rows
     for child, prefix in inner:
         yield from sections(child, defs, prefix)
 
 
-def section_in(field: dict[str, Any], defs: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """The section that a field holds, and what stands between its key and the keys inside (".NAME" for a mapping)."""
+def sections_in(field: dict[str, Any], defs: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Sections that a field may hold, and what stands between its key and the keys inside (".NAME" for a mapping)."""
     for option in (field, *options(field)):
-        if "$ref" in option:
-            return defs[option["$ref"].rsplit("/", maxsplit=1)[1]], ""
-        if "$ref" in (inside := entries(option)):
-            return defs[inside["$ref"].rsplit("/", maxsplit=1)[1]], ".NAME"
-        if "$ref" in (inside := option.get("items", {})):
-            return defs[inside["$ref"].rsplit("/", maxsplit=1)[1]], "[]"
-    return None, ""
+        for inside, suffix in ((option, ""), (entries(option), ".NAME"), (option.get("items", {}), "[]")):
+            if "$ref" in inside:
+                yield defs[inside["$ref"].rsplit("/", maxsplit=1)[1]], suffix
 
 
 def options(field: dict[str, Any]) -> list[dict[str, Any]]:

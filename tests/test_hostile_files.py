@@ -117,6 +117,7 @@ class Through:
     data: bytes
     cache: Path
     seconds: float = 30.0
+    light: bool = False
 
     def run(self) -> Answer:
         item = _Memory("x", Path("x"), len(self.data), data=self.data)

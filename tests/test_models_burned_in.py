@@ -127,7 +127,7 @@ def real(folder: str, step: int) -> list[Plane]:
 
 @pytest.mark.skipif(not (SHARED / "nih_cxr").is_dir(), reason="the real sets are not beside this repository")
 @pytest.mark.parametrize(
-    ("folder", "step", "flagged_max"), [("nih_cxr", 20, 0.25), ("covid_cxr", 6, 0.7), ("mhh_cxr", 12, 0.4)]
+    ("folder", "step", "flagged_max"), [("nih_cxr", 30, 0.3), ("covid_cxr", 6, 0.7), ("mhh_cxr", 12, 0.4)]
 )
 def test_real_radiographs_are_flagged_about_as_often_as_documented(folder: str, step: int, flagged_max: float) -> None:
     """Flagged ones were looked at: all have words on them but for half of those of mhh, which show wires."""
