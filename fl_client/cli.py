@@ -262,6 +262,8 @@ def show_study(study: Study, site: Site, researcher: str, peers: list[enrol.Peer
     ]
     lines += _asked(study, study.task, peers) if isinstance(study.task, Counting) else _learned(study, site, peers)
     lines.append(("Yours", _own_data(study, site)))
+    if isinstance(study.task, Counting):
+        lines.append(("Numbers", _own_numbers(study, study.task, site)))
     for name, text in lines:
         console.print(f"[bold]{name:<8}[/bold] ", end="")
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -288,6 +290,24 @@ def _asked(study: Study, task: Counting, peers: list[enrol.Peer]) -> list[tuple[
             "questions that differ a little find such places; so ages are asked in fixed bands, and you are asked each time",
         ),
     ]
+
+
+def _own_numbers(study: Study, task: Counting, site: Site) -> str:
+    """What this site would answer now, and in brackets its exact numbers, for the eyes of whoever approves."""
+    from fl_client.counting import counted
+    from models.questions import read as read_tens
+    from models.questions import tens
+
+    try:
+        exact = counted(site, study, task)
+    except DataError as error:
+        return f"none yet: {error} {error.remedy}"
+    told = read_tens(task, tens(task, exact))
+    rows = [
+        f"{name}: {told[name].patients} patients, {told[name].images} images (here: {answer.patients}, {answer.images})"
+        for name, answer in exact.items()
+    ]
+    return f"\n{' ' * 9}".join(["as things stand, this would go under the mask:", *rows])
 
 
 def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[str, str]]:

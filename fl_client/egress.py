@@ -70,6 +70,10 @@ WORDS: dict[str, Callable[[Facts], str]] = {
     "declined": _fixed("signed statement that this site declines the study, or withdraws from it"),
     "renewed": _fixed("request for a new certificate: the site's name and public key"),
     "head-signed": lambda facts: f"signed head of this journal: {_count(facts['lines'], 'line')}, hash {facts['head']}",
+    "export": lambda facts: (
+        f"{_count(facts['images'], 'image')} of {_count(facts['patients'], 'patient')}, handed over by a person here: "
+        f"{'de-identified DICOM copies' if facts['what'] == 'dicom' else 'metadata for an imaging hub'}"
+    ),
     "no-order": _fixed("error code, because what came was no order"),
     "train-report": _trained,
     "evaluate-report": _evaluated,

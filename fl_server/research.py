@@ -393,6 +393,8 @@ def simulate(
     from fl_server import simulation
 
     study = _read_study(file)
+    if compare and isinstance(study.task, Counting):
+        raise StudyConflict("a study that counts trains nothing to compare", remedy="Leave --compare out.")
     homes = dict(_pair(text) for text in site or [])
     out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=out / "simulate.log", level=logging.WARNING)
@@ -440,7 +442,7 @@ def attack(
 
     study = _read_study(file)
     if isinstance(study.task, Counting):
-        raise StudyConflict("a study that counts trains nothing that could be attacked")
+        raise StudyConflict("a study that counts trains nothing to attack", remedy="Attack a study that trains.")
     out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=out / "attack.log", level=logging.WARNING)
     with progress() as tell:

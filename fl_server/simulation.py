@@ -72,8 +72,6 @@ def simulate(study: Study, homes: dict[str, Path], patients: int, out: Path, tel
 
 def alone(study: Study, name: str, outcome: Outcome, tell: Tell) -> dict[str, Any]:
     """The same study trained at site `name` only and evaluated at every site of it: what the site could do by itself."""
-    if study.task.kind == "counting":
-        raise StudyConflict("a study that counts trains nothing to compare", remedy="Leave --compare out.")
     if study.privacy != "none" and study.privacy.mode == "distributed":
         raise StudyConflict(
             "a site alone has nobody to share its noise with",

@@ -2,7 +2,11 @@
 
 import datetime as dt
 import ipaddress
+import select
 import socket
+import ssl
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 from cryptography import x509
@@ -57,3 +61,36 @@ class Certificates:
             .add_extension(x509.SubjectAlternativeName([loopback, x509.DNSName("localhost")]), critical=False)
             .sign(self._key, hashes.SHA256())
         )
+
+
+class TlsFront:
+    """TLS in front of a plain port of this machine, as a clinic's reverse proxy does it."""
+
+    def __init__(self, behind: int, certificates: Certificates) -> None:
+        self._behind, self._context = behind, ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self._context.load_cert_chain(*certificates.server)
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.port = int(self._door.getsockname()[1])
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with suppress(OSError):
+            while True:
+                caller, _ = self._door.accept()
+                threading.Thread(target=self._carry, args=(caller,), daemon=True).start()
+
+    def _carry(self, caller: socket.socket) -> None:
+        with suppress(OSError), caller, socket.create_connection(("127.0.0.1", self._behind)) as inner:
+            with self._context.wrap_socket(caller, server_side=True) as outer:
+                while True:
+                    ready = [outer] if outer.pending() else select.select([outer, inner], [], [])[0]
+                    for source in ready:
+                        data = source.recv(65536)
+                        if not data:
+                            return
+                        (inner if source is outer else outer).sendall(data)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._door.shutdown(socket.SHUT_RDWR)
+        self._door.close()

@@ -101,7 +101,10 @@ TORCH_FREE = {
 # Ciphers, key derivation and sealing; what others import of `cryptography` are the types of keys and certificates.
 CIPHER_DOORS = {"privacy/keys.py", "privacy/noise.py", "privacy/secagg.py", "privacy/sharing.py"}
 CIPHERS = ("ciphers", "kdf", "hpke", "hmac", "padding", "poly1305", "keywrap", "cmac")
-DRAWS_PICTURES = {"fl_client/phantom.py", "fl_client/phantom_ct.py"}  # the only rooms where foreseeable randomness is what is wanted
+DRAWS_PICTURES = {
+    "fl_client/phantom.py",
+    "fl_client/phantom_ct.py",
+}  # the only rooms where foreseeable randomness is what is wanted
 NOT_BUILT_YET: set[str] = set()
 SPEAKS_TO_PEOPLE = {
     "fl_client/archive_cli.py",
@@ -117,7 +120,7 @@ SPEAKS_TO_PEOPLE = {
 
 @dataclass(frozen=True)
 class Module:
-    """One source file. `always`: modules imported when it is loaded; `late`: those imported inside functions."""
+    """One source file. `always`: modules imported when it is loaded; `late`: inside functions, or for types only."""
 
     path: str
     tree: ast.Module
@@ -141,10 +144,13 @@ def generated(path: Path) -> bool:
 def read_module(path: Path) -> Module:
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text, str(path))
-    functions = [
+    functions: list[ast.AST] = [
         node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
     ]
-    inside = {id(child) for function in functions for child in ast.walk(function)}
+    typing_only = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    inside = {id(child) for part in [*functions, *typing_only] for child in ast.walk(part)}
     always = {name for node in ast.walk(tree) if id(node) not in inside for name in imported(node)}
     late = {name for node in ast.walk(tree) if id(node) in inside for name in imported(node)}
     name = path.relative_to(ROOT).as_posix()

@@ -521,5 +521,8 @@ def test_a_person_approves_the_questions_in_words(four: Federation, capsys: pyte
     assert "asked: CR/DX, frontal, opacity present, age 40 to 59" in said
     assert "rounded down to tens before it is masked, so that less than 10 leaves as 0" in said
     assert "by age, sex, race, modality, manufacturer" in said
+    people_here, images = (oracle(hospital.home, "everybody")[key] for key in ("patients", "images"))
+    assert f"everybody: 10 patients, {images // 10 * 10} images (here: {people_here}, {images})" in said
+    assert "volumes: 0 patients, 0 images (here: 0, 0)" in said
     assert "nothing is trained" in said and "no differential privacy" in said
     assert "Network" not in said and "training on your" not in said and "model update" not in said
