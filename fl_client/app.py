@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fl_client.cohort import Cohort
-from fl_client.counting import carry_out_count, counted
+from fl_client.counting import UNTOLD_S, carry_out_count, countable
 from fl_client.ingest import Index
 from fl_client.orders import answer
 from fl_client.protection import Vault
@@ -209,11 +209,12 @@ def carry_out_step(desk: Desk, site: Site, study: Study, order: Order) -> KeysRe
         raise StepRefused("the study is not masked, so there is nothing to make keys for")
     # A site that would refuse the work itself must not be counted on in the sum.
     if isinstance(study.task, Counting):
-        counted(site, study, study.task)
+        countable(site, study, study.task)
     else:
         desk.cohorts_of(site, study)
     made = desk.vault.make_keys(site, study, order)
-    return KeysReport(**order.naming(), site=site.name, seconds=time.monotonic() - began, keys=made)
+    seconds = UNTOLD_S if isinstance(study.task, Counting) else time.monotonic() - began
+    return KeysReport(**order.naming(), site=site.name, seconds=seconds, keys=made)
 
 
 def evaluate_on(net: nn.Module, cohort: Cohort, study: Study) -> Sheet:

@@ -22,8 +22,8 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import Dataset
 
+from fl_client.cache import content_of
 from fl_client.index import Index, IndexedImage
-from fl_client.readers import content_of
 from models.imaging import to_grid
 from models.labels import Label, LabelTable
 from models.study import Evaluation, Study
@@ -290,10 +290,14 @@ def read_pins(pins: Path) -> Pins:
 
 
 def _grid(index: Index, study: Study, split: Split, members: list[Member]) -> torch.Tensor:
-    """float32 (N, *study.images.shape), memory-mapped from a file that is made once per selection of images and grid."""
+    """float32 (N, *study.images.shape), memory-mapped from a file that is made once per selection of images and grid; in memory
+    where the cache is locked.
+    """
     shape = (len(members), *study.images.shape)
     if not members:
         return torch.zeros(shape)
+    if index.cache.key is not None:  # what is locked in the cache lies nowhere else on the disk either
+        return torch.from_numpy(np.stack([_on_grid(index, member.image, study) for member in members]))
     asked = study.images.model_dump_json()
     caches = "\n".join([asked, *(f"{member.image.cache} {member.image.affine}" for member in members)])
     name = hashlib.sha256(GRID_LABEL + b"\n" + caches.encode()).hexdigest()[:32]

@@ -5,7 +5,6 @@ one place where they become what may leave. Nothing is read but the index and th
 """
 
 import math
-import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,11 +15,13 @@ from fl_client.site import Site
 from models.attributes import AGE_BINS, AGE_EDGES, CAPPED_AGE, About, Sex
 from models.contributions import NOT_RELEASED, Contribution, empty_sheet
 from models.labels import LabelTable
-from models.questions import Answer, Counting, Seen, count, tens, vendor_of
+from models.questions import Answer, Counting, Observed, count, tens, vendor_of
 from models.study import Study
 from privacy.errors import CohortTooSmall, LabelTableError, StepRefused
 from privacy.wire import COHORT, EvaluateOrder, EvaluateReport, Order
 
+UNTOLD_S = 0.0
+"""Seconds that a report of a study that counts names: how long it takes to count says how many there are."""
 _SEX: dict[str, Sex] = {"F": "F", "M": "M", "O": "O"}
 
 
@@ -29,7 +30,6 @@ def carry_out_count(vault: Vault, site: Site, study: Study, task: Counting, orde
 
     Raises StepRefused for any other work on a study that counts: nothing is trained, scored or released in it.
     """
-    began = time.monotonic()
     if not isinstance(order, EvaluateOrder) or order.split != COHORT or order.model.any() or order.model.size != 1:
         raise StepRefused("the study asks for numbers of patients, and the order for something else")
     answers = tens(task, counted(site, study, task))
@@ -38,7 +38,7 @@ def carry_out_count(vault: Vault, site: Site, study: Study, task: Counting, orde
     return EvaluateReport(
         **order.naming(),
         site=site.name,
-        seconds=time.monotonic() - began,
+        seconds=UNTOLD_S,
         vector=vector,
         vouch=vouch,
         keys=sending.keys,
@@ -48,8 +48,13 @@ def carry_out_count(vault: Vault, site: Site, study: Study, task: Counting, orde
 
 
 def counted(site: Site, study: Study, task: Counting) -> dict[str, Answer]:
-    """What this site has, exactly. Raises CohortTooSmall below the study's or the site's minimum of patients, LabelTableError if
-    the site maps none of the labels that are asked for, DataError for data that is not fit to work with.
+    """What this site has, exactly. Raises what `countable` raises."""
+    return count(task, countable(site, study, task))
+
+
+def countable(site: Site, study: Study, task: Counting) -> list[Observed]:
+    """What is known of every image here. Raises CohortTooSmall below the study's or the site's minimum of patients,
+    LabelTableError if the site maps none of the labels that are asked for, DataError for data that is not fit to work with.
     """
     index, source = Index.open(site.state), site.source
     index.require_fit()
@@ -65,16 +70,16 @@ def counted(site: Site, study: Study, task: Counting) -> dict[str, Answer]:
         raise CohortTooSmall(
             f"{patients} patients are here; the study asks for {study.participation.minimum_patients}, site.yaml for {least}"
         )
-    return count(task, rows)
+    return rows
 
 
-def rows_of(index: Index, labels: LabelTable) -> Iterator[Seen]:
+def rows_of(index: Index, labels: LabelTable) -> Iterator[Observed]:
     """What is known of each image: of the person, by the label table first, then by the header."""
     matches = labels.mapping.matches
     for image in index.images():
         key = image.key(matches)
         about = labels.about(key)
-        yield Seen(
+        yield Observed(
             patient=labels.patient_of(key) or image.patient,
             modality=image.modality,
             view="none" if image.is_volume else "" if image.view == "unknown" else image.view,

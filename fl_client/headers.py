@@ -43,6 +43,8 @@ YEARS_MAX = 120  # above it, an age is a typing error: headers say 148 and 155
 SIDECAR_BYTES_MAX = 4 * 1024 * 1024
 
 
+LOINC_FRONTAL = frozenset(("36589-0", "30746-2", "24632-2", "24634-8", "36572-6"))
+"""XR chest as one frontal view: portable AP single view, portable views (AP too), AP. Codes of PA with lateral decide nothing."""
 READ = [
     *(
         "SOPClassUID",
@@ -417,7 +419,8 @@ def _frontal_or_raise(view: View) -> None:
 
 
 def view_of(dataset: Dataset) -> View:
-    """The view by View Position, else View Code, else Patient Orientation, else descriptions (the series' before the study's).
+    """The view by View Position, else View Code, else Patient Orientation, else descriptions (the series' before the study's),
+    else the code of the procedure.
 
     The order is that of trust: in 7,469 public chest radiographs a third had no View Position, and descriptions such as
     "PA AND LATERAL" name a whole examination and say nothing about one of its images.
@@ -439,7 +442,15 @@ def view_of(dataset: Dataset) -> View:
         described = view_in_words(_text(dataset, keyword))
         if described != "unknown":
             return described
-    return "unknown"
+    procedures = dataset.get("ProcedureCodeSequence")
+    return _view_of_procedure(procedures[0]) if procedures else "unknown"
+
+
+def _view_of_procedure(code: Dataset) -> View:
+    """By LOINC, to which MIDRC maps what was ordered, else by what the code says it means."""
+    if _text(code, "CodingSchemeDesignator").upper() in ("LN", "LOINC"):
+        return "frontal" if _text(code, "CodeValue") in LOINC_FRONTAL else "unknown"
+    return view_in_words(_text(code, "CodeMeaning"))
 
 
 _FRONTAL = re.compile(r"\b(PA|AP|FRONTAL|PORTABLE|(POSTERO|ANTERO)[ -]?(ANTERIOR|POSTERIOR))\b")

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fl_client.cache import Cache
 from fl_client.headers import Header, View
-from fl_client.readers import SCALE, content_of
+from fl_client.readers import SCALE
 from fl_client.sources import Item, Reason
 from models.labels import Matches, plain_key
 from privacy.errors import CacheLost, DataError
@@ -103,6 +104,7 @@ class Index:
     ) -> None:
         self.state, self.complete, self.unfit = state, facts.get("complete") == "1", facts.get("unfit", "")
         self.scaling = facts.get("scaling", "percentiles")
+        self.cache = Cache(state, Path(facts["cache_key"]) if facts.get("cache_key") else None)
         self._left_out = left_out
         self._images, twins, self.across_patients = _without_duplicates(images)
         self._reasons = Counter(left_out.values()) + Counter({Reason.DUPLICATE: sum(twin.files for twin in twins)})
@@ -159,34 +161,18 @@ class Index:
 
     def pixels(self, image: IndexedImage) -> npt.NDArray[np.float32]:
         """A radiograph as float32 (H, W) in 0..1, bright is dense. Raises CacheLost if the file is gone or damaged."""
-        stored = self._stored(image)
+        stored = self.cache.read(image.cache, image.content)
         if stored.dtype != np.uint16 or stored.ndim != 2:
             raise CacheLost(f"{image.cache}: this is no cached radiograph")
         result: npt.NDArray[np.float32] = stored.astype(np.float32) / np.float32(SCALE)
         return result
 
     def volume(self, image: IndexedImage) -> npt.NDArray[np.int16]:
-        """A volume as int16 (D, H, W) in Hounsfield units, memory-mapped. Raises CacheLost if the file is gone or damaged."""
-        stored = self._stored(image)
+        """A volume as int16 (D, H, W) in Hounsfield units, memory-mapped if not locked. Raises CacheLost as `pixels` does."""
+        stored = self.cache.read(image.cache, image.content)
         if stored.dtype != np.int16 or stored.ndim != 3:
             raise CacheLost(f"{image.cache}: this is no cached volume")
         return stored
-
-    def _stored(self, image: IndexedImage) -> npt.NDArray[Any]:
-        """What the cache holds, which must be what was put there: disks forget, and nobody notices a wrong grey."""
-        path = cache_path(self.state, image.cache)
-        try:
-            stored: npt.NDArray[Any] = np.load(path, mmap_mode="r" if image.is_volume else None, allow_pickle=False)
-            sound = content_of(stored) == image.content
-        except (OSError, ValueError, EOFError):
-            sound = False
-        if not sound:
-            raise CacheLost(f"{path}: the cached image is missing or damaged")
-        return stored
-
-
-def cache_path(state: Path, key: str) -> Path:
-    return state / "cache" / key[:2] / f"{key}.npy"
 
 
 def _without_duplicates(found: Iterable[IndexedImage]) -> tuple[list[IndexedImage], list[IndexedImage], int]:
@@ -224,10 +210,10 @@ class Known:
 class Register:
     """The writing side of the index: rows committed in small groups, each true by itself."""
 
-    def __init__(self, state: Path) -> None:
-        self.state = state
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
         self.uncommitted = 0
-        path = state / "index.sqlite"
+        path = cache.state / "index.sqlite"
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         try:
             self.database = self._prepared(path)
@@ -268,7 +254,7 @@ class Register:
             )
         if _facts(self.database).get("source", identity) != identity:
             self.distrust()
-        self.state_facts(source=identity, scaling=scaling, complete="0")
+        self.state_facts(source=identity, scaling=scaling, complete="0", cache_key=str(self.cache.key or ""))
 
     def distrust(self) -> None:
         """Take no stored size and date for true any more."""
@@ -309,8 +295,7 @@ class Register:
             return False
         if row["reason"] is not None:
             return bool(row["reason"] != Reason.CHANGED)
-        path = cache_path(self.state, row["cache"])
-        return path.is_file() and path.stat().st_size > 0
+        return self.cache.has(row["cache"])
 
     def put_image(self, name: str, recipe: str, members: list[str], found: dict[str, Any]) -> None:
         facts = None if "reason" in found else json.dumps(found["facts"])
@@ -333,10 +318,9 @@ class Register:
         stored = [row["name"] for row in self.database.execute("SELECT name FROM images")]
         self.database.executemany("DELETE FROM images WHERE name = ?", [(n,) for n in stored if n not in wanted])
         self.state_facts(complete="1", unfit=unfit)
-        named = {row["cache"] for row in self.database.execute("SELECT cache FROM images WHERE cache IS NOT NULL")}
-        for path in (self.state / "cache").glob("??/*"):
-            if path.stem not in named or path.suffix != ".npy":
-                path.unlink(missing_ok=True)
+        self.cache.keep(
+            {row["cache"] for row in self.database.execute("SELECT cache FROM images WHERE cache IS NOT NULL")}
+        )
 
     def state_facts(self, **facts: str) -> None:
         self.database.executemany("INSERT OR REPLACE INTO facts VALUES (?, ?)", list(facts.items()))

@@ -17,14 +17,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from fl_client.cache import Cache
 from fl_client.headers import SIDECAR_BYTES_MAX, Caption, Header, read_sidecar
-from fl_client.index import Index, IndexedImage, Known, Register, cache_path
-from fl_client.readers import Answer, Look, Radiograph, Readers, SlicesOfVolume, Task, VolumeFile
+from fl_client.index import Index, IndexedImage, Known, Register
+from fl_client.readers import Answer, Look, Radiograph, Readers, Reading, SlicesOfVolume, Task, VolumeFile
 from fl_client.series import Series, Slice, assemble
 from fl_client.site import Source
 from fl_client.sources import Folder, Item, Reason
 from models.labels import LabelMap, LabelTable
 from models.volumes import Stack
+from privacy import keys
 from privacy.errors import DataError, ImageLeftOut, LabelTableError
 
 __all__ = [
@@ -32,7 +34,6 @@ __all__ = [
     "IndexedImage",
     "IngestReport",
     "Reason",
-    "cache_path",
     "distrust",
     "ingest",
     "label_count",
@@ -119,11 +120,12 @@ def ingest(
     labels, problem = _labels(source, root, sidecars=any(item.name.lower().endswith(".json") for item in items))
     _private_folder(state)
     _private_folder(state / "cache")
-    with _only_one(state), closing(Register(state)) as register, Readers(jobs, root) as readers:
+    cache = Cache(state, _key_of(source, root))
+    with _only_one(state), closing(Register(cache)) as register, Readers(jobs, root) as readers:
         register.begin(f"{source.format} {folder.identity}", [item.name for item in items], source.scaling)
         opened = _look(_intakes(source, items, labels), register, readers, progress)
         removed = register.forget()
-        names = _make(_Plan(source, state, {item.name: item for item in items}, opened), register, readers, progress)
+        names = _make(_Plan(source, cache, {item.name: item for item in items}, opened), register, readers, progress)
         register.finish(names, _unfit(source, register, items))
     index = Index.open(state)
     return IngestReport(
@@ -161,7 +163,7 @@ def label_count(index: Index, labels: LabelTable) -> LabelCount:
 def distrust(state: Path) -> None:
     """Let the next `ingest` open every file again, whatever its size and date say."""
     if (state / "index.sqlite").is_file():
-        with _only_one(state), closing(Register(state)) as register:
+        with _only_one(state), closing(Register(Cache(state))) as register:
             register.distrust()
 
 
@@ -272,7 +274,7 @@ class _Plan:
     """What the files of a source are made into."""
 
     source: Source
-    state: Path
+    cache: Cache
     items: dict[str, Item]
     opened: set[str]  # files that were opened in this run
 
@@ -280,14 +282,13 @@ class _Plan:
         source, item = self.source, self.items[known.file]
         done = f" longest_side_px={source.longest_side_px} {source.scaling} inverted={known.header.inverted}".encode()
         cache = hashlib.sha256(RADIOGRAPH + done + b"\n" + known.sha256.encode()).hexdigest()
-        path = cache_path(self.state, cache)
-        shown, picture = source.scaling == "window", source.format == "pictures"
-        task = Radiograph(item, known.sha256, path, source.longest_side_px, shown, picture, known.header.inverted)
+        how = Reading(source.scaling == "window", source.format == "pictures", known.header.inverted)
+        task = Radiograph(item, known.sha256, self.cache, cache, source.longest_side_px, how)
         return self._wanted([known.file], cache, task, _of_header(known.header) | {"sha256": known.sha256})
 
     def volume_file(self, known: Known) -> _Wanted:
         cache = hashlib.sha256(VOLUME + b" nifti\n" + known.sha256.encode()).hexdigest()
-        task = VolumeFile(self.items[known.file], known.sha256, cache_path(self.state, cache))
+        task = VolumeFile(self.items[known.file], known.sha256, self.cache, cache)
         return self._wanted([known.file], cache, task, _of_header(known.header) | {"sha256": known.sha256})
 
     def _wanted(self, members: list[str], cache: str, task: Task, facts: dict[str, Any]) -> _Wanted:
@@ -309,9 +310,7 @@ class _Plan:
             "affine": [float(value) for value in lies.affine.ravel()],
             "tilt_degrees": round(lies.tilt_degrees, 3),
         }
-        return self._wanted(
-            members, cache, SlicesOfVolume(items, hashes, cache_path(self.state, cache), (rows, columns)), facts
-        )
+        return self._wanted(members, cache, SlicesOfVolume(items, hashes, self.cache, cache, (rows, columns)), facts)
 
 
 def _of_header(header: Header) -> dict[str, Any]:
@@ -381,6 +380,20 @@ def _labels(source: Source, root: Path, *, sidecars: bool) -> tuple[LabelTable |
         if alone:
             raise
         return None, error
+
+
+def _key_of(source: Source, root: Path) -> Path | None:
+    """The file with the key of the cache, made if it is not there; None if the cache is not locked."""
+    if source.cache_key is None:
+        return None
+    path = (root / source.cache_key).resolve()
+    if path.is_relative_to((root / "keys").resolve()):
+        raise DataError(
+            f"{path}: the processes that read images must not see this folder",
+            remedy="Put data.cache_key somewhere else.",
+        )
+    keys.locking_key(path)
+    return path
 
 
 def _private_folder(path: Path) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pydicom.dataelem import RawDataElement
 from pydicom.filereader import read_file_meta_info, read_partial
@@ -77,9 +77,9 @@ class Landing:
     def keep(self, study: str, instance: str, pieces: Iterator[bytes]) -> None:
         """Write one image, durably. Raises NotFetched if it is too large, no DICOM file or another one; OSError for the disk."""
         part = self._parts / f"{secrets.token_hex(8)}.part"
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         try:
-            with os.fdopen(descriptor, "w+b") as file:
+            with os.fdopen(descriptor, "wb") as file:
                 size = 0
                 for piece in pieces:
                     size += len(piece)
@@ -88,8 +88,8 @@ class Landing:
                         raise NotFetched(Reason.TOO_LARGE)
                     file.write(piece)
                 file.flush()
-                check_identity(file, study, instance)
                 os.fsync(file.fileno())
+            check_identity(part, study, instance)
             path = self.path(study, instance)
             path.parent.mkdir(mode=0o700, exist_ok=True)
             part.replace(path)
@@ -98,18 +98,20 @@ class Landing:
             part.unlink(missing_ok=True)
 
 
-def check_identity(file: IO[bytes], study: str, instance: str) -> None:
-    """Raise NotFetched unless `file` is a DICOM file of that study and instance, and of a class that is copied."""
-    file.seek(0)
-    if file.read(132)[128:] != b"DICM":
-        raise NotFetched(Reason.MALFORMED)
+def check_identity(path: Path, study: str, instance: str) -> None:
+    """Raise NotFetched unless `path` is a DICOM file of that study and instance, and of a class that is copied."""
     try:
-        file.seek(0)
-        syntax = _text(read_file_meta_info(file), SYNTAX)
-        if syntax in ("", DEFLATED):  # deflate makes many gigabytes of a few bytes, and pydicom takes them all at once
-            raise NotFetched(Reason.UNSUPPORTED)
-        file.seek(0)
-        found = read_partial(file, stop_when=_beyond, specific_tags=[SOP_CLASS, SOP_UID, STUDY_UID])
+        with path.open("rb") as file:
+            if file.read(132)[128:] != b"DICM":
+                raise NotFetched(Reason.MALFORMED)
+            syntax = _text(read_file_meta_info(path), SYNTAX)
+            if syntax in (
+                "",
+                DEFLATED,
+            ):  # deflate makes many gigabytes of a few bytes, and pydicom takes them all at once
+                raise NotFetched(Reason.UNSUPPORTED)
+            file.seek(0)
+            found = read_partial(file, stop_when=_beyond, specific_tags=[SOP_CLASS, SOP_UID, STUDY_UID])
         sop_class, sop_uid, study_uid = (_text(found, tag) for tag in (SOP_CLASS, SOP_UID, STUDY_UID))
     except NotFetched:
         raise

@@ -17,16 +17,16 @@ import os
 import resource
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from fl_client import nifti
+from fl_client.cache import Cache, content_of
 from fl_client.headers import (
     Caption,
     Header,
@@ -54,6 +54,15 @@ ANSWER_BYTES_MAX = 1 << 20
 Answer = dict[str, Any]
 Key = TypeVar("Key")
 BATCH = 16  # looks that are asked for at once
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a radiograph is read: as the display its file names, as a picture, as one whose bright means air."""
+
+    display: bool = False
+    picture: bool = False
+    inverted: bool = False
 
 
 class Task(Protocol):
@@ -109,15 +118,14 @@ class Look:
 
 @dataclass(frozen=True)
 class Radiograph:
-    """The pixels of one file, into the cache under `path`."""
+    """The pixels of one file, into `cache` under `name`."""
 
     item: Item
     sha256: str
-    path: Path
+    cache: Cache
+    name: str
     longest_side_px: int
-    display: bool = False
-    picture: bool = False
-    inverted: bool = False
+    reading: Reading = Reading()
 
     light = False
 
@@ -126,13 +134,13 @@ class Radiograph:
         return FILE_S
 
     def run(self) -> Answer:
-        data = _same(self.item, self.sha256)
-        if self.picture:
-            found = read_picture(data, self.longest_side_px, inverted=self.inverted)
+        data, how = _same(self.item, self.sha256), self.reading
+        if how.picture:
+            found = read_picture(data, self.longest_side_px, inverted=how.inverted)
         else:
-            found = read_radiograph(data, self.longest_side_px, display=self.display)
+            found = read_radiograph(data, self.longest_side_px, display=how.display)
         stored = np.rint(found.pixels * SCALE).astype(np.uint16)
-        _write(self.path, stored)
+        self.cache.write(self.name, stored)
         return {
             "content": content_of(stored),
             "shape": list(stored.shape),
@@ -145,11 +153,12 @@ class Radiograph:
 
 @dataclass(frozen=True)
 class SlicesOfVolume:
-    """The slices of one volume in order, into the cache under `path` as int16 (D, H, W) in Hounsfield units."""
+    """The slices of one volume in order, into `cache` under `name` as int16 (D, H, W) in Hounsfield units."""
 
     items: list[Item]
     sha256: list[str]
-    path: Path
+    cache: Cache
+    name: str
     size: tuple[int, int]
 
     light = False
@@ -159,23 +168,24 @@ class SlicesOfVolume:
         return FILE_S + SLICE_S * len(self.items)
 
     def run(self) -> Answer:
-        with _part(self.path) as part:
-            made = np.lib.format.open_memmap(part, mode="w+", dtype=np.int16, shape=(len(self.items), *self.size))
-            for number, (item, sha256) in enumerate(zip(self.items, self.sha256, strict=True)):
-                plane = read_slice(_same(item, sha256))
-                if plane.shape != self.size:
-                    raise ImageLeftOut(Reason.UNREADABLE_PIXELS)
-                made[number] = plane
-            return _finished(made)
+        return _volume(self.cache, self.name, (len(self.items), *self.size), self._fill)
+
+    def _fill(self, made: volumes.Int16) -> None:
+        for number, (item, sha256) in enumerate(zip(self.items, self.sha256, strict=True)):
+            plane = read_slice(_same(item, sha256))
+            if plane.shape != self.size:
+                raise ImageLeftOut(Reason.UNREADABLE_PIXELS)
+            made[number] = plane
 
 
 @dataclass(frozen=True)
 class VolumeFile:
-    """One NIfTI file, into the cache under `path` as int16 (D, H, W) in Hounsfield units."""
+    """One NIfTI file, into `cache` under `name` as int16 (D, H, W) in Hounsfield units."""
 
     item: Item
     sha256: str
-    path: Path
+    cache: Cache
+    name: str
 
     light = False
 
@@ -185,32 +195,28 @@ class VolumeFile:
 
     def run(self) -> Answer:
         found, affine = nifti.read(_same(self.item, self.sha256))
-        volumes.require_air(found)
-        with _part(self.path) as part:
-            made = np.lib.format.open_memmap(part, mode="w+", dtype=np.int16, shape=found.shape)
+
+        def fill(made: volumes.Int16) -> None:
             made[:] = found
-            where = volumes.Stack([], affine, volumes.tilt_of(affine))
-            return _finished(made) | {
-                "affine": [float(value) for value in affine.ravel()],
-                "spacing_mm": [round(value, 6) for value in where.spacing_mm],
-                "tilt_degrees": round(where.tilt_degrees, 3),
-            }
+
+        where = volumes.Stack([], affine, volumes.tilt_of(affine))
+        return _volume(self.cache, self.name, found.shape, fill) | {
+            "affine": [float(value) for value in affine.ravel()],
+            "spacing_mm": [round(value, 6) for value in where.spacing_mm],
+            "tilt_degrees": round(where.tilt_degrees, 3),
+        }
 
 
-def _finished(made: npt.NDArray[np.int16]) -> Answer:
-    volumes.require_air(made)
-    low, high = (float(v) for v in np.percentile(made[:: max(1, len(made) // 16), ::4, ::4], [0.5, 99.5]))
-    content = content_of(made)
-    made.flush()  # type: ignore[attr-defined]  # a memory map
-    return {"content": content, "shape": list(made.shape), "low": low, "high": high, "text": 0.0}
+def _volume(cache: Cache, name: str, shape: tuple[int, ...], fill: Callable[[volumes.Int16], None]) -> Answer:
+    ends: list[float] = []
 
+    def work(made: volumes.Int16) -> None:
+        fill(made)
+        volumes.require_air(made)
+        ends.extend(float(v) for v in np.percentile(made[:: max(1, len(made) // 16), ::4, ::4], [0.5, 99.5]))
 
-def content_of(stored: npt.NDArray[Any]) -> str:
-    """The SHA-256 of shape and values, by which equal images are known, and damaged ones."""
-    digest = hashlib.sha256(repr(stored.shape).encode())
-    for part in stored if stored.ndim > 2 else [stored]:  # a volume is hashed slice by slice, without a copy of it
-        digest.update(np.ascontiguousarray(part).data)
-    return digest.hexdigest()
+    content = cache.fill(name, shape, np.int16, work)
+    return {"content": content, "shape": list(shape), "low": ends[0], "high": ends[1], "text": 0.0}
 
 
 def _same(item: Item, sha256: str) -> bytes:
@@ -219,29 +225,6 @@ def _same(item: Item, sha256: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ImageLeftOut(Reason.CHANGED)
     return data
-
-
-def _write(path: Path, stored: npt.NDArray[Any]) -> None:
-    with _part(path) as part, part.open("wb") as file:
-        np.save(file, stored, allow_pickle=False)
-
-
-@contextlib.contextmanager
-def _part(path: Path) -> Iterator[Path]:
-    """A file for this user alone, which gets the name `path` when it is whole and on the disk, or is removed."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part")
-    try:
-        os.close(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
-        yield part
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        # A full disk is nobody's bad image; it ends the run, which goes on when there is room.
-        raise OSError(error.errno, f"the cache cannot be written: {error.strerror}") from None
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def answer(task: Task) -> Answer:

@@ -105,6 +105,11 @@ class Source(Document):
     require_deidentified: bool = Field(
         default=False, description="true: DICOM files that name a person (PS3.15 Annex E) are left out"
     )
+    cache_key: str | None = Field(
+        default=None,
+        min_length=1,
+        description="file with a key that cached pixels are encrypted with, made if it is missing; best not on the cache's disk",
+    )
     damaged_share_max: float = Field(
         default=0.05,
         ge=0,

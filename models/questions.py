@@ -10,14 +10,14 @@ and for one of them nothing speaks against it, the patient is counted as undeter
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from models.attributes import AGE_BINS, AGE_EDGES, ETHNICITIES, RACES, Ethnicity, Race, Sex
+from models.attributes import AGE_BINS, ETHNICITIES, RACES, Ethnicity, Race, Sex, age_bin
 from models.documents import Document, Name
 from privacy.errors import MessageMalformed
 
@@ -133,7 +133,7 @@ class Counting(Document):
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Observed:
     """What a site knows of one image and the person on it; None or an empty word is not known.
 
     `age`: completed years from the first to below the second.
@@ -189,7 +189,7 @@ def vendor_of(manufacturer: str) -> str:
     return found or ("ge" if plain[0] == "ge" or joined.startswith("general electric") else OTHER)
 
 
-def fits(question: Question, seen: Seen) -> bool | None:
+def fits(question: Question, seen: Observed) -> bool | None:
     """Whether all conditions hold for this image; None if that is not known."""
     found = [
         _one_of(seen.modality, question.modalities),
@@ -224,13 +224,13 @@ def _of_age(age: tuple[float, float] | None, wanted: Sequence[int] | None) -> bo
     return False if below or low >= end else None
 
 
-def count(task: Counting, seen: Iterable[Seen]) -> dict[str, Answer]:
+def count(task: Counting, seen: Iterable[Observed]) -> dict[str, Answer]:
     """What one site has, question by question, exactly. Stays there: `tens` of it may leave."""
     rows = _agreed(list(seen))
     return {name: _answer(task, task.questions[name], rows) for name in task.names}
 
 
-def _agreed(rows: list[Seen]) -> list[Seen]:
+def _agreed(rows: list[Observed]) -> list[Observed]:
     """Sex, race and ethnicity belong to the person: what her images say, if they say one thing, holds for all of them."""
     said: dict[tuple[str, str], set[str]] = {}
     for row in rows:
@@ -238,21 +238,15 @@ def _agreed(rows: list[Seen]) -> list[Seen]:
             if (word := getattr(row, name)) is not None:
                 said.setdefault((row.patient, name), set()).add(word)
 
-    def of(row: Seen, name: str) -> Any:
+    def of(row: Observed, name: str) -> Any:
         words = said.get((row.patient, name), set())
         return next(iter(words)) if len(words) == 1 else None
 
-    return [
-        Seen(
-            row.patient, row.modality, row.view, row.vendor, row.age,
-            of(row, "sex"), of(row, "race"), of(row, "ethnicity"), row.labels,
-        )
-        for row in rows
-    ]  # fmt: skip
+    return [replace(row, sex=of(row, "sex"), race=of(row, "race"), ethnicity=of(row, "ethnicity")) for row in rows]
 
 
-def _answer(task: Counting, question: Question, rows: list[Seen]) -> Answer:
-    fitting: dict[str, list[Seen]] = {}
+def _answer(task: Counting, question: Question, rows: list[Observed]) -> Answer:
+    fitting: dict[str, list[Observed]] = {}
     open_ones = set()
     for row in rows:
         verdict = fits(question, row)
@@ -268,10 +262,10 @@ def _answer(task: Counting, question: Question, rows: list[Seen]) -> Answer:
     return Answer(len(fitting), total, len(open_ones - set(fitting)), broken)
 
 
-def _cell(attribute: Attribute, images: list[Seen]) -> str:
+def _cell(attribute: Attribute, images: list[Observed]) -> str:
     """The one cell of a patient with these images."""
     if attribute == "age":
-        known = [name for image in images if (name := _bin(image.age))]
+        known = [name for image in images if image.age and (name := age_bin(*image.age))]
         return min(known, key=AGE_BINS.index) if known else UNKNOWN
     if attribute in ("sex", "race", "ethnicity"):
         return getattr(images[0], attribute) or UNKNOWN
@@ -280,16 +274,6 @@ def _cell(attribute: Attribute, images: list[Seen]) -> str:
         return SEVERAL
     word = next(iter(words), UNKNOWN)
     return word if word in CELLS[attribute] else OTHER
-
-
-def _bin(age: tuple[float, float] | None) -> str | None:
-    """MELODY's bin that holds all of these ages."""
-    if age is None:
-        return None
-    for name, start, end in zip(AGE_BINS, AGE_EDGES, AGE_EDGES[1:], strict=False):
-        if start <= age[0] < end:
-            return name if age[1] <= end else None
-    return None
 
 
 def tens(task: Counting, answers: Mapping[str, Answer]) -> Int64:

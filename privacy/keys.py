@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives import hashes, hmac, hpke, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from privacy.errors import (
@@ -54,6 +55,7 @@ SIGNING_LIST = b"isocenter/v1/signing-list"  # the coordinator asks its offline 
 SUM_KEYS = b"isocenter/v1/sum-keys"  # a site stands for its ephemeral keys of one sum
 SUM_CONTEXT = b"isocenter/v1/sum-context"  # a site says which order and participants its masks are bound to
 LOG_TOKEN = b"isocenter/v1/log-token"  # a text that a log does not show
+LOCKED_FILE = b"isocenter/v1/locked-file"
 
 PEM_BYTES_MAX = 64 * 1024  # a chain of three P-256 certificates is under 4 KiB
 CA_DAYS = 3650  # the authority outlives every certificate it issues; replacing it means joining again
@@ -442,6 +444,61 @@ def unseal(key: X25519PrivateKey, sealed: bytes, about: bytes) -> bytes:
         return _HPKE.decrypt(sealed, key, about)
     except (ValueError, InvalidTag):
         raise SealBroken("the sealed content does not open with this key for this purpose") from None
+
+
+# Files of this site ---------------------------------------------------------------------------------------------------
+
+LOCKING_KEY_BYTES = 32
+LOCK_PIECE = 64 * 1024 * 1024  # bytes encrypted at once: AES-GCM takes less than 2 GiB, and a volume may be larger
+
+
+def locking_key(path: Path) -> bytes:
+    """The key in `path` (32 bytes, 0600) that files of this site are locked with; made on the first call.
+
+    Raises KeyFileUnsafe if others may use the file.
+    """
+    if not path.exists():
+        with contextlib.suppress(FileExistsError):  # another process of this site made it meanwhile
+            _write(path, secrets.token_bytes(LOCKING_KEY_BYTES), 0o600, replace=False)
+    key = _read_private(path)
+    if len(key) != LOCKING_KEY_BYTES:
+        raise TrustError(
+            f"{path} holds no key of {LOCKING_KEY_BYTES} bytes", remedy="Restore the file from your backup."
+        )
+    return key
+
+
+def lock(key: bytes, content: bytes, about: bytes) -> bytes:
+    """`content` encrypted and authenticated under `key`, bound to `about` (AES-256-GCM, pieces in their order and number)."""
+    begin, cipher = secrets.token_bytes(8), AESGCM(key)
+    count = max(1, -(-len(content) // LOCK_PIECE))
+    about = _piece(about, count)
+    pieces = [
+        cipher.encrypt(begin + number.to_bytes(4, "big"), content[at : at + LOCK_PIECE], about)
+        for number, at in enumerate(range(0, count * LOCK_PIECE, LOCK_PIECE))
+    ]
+    return begin + count.to_bytes(4, "big") + b"".join(pieces)
+
+
+def unlock(key: bytes, locked: bytes, about: bytes) -> bytes:
+    """What was locked with `key` about the same thing; raises SealBroken for anything else."""
+    begin, count, rest = locked[:8], int.from_bytes(locked[8:12], "big"), locked[12:]
+    cipher, size = AESGCM(key), LOCK_PIECE + 16
+    if count != max(1, -(-len(rest) // size)):
+        raise SealBroken("a locked file is damaged")
+    try:
+        return b"".join(
+            cipher.decrypt(
+                begin + number.to_bytes(4, "big"), rest[number * size : (number + 1) * size], _piece(about, count)
+            )
+            for number in range(count)
+        )
+    except (InvalidTag, ValueError):
+        raise SealBroken("a locked file does not open with this key, or is damaged") from None
+
+
+def _piece(about: bytes, count: int) -> bytes:
+    return LOCKED_FILE + b"\n" + count.to_bytes(4, "big") + about
 
 
 # Statements ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fl_client import cohort as cohort_module
 from fl_client.cohort import SPLITS, Cohort, Split, _place
-from fl_client.ingest import Index, cache_path, ingest
+from fl_client.ingest import Index, ingest
 from fl_client.phantom import VENDORS, make_hospital
 from fl_client.site import Source
 from models.imaging import to_grid
@@ -269,7 +269,7 @@ def test_writing_to_the_tensor_does_not_reach_the_disk(site: Site) -> None:
 def test_a_missing_cache_file_is_named(site: Site) -> None:
     index = Index.open(site.state)
     for image in index.images():
-        cache_path(site.state, image.cache).unlink()
+        index.cache.path(image.cache).unlink()
     with pytest.raises(CacheLost) as caught:
         site.cohort()
     assert "ingest" in caught.value.remedy

@@ -486,6 +486,37 @@ def picture(number: int = 0, mode: str = "L", form: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("code", "view"),
+    [
+        (("36589-0", "LN", "Portable XR Chest AP single view"), "frontal"),
+        (("42272-5", "LN", "XR Chest PA and Lateral"), "unknown"),
+        (("36554-4", "LN", "XR Chest Single view"), "unknown"),
+        (("1234", "99LOCAL", "CHEST PORTABLE AP"), "frontal"),
+        (("1234", "99LOCAL", "CHEST LATERAL"), "lateral"),
+        (("", "", ""), "unknown"),
+    ],
+)
+def test_the_procedure_decides_where_nothing_nearer_does(code: tuple[str, str, str], view: str) -> None:
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = code
+    assert view_of(radiograph(ViewPosition=None, ProcedureCodeSequence=[item])) == view
+    assert view_of(radiograph(ViewPosition="LL", ProcedureCodeSequence=[item])) == "lateral"
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "midrc_tables").is_dir(), reason="MIDRC's tables are not here")
+def test_frontal_codes_are_those_that_the_map_calls_portable_or_ap() -> None:
+    from fl_client.headers import LOINC_FRONTAL
+
+    table = SHARED / "data" / "midrc_tables" / "loinc_study_description_mapping.tsv"
+    with table.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    names = {row["LOINC code"].strip(): row["L-Long Common Name"] for row in rows}
+    known = {code: names[code] for code in LOINC_FRONTAL if code in names}
+    assert len(known) >= 3 and all("Chest" in name and "ateral" not in name for name in known.values())
+    assert all("AP" in name or "Portable" in name for name in known.values())
+
+
 PICTURES: dict[str, Any] = {"format": "pictures", "labels": {"matches": "file", "patient": "who", "view": "view"}}
 
 

@@ -18,7 +18,7 @@ from fl_client.ingest import Reason, ingest
 from fl_client.phantom import VENDORS, make_hospital
 from fl_client.readers import Answer, Readers
 from fl_client.site import Source
-from privacy.errors import ImageLeftOut
+from privacy.errors import CacheLost, DataError, ImageLeftOut
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,6 @@ def test_rotten_bytes_under_an_old_date_are_found_by_reading_again(tmp_path: Pat
 
 
 def test_a_share_of_damaged_files_stops_the_site_and_says_why(tmp_path: Path) -> None:
-    from privacy.errors import DataError
-
     mapping = make_hospital(tmp_path, "north", 30, 1, VENDORS["dorado"])
     paths = sorted((tmp_path / "dicom").rglob("IM*[0-9]"))
     given = source(tmp_path, mapping)
@@ -239,14 +237,11 @@ def test_pruning_removes_what_can_be_made_again_and_no_image(tmp_path: Path) -> 
 
 
 def test_a_flipped_bit_in_the_cache_is_noticed(tmp_path: Path) -> None:
-    from fl_client.ingest import cache_path
-    from privacy.errors import CacheLost
-
     mapping = make_hospital(tmp_path, "north", 10, 1, VENDORS["dorado"])
     ingest(source(tmp_path, mapping), tmp_path, tmp_path / "state")
     index = Index.open(tmp_path / "state")
     image = index.images()[0]
-    path = cache_path(index.state, image.cache)
+    path = index.cache.path(image.cache)
     whole = bytearray(path.read_bytes())
     whole[-7] ^= 4
     path.write_bytes(bytes(whole))
@@ -352,3 +347,62 @@ def test_nifti_volumes_lie_where_their_affine_says(tmp_path: Path) -> None:
         z, y, x = np.argwhere(grid[0] > 0.8).mean(0)
         assert (x > 19.5) == left and z > 9.5  # the grid counts to the patient's left, and upwards
         assert y > 17.5  # NIfTI's second axis counts to the front, so what is low in it lies at the back
+
+
+@pytest.mark.parametrize("jobs", [0, 1])
+def test_a_locked_cache_holds_no_pixel_in_the_clear_and_gives_the_same_images(tmp_path: Path, jobs: int) -> None:
+    from fl_client.cohort import Cohort
+    from models.labels import LabelTable
+    from models.study import Study, parse
+
+    mapping = make_hospital(tmp_path, "north", 16, 1, VENDORS["dorado"])
+    plain, locked = (
+        source(tmp_path, mapping),
+        source(tmp_path, mapping).model_copy(update={"cache_key": "secret/cache.key"}),
+    )
+    ingest(plain, tmp_path, tmp_path / "plain")
+    ingest(locked, tmp_path, tmp_path / "locked", jobs=jobs)
+    key = tmp_path / "secret" / "cache.key"
+    assert key.stat().st_mode & 0o777 == 0o600 and len(key.read_bytes()) == 32
+    open_, shut = Index.open(tmp_path / "plain"), Index.open(tmp_path / "locked")
+    assert [image.content for image in open_.images()] == [image.content for image in shut.images()]
+    for image in shut.images():
+        np.testing.assert_array_equal(shut.pixels(image), open_.pixels(image))
+        row = (shut.pixels(image) * readers.SCALE).astype(np.uint16)[100].tobytes()
+        assert row not in shut.cache.path(image.cache).read_bytes()
+    study = parse(Study, STUDY, "study.yaml")
+    table = LabelTable.open(tmp_path, locked.labels)
+    cohorts = [
+        Cohort.open(index, table, study, "train", tmp_path / f"{n}.pins") for n, index in enumerate((open_, shut))
+    ]
+    assert bool((cohorts[0].images == cohorts[1].images).all()) and not (tmp_path / "locked" / "grids").exists()
+    first, second = shut.images()[:2]
+    shut.cache.path(first.cache).write_bytes(
+        shut.cache.path(second.cache).read_bytes()
+    )  # one image under another's name
+    key_bytes = key.read_bytes()
+    for wrong in (key_bytes, bytes(32)):
+        key.write_bytes(wrong)
+        with pytest.raises(CacheLost):
+            shut.pixels(first)
+
+
+def test_the_key_of_the_cache_lies_outside_the_folder_that_readers_cannot_see(tmp_path: Path) -> None:
+    mapping = make_hospital(tmp_path, "north", 10, 1, VENDORS["dorado"])
+    given = source(tmp_path, mapping).model_copy(update={"cache_key": "keys/cache.key"})
+    with pytest.raises(DataError, match="must not see"):
+        ingest(given, tmp_path, tmp_path / "state")
+
+
+STUDY = """
+name: opacity
+title: A test
+purpose: A test.
+task: {targets: [opacity]}
+images: {size_px: 32}
+training: {rounds: 1}
+protection: plain
+privacy: none
+participation: {sites: [north], quorum: 1, minimum_patients: 2}
+evaluation: {validation: 0.2, test: 0.2}
+"""

@@ -11,7 +11,8 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import JPEG2000Lossless, generate_uid
 
-from fl_client.ingest import Index, IngestReport, Reason, cache_path, ingest
+from fl_client.cache import Cache
+from fl_client.ingest import Index, IngestReport, Reason, ingest
 from fl_client.phantom_ct import SCANNERS, Scanner, make_ct_hospital, series
 from fl_client.site import Source
 from models.labels import LabelMap
@@ -202,7 +203,7 @@ def test_a_changed_or_removed_slice_is_noticed_by_the_next_run(hospital: Hospita
     assert hospital.ingest().taken == 1  # one slice less at the end is still a volume
     after = Index.open(hospital.state).images()[0]
     assert after.files == before.files - 1 and after.cache != before.cache
-    assert not cache_path(hospital.state, before.cache).exists()
+    assert not Cache(hospital.state).path(before.cache).exists()
 
 
 def test_lossy_slices_are_taken_if_they_decode_and_are_marked(hospital: Hospital) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from flwr.app import Message
 from grid import FaultyGrid
 from hospital import Hospital, _ingested
 from hospital import study as training
+from rich.console import Console
 from test_hostile_sums import Liar
 from typer.testing import CliRunner
 
@@ -338,11 +340,19 @@ COUNT = {"split": "cohort", "scale": 0}
 def test_an_answer_is_given_once_under_one_mask(liar: Liar) -> None:
     _, fields = liar.agree()
     order = liar.order(wire.EvaluateOrder, **COUNT, **fields)
-    assert isinstance(liar.ask("north", order), wire.EvaluateReport)
+    report = liar.ask("north", order)
+    assert isinstance(report, wire.EvaluateReport) and (report.figures == -1).all()
     assert liar.refused("north", order) == "order-replayed"
     # The same sum for fewer sites, whose difference from the first would be one site's part.
     fewer = {**fields, "participants": ("east", "north", "south")}
     assert liar.refused("north", liar.order(wire.EvaluateOrder, **COUNT, **fewer)) == "order-replayed"
+
+
+def test_how_long_a_site_counted_is_not_told(liar: Liar) -> None:
+    """It would say, beside the mask, how many images there are."""
+    assert liar.ask("east", liar.order(wire.KeysOrder, 7)).seconds == 0
+    _, fields = liar.agree(9)
+    assert liar.ask("north", liar.order(wire.EvaluateOrder, 9, **COUNT, **fields)).seconds == 0
 
 
 @pytest.mark.parametrize(
@@ -495,6 +505,22 @@ def test_results_of_another_kind_are_sent_to_the_right_command(page: Path, tmp_p
     with pytest.raises(DocumentError, match="counts patients and trains nothing") as caught:
         research.report("run-1", tmp_path)
     assert "fl-study cohort run-1" in caught.value.remedy
+
+
+def test_a_watched_run_says_that_it_counted_and_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    paper = io.StringIO()
+    monkeypatch.setattr(research, "console", Console(file=paper, width=100))
+    events: list[dict[str, Any]] = [
+        {"event": "started", "attempt": 1, "round": 0, "rounds": 1},
+        {"event": "counted", "seconds": 1.25, "missing": {"west": "offline"}},
+        {"event": "finished", "label": "partial (3 of 4, west missing: offline)", "auroc": None},
+    ]
+    assert research.follow(json.dumps(event) for event in events)
+    assert paper.getvalue().splitlines() == [
+        "counted in 1.2 s  [west missing: offline]",
+        "Run finished: partial (3 of 4, west missing: offline)",
+    ]
+    assert not research.follow(iter(()))
 
 
 def test_the_template_is_consistent_and_check_says_what_is_asked(tmp_path: Path) -> None:

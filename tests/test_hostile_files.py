@@ -21,9 +21,10 @@ from pydicom.uid import (
 )
 from test_client_ingest import encoded, radiograph
 
+from fl_client.cache import Cache
 from fl_client.headers import Caption
 from fl_client.phantom_ct import SCANNERS, series
-from fl_client.readers import Answer, Look, Radiograph, Readers, SlicesOfVolume, VolumeFile
+from fl_client.readers import Answer, Look, Radiograph, Readers, Reading, SlicesOfVolume, VolumeFile
 from fl_client.sources import Item
 
 QUICK, ALL = 600, 10_000
@@ -126,13 +127,14 @@ class Through:
         seen = Look(item, form, caption).run()
         if "reason" in seen:
             return seen
+        cache = Cache(self.cache)
         if form == "nifti":
-            return VolumeFile(item, seen["sha256"], self.cache / "n.npy").run()
+            return VolumeFile(item, seen["sha256"], cache, "n").run()
         header = seen["header"]
         if header["plane"]:
             rows, columns = header["size"]
-            return SlicesOfVolume([item] * 2, [seen["sha256"]] * 2, self.cache / "s.npy", (rows, columns)).run()
-        return Radiograph(item, seen["sha256"], self.cache / "r.npy", 512, True, form == "pictures").run()
+            return SlicesOfVolume([item] * 2, [seen["sha256"]] * 2, cache, "s", (rows, columns)).run()
+        return Radiograph(item, seen["sha256"], cache, "r", 512, Reading(True, form == "pictures")).run()
 
 
 def tasks(count: int, cache: Path) -> Iterator[tuple[int, Through]]:

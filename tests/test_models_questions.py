@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import questions
 from models.attributes import AGE_BINS, AGE_EDGES, ETHNICITIES, RACES
 from models.contributions import Contribution, count_of, empty_sheet, read, values_of
-from models.questions import CELLS, Answer, Counting, Question, Seen, bounds, count, fits, tens, vendor_of
+from models.questions import CELLS, Answer, Counting, Observed, Question, bounds, count, fits, tens, vendor_of
 from models.study import Study, parse
 from privacy.errors import DocumentError, MessageMalformed, StudyConflict
 
@@ -118,7 +118,7 @@ def test_numbers_of_fewer_than_three_sites_are_never_asked(old: str, new: str, s
         study(TEXT.replace(old, new)).check()
 
 
-FRONTAL = Seen("a", "DX", "frontal", "siemens", (45.0, 45.0), "F", "White", None, {"covid": 1})
+FRONTAL = Observed("a", "DX", "frontal", "siemens", (45.0, 45.0), "F", "White", None, {"covid": 1})
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ AGES: list[Any] = [None, *((float(year), float(year)) for year in range(0, 101, 
 AGES += [(start, end) for start, end in itertools.pairwise(AGE_EDGES)] + [(90.0, float("inf"))]
 ROWS = st.lists(
     st.builds(
-        Seen,
+        Observed,
         patient=st.sampled_from("abcdefgh"),
         modality=st.sampled_from(["", "CR", "DX", "CT", "MG"]),
         view=st.sampled_from(["", "none", "frontal", "lateral"]),
@@ -201,7 +201,7 @@ ROWS = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(rows=ROWS)
-def test_patients_are_counted_once_in_every_breakdown(rows: list[Seen]) -> None:
+def test_patients_are_counted_once_in_every_breakdown(rows: list[Observed]) -> None:
     """Oracle: sets of patients, found anew for each cell."""
     asked = task(
         targets=["covid"],
@@ -230,15 +230,15 @@ def test_patients_are_counted_once_in_every_breakdown(rows: list[Seen]) -> None:
         assert answer.breakdown["age"]["unknown"] == youngest.count(None)
 
 
-def words(images: list[Seen], patient: str, name: str) -> set[str]:
+def words(images: list[Observed], patient: str, name: str) -> set[str]:
     return {getattr(r, name) for r in images if r.patient == patient} - {""}
 
 
-def by_patient(images: list[Seen]) -> Iterable[list[Seen]]:
+def by_patient(images: list[Observed]) -> Iterable[list[Observed]]:
     return [[r for r in images if r.patient == p] for p in sorted({r.patient for r in images})]
 
 
-def bin_of(row: Seen) -> int | None:
+def bin_of(row: Observed) -> int | None:
     if row.age is None:
         return None
     low, high = row.age

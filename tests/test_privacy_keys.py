@@ -471,3 +471,37 @@ def test_the_stubs_are_what_the_protocol_generates(tmp_path: Path) -> None:
     for name, text in made.items():
         assert (ROOT / "privacy" / name).read_text() == text, f"regenerate privacy/{name}"
     assert "from privacy import consortium_pb2" in made["consortium_pb2_grpc.py"]
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 24, 25])
+def test_what_is_locked_opens_with_its_key_for_its_purpose_only(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "LOCK_PIECE", 8)
+    key, content = bytes(range(32)), bytes(range(size))
+    locked = keys.lock(key, content, b"this")
+    assert keys.unlock(key, locked, b"this") == content
+    assert keys.lock(key, content, b"this") != locked  # another nonce each time
+    pieces = [locked[:12], *(locked[n : n + 24] for n in range(12, len(locked), 24))]
+    wrong = [locked[:n] for n in range(0, len(locked), 5)] + [locked + b"x", locked + locked[12:]]
+    wrong += [locked[:n] + bytes([locked[n] ^ 1]) + locked[n + 1 :] for n in range(len(locked))]
+    wrong += [pieces[0] + pieces[2] + pieces[1] + b"".join(pieces[3:])] if len(pieces) > 2 else []
+    wrong += [locked[:8] + (1).to_bytes(4, "big") + pieces[1]] if len(pieces) > 2 else []  # only its first piece
+    for other in wrong:
+        if other != locked:
+            with pytest.raises(SealBroken):
+                keys.unlock(key, other, b"this")
+    for other_key, about in ((bytes(32), b"this"), (key, b"that")):
+        with pytest.raises(SealBroken):
+            keys.unlock(other_key, locked, about)
+
+
+def test_a_locking_key_is_made_once_and_read_by_its_owner_only(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "cache.key"
+    first = keys.locking_key(path)
+    assert len(first) == 32 and keys.locking_key(path) == first and path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o640)
+    with pytest.raises(KeyFileUnsafe):
+        keys.locking_key(path)
+    path.chmod(0o600)
+    path.write_bytes(b"short")
+    with pytest.raises(TrustError):
+        keys.locking_key(path)
