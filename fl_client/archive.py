@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from fl_client.policy import Hours
 from models.study import Document
@@ -189,7 +189,18 @@ class Dimse(_Common):
         return given
 
 
-ArchiveSettings = Annotated[Dicomweb | Dimse, Field(discriminator="kind")]
+def _kind(given: object) -> str:
+    """In brackets: a tag is no key that stands in site.yaml, and errors leave such parts of a place out."""
+    kind = given.get("kind") if isinstance(given, dict) else getattr(given, "kind", None)
+    return f"[{kind}]"
+
+
+ArchiveSettings: TypeAlias = Annotated[
+    Annotated[Dicomweb, Tag("[dicomweb]")] | Annotated[Dimse, Tag("[dimse]")],
+    Discriminator(
+        _kind, custom_error_type="archive_kind", custom_error_message="expected `kind: dicomweb` or `kind: dimse`"
+    ),
+]
 
 
 def loopback(host: str) -> bool:
@@ -327,7 +338,10 @@ _WORDS = {
     ),
     Reason.TIMEOUT: ("no answer in the time that site.yaml allows", "Raise timeout_s, or fetch at a quieter hour."),
     Reason.TOO_SLOW: ("it sent so slowly that the copy would not have ended", _IT),
-    Reason.BROKEN_OFF: ("the connection ended in the middle of an answer", _IT),
+    Reason.BROKEN_OFF: (
+        "the connection ended in the middle of an answer",
+        "If it does so at once, the archive may not know calling_ae; else show this to whoever runs it.",
+    ),
     Reason.UNAUTHORISED: (
         "it does not know this user, certificate or application entity title",
         "Check user, password_file or token_file; for DIMSE have calling_ae and this machine's address entered there.",

@@ -83,8 +83,8 @@ def fetch(  # noqa: PLR0913, PLR0917  each parameter is one option
 def archive_of(home: Path) -> tuple[Dicomweb | Dimse, Path]:
     """What site.yaml says of the archive, and the folder where images arrive. Raises DataError."""
     source = Site.source_of(Site.settings_of(home), home)
-    settings = getattr(source, "archive", None)
-    if not isinstance(settings, Dicomweb | Dimse):
+    settings = source.archive
+    if settings is None:
         raise DataError(
             f"{SiteFile.path(home)} names no archive",
             remedy="Fill in `data.archive` (docs/archive.md shows how), or copy images into data.folder yourself.",

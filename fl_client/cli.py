@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fl_client import data_cli, enrol, export_cli
+from fl_client import archive_cli, data_cli, enrol, export_cli
 from fl_client.policy import Pause
 from fl_client.site import Site
 from models.questions import Counting
@@ -57,9 +57,9 @@ def join(
     console.print(f"Next: describe your images in {home / 'site.yaml'}, then run: fl-client ingest", highlight=False)
 
 
+app.command()(archive_cli.fetch)
 app.command()(data_cli.ingest)
 app.command()(data_cli.quarantine)
-# fetch
 app.add_typer(export_cli.app, name="export")
 
 
@@ -85,6 +85,10 @@ def check(
         from fl_client.preview import study_of
 
         asked = study_of(home, study)
+        if isinstance(asked.task, Counting):  # it has no splits to look at
+            numbers = _own_numbers(asked, asked.task, Site.open(home))
+            _tell(f"“{asked.title}” asks for numbers and trains nothing; {numbers}")
+            asked = None
     looked = Inspection(home, asked)
     if page is not None:
         from fl_client.readiness_page import check_place, write_page

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from socketserver import BaseServer
 from typing import Any
 
 from pydicom.dataset import Dataset
@@ -268,7 +269,6 @@ class Peer:
             for association in server.active_associations:
                 association.abort()
             server.shutdown()
-            server.server_close()
             thread.join(5)
 
 
@@ -462,6 +462,13 @@ class _Door(ThreadedAssociationServer):
             connection.close()
             raise
         return connection, address
+
+    def shutdown(self) -> None:
+        BaseServer.shutdown(self)  # pynetdicom's own also takes it off a list that only AE.start_server fills
+        self.server_close()
+
+    def handle_error(self, *_: object) -> None:
+        """Say nothing: the standard library would print address and traceback, and a failed copy has its reason anyway."""
 
 
 class _TlsOf:

@@ -105,10 +105,9 @@ def check_identity(path: Path, study: str, instance: str) -> None:
             if file.read(132)[128:] != b"DICM":
                 raise NotFetched(Reason.MALFORMED)
             syntax = _text(read_file_meta_info(path), SYNTAX)
-            if syntax in (
-                "",
-                DEFLATED,
-            ):  # deflate makes many gigabytes of a few bytes, and pydicom takes them all at once
+            if not syntax:
+                raise NotFetched(Reason.MALFORMED)
+            if syntax == DEFLATED:  # deflate makes many gigabytes of a few bytes, and pydicom takes them all at once
                 raise NotFetched(Reason.UNSUPPORTED)
             file.seek(0)
             found = read_partial(file, stop_when=_beyond, specific_tags=[SOP_CLASS, SOP_UID, STUDY_UID])

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cryptography.hazmat.primitives.asymmetric import ec
 from pydantic import Field
 
+from fl_client.archive import ArchiveSettings
 from fl_client.consent import approved
 from fl_client.policy import Pause, Policy, Rule, broken
 from models.labels import LabelMap
@@ -101,6 +102,9 @@ class Source(Document):
     scaling: Literal["percentiles", "window"] = Field(
         default="percentiles",
         description="what becomes black and white of a radiograph; has to be what a study asks for",
+    )
+    archive: ArchiveSettings | None = Field(
+        default=None, description="where `fl-client fetch` copies studies from into `folder`"
     )
     require_deidentified: bool = Field(
         default=False, description="true: DICOM files that name a person (PS3.15 Annex E) are left out"

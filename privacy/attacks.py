@@ -121,16 +121,16 @@ class CanaryAudit:
     def faults(self) -> list[str]:
         """One sentence for each finding that contradicts the claim; none says that the claim is true.
 
-        What counts is `estimate.alarm`: where every patient is in each step, the estimate of a sound mechanism lies above the claim
-        half of the time, and the lower end of its interval once in forty.
+        What counts is `estimate.alarm`: where every patient is in each step, the estimate of a sound mechanism lies above the
+        claim half of the time, and the lower end of its interval once in forty.
         """
         found = []
         if self.bound.epsilon > self.claim:
             found.append(f"the lower bound of {self.bound.epsilon:.2f} exceeds the claim of {self.claim:.2f}")
         if self.estimate.alarm > self.claim:
             found.append(
-                f"the Gaussian estimate of {self.estimate.epsilon:.2f} (by chance from {self.estimate.alarm:.2f} on) exceeds the claim of "
-                f"{self.claim:.2f}"
+                f"the Gaussian estimate of {self.estimate.epsilon:.2f} (by chance from {self.estimate.alarm:.2f} on) exceeds the "
+                f"claim of {self.claim:.2f}"
             )
         if self.thin:
             found.append(f"less noise than claimed in {', '.join(self.thin)}")

@@ -10,7 +10,7 @@ import pytest
 import typer
 from hospital import Hospital
 
-from fl_client import cli
+from fl_client import data_cli
 from fl_client.cli import app as fl_client
 from fl_server.cli import app as fl_server
 from fl_server.research import app as fl_study
@@ -173,7 +173,7 @@ def test_check_tells_a_ready_site_from_one_that_lost_its_cache(call: Call, tmp_p
     hospital = Hospital.open(tmp_path)
     code, out, _ = call(fl_client, "check", "--home", hospital.home, "--json")
     found = {finding["subject"]: finding for finding in json.loads(out)["findings"]}
-    assert code == 1 and len(found) == 12  # this one has no coordinator in its site.yaml
+    assert code == 1 and len(found) == 19  # this one has no coordinator in its site.yaml
     assert found["images"]["good"] and found["labels"]["good"]
     for path in (hospital.home / "state").iterdir():
         path.rename(path.with_name(path.name + ".lost"))
@@ -199,7 +199,7 @@ def test_ingest_lists_label_words_that_are_not_mapped(
     assert code == 0 and "1 rows say 1 words that site.yaml does not map" in flat(out) and "maybe" not in out
     as_json = call(fl_client, "ingest", "--json", "--home", hospital.home)[1]
     assert json.loads(as_json)["labels"]["unmapped"] == {"opacity": 1} and "maybe" not in as_json
-    monkeypatch.setattr(cli.console, "_force_terminal", True)
+    monkeypatch.setattr(data_cli.console, "_force_terminal", True)
     out = call(fl_client, "ingest", "--home", hospital.home)[1]
     assert "1 rows say 'maybe', which site.yaml does not map; they count as missing" in flat(out)
 

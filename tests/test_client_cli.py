@@ -284,7 +284,7 @@ def test_a_study_that_the_patients_have_no_budget_for_cannot_be_approved(
     monkeypatch.setattr(
         Site, "source", property(lambda self: SimpleNamespace(labels=SimpleNamespace(table="t", targets={})))
     )
-    monkeypatch.setattr(LabelTable, "read", classmethod(lambda cls, *given: None))
+    monkeypatch.setattr(LabelTable, "open", classmethod(lambda cls, *given: None))
     monkeypatch.setattr(Cohort, "identities_of", staticmethod(lambda *given: patients))
     monkeypatch.setattr("fl_client.cli._own_data", lambda *given: "")
     code, screen, error = approve(asked, "--yes")

@@ -540,6 +540,16 @@ def test_simulate_carries_out_a_question(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "cohort.json").is_file() and not (tmp_path / "out" / "report.html").exists()
 
 
+def test_check_of_a_question_says_what_would_leave_and_speaks_of_no_split(four: Federation, tmp_path: Path) -> None:
+    (tmp_path / "q.yaml").write_text(TEXT)
+    home = four.hospitals["south"].home
+    shown = CliRunner().invoke(client_cli.app, ["check", "--study", str(tmp_path / "q.yaml"), "--home", str(home)])
+    said = " ".join(shown.output.split())
+    assert "asks for numbers and trains nothing; as things stand, this would go under the mask" in said
+    assert f"everybody: 10 patients, 20 images (here: {oracle(home, 'everybody')['patients']}" in said
+    assert "to choose the round" not in said
+
+
 def test_a_person_approves_the_questions_in_words(four: Federation, capsys: pytest.CaptureFixture[str]) -> None:
     hospital = four.hospitals["north"]
     client_cli.show_study(four.plan, hospital.site, "ada", [])

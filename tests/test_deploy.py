@@ -163,6 +163,25 @@ def test_a_study_goes_from_submission_to_report(stage: Shared) -> None:
         assert '"protection":"masked"' in (stage.site(name) / "journal.jsonl").read_text().replace(" ", "")
 
 
+def test_a_question_goes_from_submission_to_numbers(stage: Shared) -> None:
+    path, out = stage.folder / "question.yaml", stage.folder / "numbers"
+    stage.command("fl-study", "new", str(path), "--template", "cohort")
+    digest = stage.submit(path)
+    refused = fails("fl-client", "approve", digest[:12], "--yes", "--home", str(stage.site("north")))
+    assert "the task counting is not among policy.tasks" in refused
+    for name in SITES:
+        settings = stage.site(name) / "site.yaml"
+        settings.write_text(settings.read_text().replace("  # tasks: [", "  tasks: ["))
+    stage.approve_all(digest[:12])
+    shown = stage.study("run", digest)
+    assert "Run finished: complete" in shown and "Next: fl-study cohort" in shown
+    stage.study("cohort", digest, "--out", str(out))
+    told = json.loads((out / "cohort.json").read_text())
+    assert told["contributors"] == sorted(SITES)
+    assert told["answers"]["everybody"]["patients"] == {"least": 40, "most": 76}
+    assert "fl-study cohort" in fails("fl-study", "report", digest, "--out", str(out), "--home", str(stage.researcher))
+
+
 def test_a_worker_killed_while_it_trains_costs_an_attempt_and_the_run_goes_on_with_it(stage: Shared) -> None:
     digest = submit(stage, "killed worker", rounds=3, timeout_s=30, quorum=4)
     folder = launch(stage, digest)

@@ -10,6 +10,7 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,7 @@ def spoil(folder: Path) -> None:
     changes: list[tuple[str, bytes]] = [
         ("StudyDate", b"ZZTEST 1"),
         ("PatientAge", b"ZZTE"),
+        ("StudyInstanceUID", b"ZZTEST\xe9.1"),  # not ASCII, so pydicom is asked, and says what it thinks of it
         ("SOPInstanceUID", b"ZZTEST.1"),
         ("SeriesInstanceUID", b"ZZTEST" * 20),
     ]
@@ -133,7 +135,8 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             home = tmp_path_factory.mktemp("marked") / name
             prepare(home, name, None, (16, len(name)), COORDINATOR.public_key())
             text = (home / "site.yaml").read_text().replace("minimum_patients: 10", "minimum_patients: 2")
-            (home / "site.yaml").write_text(text)
+            # So many spoiled files among so few would stop any hospital.
+            (home / "site.yaml").write_text(text.replace("damaged_share_max: 0.05", "damaged_share_max: 0.9"))
             plant(home / "hospital")
             spoil(home / "hospital")
             site = Site.open(home)
@@ -316,7 +319,8 @@ def test_files_that_make_pydicom_quote_them_are_counted_without_a_word(
             state = tmp_path / f"state-{quiet}"
             reports.append(ingest(each.site.source, each.home, state))
             shown.append(capfd.readouterr().err)
-    assert reports[0] == reports[1] and sum(reports[0].reasons.values()) >= 5 and reports[0].taken >= 10
+    assert replace(reports[0], seconds=0) == replace(reports[1], seconds=0)
+    assert sum(reports[0].reasons.values()) >= 5 and reports[0].taken >= 10
     assert shown[0] == "" and "a message of pydicom" in shown[1] and not marks_in(shown[1].encode())
     assert "ZZTEST" in marks_in((each.home / "private" / "private.log").read_bytes())
 
