@@ -5,6 +5,7 @@
       keys/                   site.key (0600), site.pem, ca.pem, coordinator.pem
       studies/<digest>.json   signed offers with this site's decision; <digest>.pins.json the split of patients
       state/                  index.sqlite and cache/ (images, 0700); can be made again
+      fetch.sqlite            what was asked of the archive, and copied (0600)
       orders.sqlite           what was answered, so that no order is answered twice
       ledger.sqlite           what was spent of each patient's privacy, by all studies, for ever
       paused.json             there while the site is paused

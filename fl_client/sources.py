@@ -21,6 +21,7 @@ from typing import IO, Protocol
 from privacy.errors import DataError, ImageLeftOut
 
 FILE_BYTES_MAX = 256 * 1024 * 1024  # ten times the largest native radiograph
+ARRIVING = ".fetching"  # where `fl-client fetch` keeps what has not arrived whole
 DEPTH_MAX = 64  # folders within folders; archives use five
 ZIP_DEPTH_MAX = 3  # zips within zips: of a case, a study, a series
 ZIP_MEMBERS_MAX = 200_000  # the largest CT studies have some thousand slices
@@ -234,6 +235,8 @@ def _below(folder: Path, prefix: str, root: Path, depth: int) -> Iterator[Item]:
             is_folder = entry.is_dir(follow_symlinks=False)
         except OSError:
             is_folder = False
+        if is_folder and depth == 0 and entry.name == ARRIVING:
+            continue
         if is_folder and depth < DEPTH_MAX:
             yield from _below(path, name + "/", root, depth + 1)
         elif is_folder:

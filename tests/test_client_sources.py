@@ -155,3 +155,10 @@ def test_a_file_that_grew_since_it_was_listed_is_not_read_into_memory(
 @pytest.mark.parametrize("reason", list(Reason))
 def test_every_reason_is_explained_and_damage_has_a_remedy(reason: Reason) -> None:
     assert reason.explanation and (reason.remedy or not reason.damage)
+
+
+def test_what_is_still_arriving_is_not_looked_at(tmp_path: Path) -> None:
+    for name in (".fetching/part", "a/.fetching/x", "b"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    assert set(items(tmp_path)) == {"a/.fetching/x", "b"}

@@ -157,6 +157,20 @@ HOSTILE = {
         "tests/test_client_node.py::test_a_gateway_cannot_send_the_node_elsewhere",
         "tests/test_client_policy.py::test_settings_that_are_wrong_or_a_bomb_are_refused",
     ),
+    "images: mutated, cut, spliced, crashing or endless decoders, zips that lie or bomb, swapped files, header JSON": (
+        "tests/test_hostile_files.py",
+        "tests/test_client_readers.py",
+        "tests/test_client_sources.py",
+        "tests/test_client_series.py",
+    ),
+    "label tables: mutated CSV, XLSX, JSON; bombs, entities, nesting": (
+        "tests/test_models_tables.py",
+        "tests/test_models_connectors.py",
+    ),
+    "archives: other patients' studies, endless and malformed answers, redirects, slow drips": (
+        "tests/test_client_fetch.py",
+    ),
+    "questions that count: asked twice, altered, too fine; small cells": ("tests/test_counting.py",),
 }
 """What was attacked -> the tests that do it: whole files, or single tests. No test is in two rows."""
 
