@@ -80,7 +80,7 @@ def rows_of(index: Index, labels: LabelTable) -> Iterator[Observed]:
         key = image.key(matches)
         about = labels.about(key)
         yield Observed(
-            patient=labels.patient_of(key) or image.patient,
+            patient=labels.patient_of(key) or labels.mapping.plain_patient(image.patient),
             modality=image.modality,
             view="none" if image.is_volume else "" if image.view == "unknown" else image.view,
             vendor=vendor_of(image.manufacturer),

@@ -190,7 +190,8 @@ Rows = Sequence[tuple[str, IndexedImage]]
 def patient_of(image: IndexedImage, labels: LabelTable | None) -> str:
     if labels is None:
         return image.patient
-    return labels.patient_of(image.key(labels.mapping.matches)) or image.patient
+    key = image.key(labels.mapping.matches)
+    return labels.patient_of(key) or labels.mapping.plain_patient(image.patient)
 
 
 def vendor_names(rows: Rows) -> Callable[[IndexedImage], str | None]:

@@ -126,26 +126,32 @@ def look_at_dicom(data: bytes, identifying: Callable[[Dataset], list[str]] | Non
         try:
             dataset = _parse(data, pixels=False, only=None if identifying else READ)
             modality = _image_or_raise(dataset)
-            header = Header(
-                patient=_text(dataset, "PatientID"),
-                study_uid=_text(dataset, "StudyInstanceUID"),
-                series_uid=_text(dataset, "SeriesInstanceUID"),
-                sop_uid=_text(dataset, "SOPInstanceUID"),
-                accession=_text(dataset, "AccessionNumber"),
-                modality=modality,
-                view="unknown" if modality == "CT" else view_of(dataset),
-                manufacturer=_text(dataset, "Manufacturer"),
-                sex=_one_of(_text(dataset, "PatientSex"), "FMO"),
-                age_years=age_of(_text(dataset, "PatientAge")),
-                lossy=_text(dataset, "LossyImageCompression") == "01",
-                **(_lies(dataset) if modality == "CT" else {}),
-            )
+            where = _lies(dataset) if modality == "CT" else {}
+            header = _said(dataset, modality, "unknown" if where else view_of(dataset), **where)
             _usable_or_raise(dataset, header)
             if identifying is not None and identifying(dataset):
                 raise ImageLeftOut(Reason.IDENTIFYING)
         except imaging.READING_ERRORS:
             raise ImageLeftOut(Reason.NOT_DICOM) from None
     return header
+
+
+def _said(dataset: Dataset, modality: str, view: View, **where: Any) -> Header:
+    """What a header says of whom and what an image is, and by which numbers it is known."""
+    return Header(
+        patient=_text(dataset, "PatientID"),
+        study_uid=_text(dataset, "StudyInstanceUID"),
+        series_uid=_text(dataset, "SeriesInstanceUID"),
+        sop_uid=_text(dataset, "SOPInstanceUID"),
+        accession=_text(dataset, "AccessionNumber"),
+        modality=modality,
+        view=view,
+        manufacturer=_text(dataset, "Manufacturer"),
+        sex=_one_of(_text(dataset, "PatientSex"), "FMO"),
+        age_years=age_of(_text(dataset, "PatientAge")),
+        lossy=_text(dataset, "LossyImageCompression") == "01",
+        **where,
+    )
 
 
 def read_radiograph(data: bytes, longest_side_px: int, *, display: bool) -> Pixels:
@@ -207,19 +213,7 @@ def read_sidecar(data: bytes) -> Caption:
             if len(data) > SIDECAR_BYTES_MAX:
                 raise ValueError
             dataset = _of_json(json.loads(data))
-            view = view_of(dataset)
-            header = Header(
-                patient=_text(dataset, "PatientID"),
-                study_uid=_text(dataset, "StudyInstanceUID"),
-                series_uid=_text(dataset, "SeriesInstanceUID"),
-                sop_uid=_text(dataset, "SOPInstanceUID"),
-                accession=_text(dataset, "AccessionNumber"),
-                modality=_one_of_modalities(_text(dataset, "Modality").upper()),
-                view=view,
-                manufacturer=_text(dataset, "Manufacturer"),
-                sex=_one_of(_text(dataset, "PatientSex"), "FMO"),
-                age_years=age_of(_text(dataset, "PatientAge")),
-            )
+            header = _said(dataset, _one_of_modalities(_text(dataset, "Modality").upper()), view_of(dataset))
             inverted = _text(dataset, "PhotometricInterpretation") == "MONOCHROME1"
         except (*imaging.READING_ERRORS, RecursionError):
             raise ImageLeftOut(Reason.SIDECAR) from None

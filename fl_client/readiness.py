@@ -331,7 +331,8 @@ def _leakage(looked: Inspection) -> str:
 def previews_of_approved(looked: Inspection) -> "list[Preview]":
     """What each approved study that fits this site's labels takes, by the splits that were pinned."""
     labels = attempt(lambda: looked.labels)
-    approved = [c.offer.study for c in consents(looked.home) if c.statement.decision == "approved"]
+    answered = [c.offer.study for c in consents(looked.home) if c.statement.decision == "approved"]
+    approved = [study for study in answered if study.task.kind != "counting"]  # which splits nobody
     fitting = [study for study in approved if labels and set(study.task.targets) & set(labels.mapping.targets)]
     if labels is None or not fitting or looked.index.unfit:  # the findings about labels and images say why
         return []
