@@ -26,14 +26,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: env ## a coordinator and three phantom hospitals on this machine, from joining to the report in ./demo
 	@$(PYTHON) deploy/demo.py
 
+# Two processes, each with whole files, because many tests share what a file starts once.
 test: env ## run the tests
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -n 2 --dist loadfile
 
 check: env ## everything that must hold before a commit: format, lint, types, tests
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy
-	@$(PYTHON) -m pytest
+	@$(PYTHON) -m pytest -n 2 --dist loadfile
 
 bench: env ## measure rounds, memory and start-up; writes bench.json
 	@$(PYTHON) deploy/bench.py

@@ -175,9 +175,9 @@ HOSTILE = {
 """What was attacked -> the tests that do it: whole files, or single tests. No test is in two rows."""
 
 DEV_ONLY = """
-    ast-serialize boolean-py cyclonedx-python-lib defusedxml dicomweb-client grpcio-tools hypothesis iniconfig jsonschema
+    ast-serialize boolean-py cyclonedx-python-lib defusedxml dicomweb-client execnet grpcio-tools hypothesis iniconfig jsonschema
     jsonschema-specifications librt license-expression mypy mypy-extensions packageurl-python pluggy psutil py-serializable
-    pytest pytest-timeout referencing retrying rpds-py ruff sortedcontainers types-protobuf types-psutil types-pyyaml
+    pytest pytest-timeout pytest-xdist referencing retrying rpds-py ruff sortedcontainers types-protobuf types-psutil types-pyyaml
 """
 """The pins that nothing needs at run time, written down by hand: a new pin is one of these, or it belongs into the SBOM."""
 
