@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 RUNS = 7
-SLICES, SIDE = 800, 512
+SLICES, SIDE = 2400, 512
 SYNTAXES = {
     "RLE": "1.2.840.10008.1.2.5",
     "JPEG-LS": "1.2.840.10008.1.2.4.80",

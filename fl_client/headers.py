@@ -157,7 +157,7 @@ def _said(dataset: Dataset, modality: str, view: View, **where: Any) -> Header:
 def read_radiograph(data: bytes, longest_side_px: int, *, display: bool) -> Pixels:
     """The pixels of a file that `look_at_dicom` found a radiograph. Raises only ImageLeftOut."""
     with imaging.quiet_reading():
-        image = imaging.decode(_whole(data), display=display)
+        image = imaging.decode(_with_pixels(data), display=display)
     found = imaging.scaled(image)
     return Pixels(imaging.reduced(found.pixels, longest_side_px), image.spacing_mm, found.low, found.high)
 
@@ -165,13 +165,13 @@ def read_radiograph(data: bytes, longest_side_px: int, *, display: bool) -> Pixe
 def read_slice(data: bytes) -> volumes.Int16:
     """The pixels of a file that `look_at_dicom` found a CT slice, in Hounsfield units int16 (H, W). Raises only ImageLeftOut."""
     with imaging.quiet_reading():
-        image = imaging.decode(_whole(data))
+        image = imaging.decode(_with_pixels(data))
     if image.inverted:
         raise ImageLeftOut(Reason.POLARITY_UNKNOWN)
     return volumes.hounsfield(image.values, image.padding)
 
 
-def _whole(data: bytes) -> Dataset:
+def _with_pixels(data: bytes) -> Dataset:
     try:
         dataset = _parse(data, pixels=True)
     except imaging.READING_ERRORS:
@@ -365,10 +365,9 @@ def _image_or_raise(dataset: Dataset) -> str:
 def _slice_or_raise(dataset: Dataset, modality: str) -> str:
     if modality not in ("CT", ""):
         raise ImageLeftOut(Reason.OTHER_OBJECT)
-    kinds = [str(part).strip().upper() for part in dataset.get("ImageType") or []]
-    if "LOCALIZER" in kinds:
+    if "LOCALIZER" in _words(dataset, "ImageType"):
         raise ImageLeftOut(Reason.LOCALIZER)
-    if int(dataset.get("NumberOfFrames") or 1) != 1:
+    if (_whole(dataset, "NumberOfFrames") or 1) != 1:
         raise ImageLeftOut(Reason.ENHANCED)
     if "Rows" not in dataset:
         raise ImageLeftOut(Reason.TRUNCATED)
@@ -382,7 +381,7 @@ def _lies(dataset: Dataset) -> dict[str, Any]:
             _numbers(dataset, keyword)
             for keyword in ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
         ]
-        size = [int(dataset.Rows), int(dataset.Columns)]
+        size = [_whole(dataset, "Rows") or 0, _whole(dataset, "Columns") or 0]
     except imaging.READING_ERRORS:
         raise ImageLeftOut(Reason.NO_GEOMETRY) from None
     volumes.plane_of(*values)
@@ -391,7 +390,7 @@ def _lies(dataset: Dataset) -> dict[str, Any]:
 
 
 def _usable_or_raise(dataset: Dataset, header: Header) -> None:
-    if int(dataset.get("SamplesPerPixel") or 1) != 1:
+    if (_whole(dataset, "SamplesPerPixel") or 1) != 1:
         raise ImageLeftOut(Reason.COLOUR)
     if _text(dataset, "BurnedInAnnotation").upper() == "YES":
         raise ImageLeftOut(Reason.BURNED_IN_TEXT)
@@ -480,6 +479,30 @@ def _raw(dataset: Dataset, keyword: str) -> str | None:
     if not isinstance(value, bytes) or not value.isascii() or b"\\" in value or b"\x1b" in value:
         return None
     return value.decode("ascii")
+
+
+def _words(dataset: Dataset, keyword: str) -> list[str]:
+    """The values of a code string in capitals; [] if absent."""
+    element = dataset.get_item(keyword)
+    value = getattr(element, "value", None) if type(element) is RawDataElement else None
+    if isinstance(value, bytes) and value.isascii():
+        return [part.strip(" \0").upper() for part in value.decode("ascii").split("\\")]
+    stated = dataset.get(keyword) or []
+    return [str(part).strip().upper() for part in ([stated] if isinstance(stated, str) else stated)]
+
+
+def _whole(dataset: Dataset, keyword: str) -> int | None:
+    """A whole number (US or IS); None if absent. Raises what int() and pydicom raise."""
+    element = dataset.get_item(keyword)
+    if (
+        type(element) is RawDataElement
+        and isinstance(element.value, bytes)
+        and element.VR == "US"
+        and len(element.value) == 2
+    ):
+        return int.from_bytes(element.value, "little" if element.is_little_endian else "big")
+    value = dataset.get(keyword)
+    return None if value is None or value == "" else int(value)
 
 
 def _numbers(dataset: Dataset, keyword: str) -> list[float]:

@@ -7,6 +7,7 @@ a later run reads only what is new or changed and forgets what is gone.
 """
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -187,7 +188,7 @@ class _Intake:
     item: Item
     look: Look
 
-    @property
+    @functools.cached_property
     def recipe(self) -> str:
         """A hash: patient numbers need not stand in the index twice."""
         look = self.look
