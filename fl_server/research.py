@@ -443,6 +443,11 @@ def attack(
     study = _read_study(file)
     if isinstance(study.task, Counting):
         raise StudyConflict("a study that counts trains nothing to attack", remedy="Attack a study that trains.")
+    if study.images.volume is not None:
+        raise StudyConflict(
+            "attacks are made on pictures, and this study is of volumes",
+            remedy="There is no attack on volumes yet, so a model of volumes with differential privacy cannot be released.",
+        )
     out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=out / "attack.log", level=logging.WARNING)
     with progress() as tell:

@@ -13,7 +13,7 @@ from fl_server import evidence
 from fl_server.research import app
 from models.study import Study, parse
 from privacy import attacks, noise
-from privacy.errors import DocumentError, MessageMalformed, ReleaseRefused
+from privacy.errors import DocumentError, MessageMalformed, ReleaseRefused, StudyConflict
 
 TEXT = """
 name: rehearsed
@@ -230,3 +230,11 @@ def test_a_file_that_is_no_attack_is_named(tmp_path: Path) -> None:
             file.write_bytes(content)
         result = CliRunner().invoke(app, ["release", "run-1", "--attack", str(file), "--home", str(tmp_path)])
         assert isinstance(result.exception, DocumentError) and "attack.json" in str(result.exception)
+
+
+def test_volumes_are_not_attacked_with_pictures(tmp_path: Path) -> None:
+    volumes = TEXT.replace("{size_px: 32}", "{modalities: [CT], volume: {size: [16, 24, 32]}}")
+    (tmp_path / "study.yaml").write_text(volumes)
+    words = ["attack", str(tmp_path / "study.yaml"), "--out", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, words)
+    assert isinstance(result.exception, StudyConflict) and not (tmp_path / "out").exists()
