@@ -662,3 +662,12 @@ def test_a_table_among_the_pictures_is_no_picture_rather_than_a_picture_without_
     with pytest.raises(ImageLeftOut) as caught:
         look_at_picture(b"image,label\nx.png,1\n", Caption(None, None))
     assert caught.value.reason == Reason.NOT_A_PICTURE
+
+
+def test_the_same_instance_with_other_pixels_is_the_same_image(hospital: Hospital) -> None:
+    """An archive that recompressed it with loss, say: one exposure, and the first file of it is kept."""
+    hospital.put("a", radiograph(1))
+    hospital.put("b", radiograph(2, SOPInstanceUID="1.2.3.1", PatientID="P1"))
+    report = hospital.ingest()
+    assert (report.taken, report.reasons) == (1, {Reason.DUPLICATE: 1})
+    assert Index.open(hospital.state).left_out() == {"b": Reason.DUPLICATE}

@@ -234,3 +234,19 @@ def test_orders_of_slices_do_not_change_the_volume() -> None:
     for order in itertools.islice(itertools.permutations(range(10)), 0, 3_000_000, 400_000):
         made = stack(planes([places[n] for n in order]))
         assert [order[n] for n in made.order] == list(range(10))
+
+
+@pytest.mark.parametrize(("axes", "blocks"), [((2, 1, 0), (5, 3, 2)), ((1, 2, 0), (3, 5, 2)), ((0, 1, 2), (2, 3, 5))])
+def test_each_axis_is_averaged_as_much_as_the_patients_axis_that_it_runs_along(
+    axes: tuple[int, int, int], blocks: tuple[int, int, int]
+) -> None:
+    """`axes`: along which of the patient's x, y, z the volume's slices, rows and columns run, a millimetre each."""
+    affine = np.zeros((3, 4))
+    for place, axis in enumerate(axes):
+        affine[axis, place] = 1.0
+    volume = np.random.default_rng(1).integers(-1000, 400, (60, 60, 60)).astype(np.int16)
+    pooled, moved = volumes._averaged(volume, affine, Volume(spacing_mm=[5, 3, 2], size=[12, 20, 30]))
+    assert tuple(60 // size for size in pooled.shape) == blocks
+    first = volume[: blocks[0], : blocks[1], : blocks[2]]
+    assert pooled[0, 0, 0] == pytest.approx(float(first.mean()), abs=1e-3)
+    np.testing.assert_allclose(moved @ [0, 0, 0, 1], affine @ [*((np.array(blocks) - 1) / 2), 1])
