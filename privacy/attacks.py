@@ -38,7 +38,9 @@ THIN = 5.0  # standard deviations below which a layer's noise is too small: one 
 FALSE_POSITIVES = 0.001  # the rate at which the literature compares attacks on membership (Carlini et al. 2022)
 OTHERS_MIN = 1000  # patients who were not in training, below which a rate of one in a thousand cannot be observed
 Z_95 = 1.959964
-Z_ALARM = 3.719016  # one-sided: a sound mechanism is accused once in ten thousand audits, and half the noise still at once
+Z_ALARM = (
+    3.719016  # one-sided: a sound mechanism is accused once in ten thousand audits, and half the noise still at once
+)
 Z_90_POWER = 1.281552  # of the normal distribution, one-sided: what is noticed is noticed nine times out of ten
 
 Float64 = NDArray[np.float64]
