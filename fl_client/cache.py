@@ -6,6 +6,7 @@ lies: on the same disk it protects nothing but copies of the cache.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -21,6 +22,7 @@ from privacy import keys
 from privacy.errors import CacheLost, SealBroken
 
 Array = npt.NDArray[Any]
+KEY_LABEL = b"isocenter/v1/cache-key\n"
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,21 @@ class Cache:
         return self.state / "cache"
 
     def path(self, name: str) -> Path:
-        return self.folder / name[:2] / f"{name}{'.npy' if self.key is None else '.locked'}"
+        return self.folder / name[:2] / f"{name}{self._ending}"
+
+    @functools.cached_property
+    def _ending(self) -> str:
+        """With the beginning of the key's hash: under another key nothing is there, and everything is made again."""
+        if self.key is None:
+            return ".npy"
+        return f".{keys.digest(KEY_LABEL + self._secret)[:16]}.locked"
+
+    @property
+    def _secret(self) -> bytes:
+        """Raises CacheLost if the key is gone, KeyFileUnsafe if others may use it."""
+        if self.key is None or not self.key.is_file():
+            raise CacheLost(f"{self.key}: the key of the cache is not there")
+        return keys.locking_key(self.key)
 
     def has(self, name: str) -> bool:
         path = self.path(name)
@@ -49,7 +65,7 @@ class Cache:
                 return
             plain = io.BytesIO()
             np.save(plain, stored, allow_pickle=False)
-            file.write(keys.lock(keys.locking_key(self.key), plain.getvalue(), _about(name)))
+            file.write(keys.lock(self._secret, plain.getvalue(), _about(name)))
 
     def fill(self, name: str, shape: tuple[int, ...], dtype: Any, work: Callable[[Array], None]) -> str:
         """Let `work` fill an array of that shape, store it, and return its content's hash.
@@ -77,9 +93,7 @@ class Cache:
                 stored: Array = np.load(path, mmap_mode="r", allow_pickle=False)
             else:
                 locked = path.read_bytes()
-                stored = np.load(
-                    io.BytesIO(keys.unlock(keys.locking_key(self.key), locked, _about(name))), allow_pickle=False
-                )
+                stored = np.load(io.BytesIO(keys.unlock(self._secret, locked, _about(name))), allow_pickle=False)
             sound = content_of(stored) == content
         except (OSError, ValueError, EOFError, SealBroken):
             sound = False

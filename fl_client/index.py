@@ -256,9 +256,11 @@ class Register:
             self.distrust()
         self.state_facts(source=identity, scaling=scaling, complete="0", cache_key=str(self.cache.key or ""))
 
-    def distrust(self) -> None:
-        """Take no stored size and date for true any more."""
+    def distrust(self, *, images: bool = False) -> None:
+        """Take no stored size and date for true any more; `images`: nor what is in the cache, which a disk may have lost."""
         self.database.execute("UPDATE files SET modified_ns = -1")
+        if images:
+            self.database.execute("UPDATE images SET recipe = ''")
         self.database.commit()
 
     def knows(self, item: Item, recipe: str) -> bool:

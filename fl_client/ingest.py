@@ -21,7 +21,7 @@ from typing import Any, Literal
 from fl_client.cache import Cache
 from fl_client.headers import SIDECAR_BYTES_MAX, Caption, Header, read_sidecar
 from fl_client.index import Index, IndexedImage, Known, Register
-from fl_client.readers import Answer, Look, Radiograph, Readers, Reading, SlicesOfVolume, Task, VolumeFile
+from fl_client.readers import Answer, Look, Radiograph, Readers, Reading, SlicesOfVolume, Task, VolumeFile, made, seen
 from fl_client.series import Series, Slice, assemble
 from fl_client.site import Source
 from fl_client.sources import Folder, Item, Reason
@@ -162,10 +162,10 @@ def label_count(index: Index, labels: LabelTable) -> LabelCount:
 
 
 def distrust(state: Path) -> None:
-    """Let the next `ingest` open every file again, whatever its size and date say."""
+    """Let the next `ingest` open every file again, whatever its size and date say, and make every image again."""
     if (state / "index.sqlite").is_file():
         with _only_one(state), closing(Register(Cache(state))) as register:
-            register.distrust()
+            register.distrust(images=True)
 
 
 def prune(state: Path) -> int:
@@ -248,7 +248,7 @@ def _look(intakes: list[_Intake], register: Register, readers: Readers, progress
             fresh.append(intake)
     progress("looking at files", done, total)
     for intake, found in readers.run((intake, intake.look) for intake in fresh):
-        register.put_file(intake.item, intake.recipe, found)
+        register.put_file(intake.item, intake.recipe, seen(found))
         read.add(intake.item.name)
         done += 1
         progress("looking at files", done, total)
@@ -342,7 +342,7 @@ def _make(plan: _Plan, register: Register, readers: Readers, progress: Progress)
     done, total = len(wanted) - len(missing), len(wanted)
     progress("reading images", done, total)
     for image, found in readers.run((image, image.task) for image in missing):
-        register.put_image(image.name, image.recipe, image.members, _row(image, found))
+        register.put_image(image.name, image.recipe, image.members, _row(image, made(found)))
         plan.opened.update(image.members)
         done += 1
         progress("reading images", done, total)
@@ -393,7 +393,7 @@ def _key_of(source: Source, root: Path) -> Path | None:
             f"{path}: the processes that read images must not see this folder",
             remedy="Put data.cache_key somewhere else.",
         )
-    keys.locking_key(path)
+    keys.make_locking_key(path)
     return path
 
 

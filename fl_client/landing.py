@@ -91,7 +91,9 @@ class Landing:
                 os.fsync(file.fileno())
             check_identity(part, study, instance)
             path = self.path(study, instance)
-            path.parent.mkdir(mode=0o700, exist_ok=True)
+            if not path.parent.is_dir():
+                path.parent.mkdir(mode=0o700)
+                keys.flush_folder(self.folder)
             part.replace(path)
             keys.flush_folder(path.parent)
         finally:

@@ -21,9 +21,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Annotated, Any, Generic, Protocol, TypeVar
 
 import numpy as np
+from pydantic import Field, FiniteFloat, StringConstraints, TypeAdapter, model_validator
 
 from fl_client import nifti
 from fl_client.cache import Cache, content_of
@@ -39,6 +40,7 @@ from fl_client.headers import (
 )
 from fl_client.sources import Item, Reason
 from models import burned_in, volumes
+from models.documents import Document
 from models.imaging import quiet_reading
 from privacy import annex_e
 from privacy.errors import ImageLeftOut
@@ -46,13 +48,12 @@ from privacy.errors import ImageLeftOut
 SCALE = 65535  # 16 bits: finer than any detector, half the size of float32
 FILE_S = 120.0  # for one file; the slowest radiograph takes two seconds
 SLICE_S = 2.0  # more for each slice of a volume
-MEMORY_BYTES = (
-    6 * 1024**3
-)  # beyond what a process has when it starts: the largest volume, twice, and a decoder's scratch
+MEMORY_BYTES = 6 * 1024**3  # beyond what it has when it starts: the largest volume, twice, and a decoder's scratch
 ANSWER_BYTES_MAX = 1 << 20
 
 Answer = dict[str, Any]
 Key = TypeVar("Key")
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 BATCH = 16  # looks that are asked for at once
 
 
@@ -233,6 +234,55 @@ def answer(task: Task) -> Answer:
         return task.run()
     except ImageLeftOut as refusal:
         return {"reason": str(Reason(refusal.reason))}
+
+
+class _LeftOut(Document):
+    reason: Reason
+    sha256: Digest | None = None
+
+
+class _Seen(Document):
+    sha256: Digest
+    header: Header
+
+    @model_validator(mode="after")
+    def _whole(self) -> "_Seen":
+        if (len(self.header.plane), len(self.header.size)) not in ((0, 0), (11, 2)):
+            raise ValueError("no place of a slice")
+        return self
+
+
+class _Made(Document):
+    content: Digest
+    shape: Annotated[list[int], Field(min_length=2, max_length=3)]
+    low: FiniteFloat
+    high: FiniteFloat
+    text: FiniteFloat
+    spacing_mm: Annotated[list[FiniteFloat], Field(min_length=2, max_length=3)] | None = None
+    affine: Annotated[list[FiniteFloat], Field(min_length=12, max_length=12)] | None = None
+    tilt_degrees: FiniteFloat | None = None
+
+
+_LOOKS: TypeAdapter[Any] = TypeAdapter(_Seen | _LeftOut)
+_MAKES: TypeAdapter[Any] = TypeAdapter(_Made | _LeftOut)
+
+
+def seen(found: Answer) -> Answer:
+    """`found` if a look answers so, else decoder_failed: a process that a file has taken over must not spoil the index."""
+    return _checked(_LOOKS, found)
+
+
+def made(found: Answer) -> Answer:
+    """The same for what answers that pixels were stored."""
+    return _checked(_MAKES, found)
+
+
+def _checked(form: TypeAdapter[Any], found: Answer) -> Answer:
+    try:
+        form.validate_json(json.dumps(found), strict=True)
+    except ValueError:
+        return {"reason": str(Reason.DECODER_FAILED)}
+    return found
 
 
 class Readers:

@@ -213,7 +213,7 @@ class PatientInTwoSplits(DataError):
 
 class CacheLost(DataError):
     code = "cache-lost"
-    remedy = "Run `fl-client ingest` again; it only reads what is missing."
+    remedy = "Run `fl-client ingest` again; it only reads what is missing. If an image is damaged, run it with --again."
 
 
 class RunError(IsocenterError):

@@ -452,14 +452,16 @@ LOCKING_KEY_BYTES = 32
 LOCK_PIECE = 64 * 1024 * 1024  # bytes encrypted at once: AES-GCM takes less than 2 GiB, and a volume may be larger
 
 
-def locking_key(path: Path) -> bytes:
-    """The key in `path` (32 bytes, 0600) that files of this site are locked with; made on the first call.
-
-    Raises KeyFileUnsafe if others may use the file.
-    """
+def make_locking_key(path: Path) -> None:
+    """See to a key in `path` (32 bytes, 0600) that files of this site are locked with. Raises as `locking_key`."""
     if not path.exists():
         with contextlib.suppress(FileExistsError):  # another process of this site made it meanwhile
             _write(path, secrets.token_bytes(LOCKING_KEY_BYTES), 0o600, replace=False)
+    locking_key(path)
+
+
+def locking_key(path: Path) -> bytes:
+    """The key of `make_locking_key`. Raises KeyFileUnsafe if others may use the file, NotEnrolled if it is absent."""
     key = _read_private(path)
     if len(key) != LOCKING_KEY_BYTES:
         raise TrustError(

@@ -14,7 +14,7 @@ import pytest
 
 from fl_client import readers
 from fl_client.index import Index
-from fl_client.ingest import Reason, ingest
+from fl_client.ingest import Reason, distrust, ingest
 from fl_client.phantom import VENDORS, make_hospital
 from fl_client.readers import Answer, Readers
 from fl_client.site import Source
@@ -189,8 +189,6 @@ def test_a_file_that_changed_between_the_looks_is_left_out_and_taken_next_time(
 
 
 def test_rotten_bytes_under_an_old_date_are_found_by_reading_again(tmp_path: Path) -> None:
-    from fl_client.ingest import distrust
-
     mapping = make_hospital(tmp_path, "north", 10, 1, VENDORS["aurora"])
     image = sorted((tmp_path / "dicom").rglob("IM*[0-9]"))[3]
     ingest(source(tmp_path, mapping), tmp_path, tmp_path / "state")
@@ -247,6 +245,31 @@ def test_a_flipped_bit_in_the_cache_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(bytes(whole))
     with pytest.raises(CacheLost):
         index.pixels(image)
+    distrust(index.state)
+    ingest(source(tmp_path, mapping), tmp_path, tmp_path / "state")
+    healed = Index.open(tmp_path / "state")
+    assert healed.pixels(healed.images()[0]).size
+
+
+LIES: list[Any] = [
+    {},
+    {"reason": "because"},
+    {"reason": "blank", "cache": "../../keys/site.key"},
+    {"sha256": "../x", "header": {}},
+    {"sha256": "0" * 64, "header": {"patient": 7}},
+    {"sha256": "0" * 64, "header": {"patient": "p", "unknown": 1}},
+    {"sha256": "0" * 64, "header": {"patient": "p", "plane": [1.0] * 11, "size": [1]}},
+    {"content": "0" * 64, "shape": [1, 1], "low": float("nan"), "high": 1.0, "text": 0.0},
+    {"content": "0" * 64, "shape": [1], "low": 0.0, "high": 1.0, "text": 0.0},
+    {"content": "0" * 64, "shape": [1, 1], "low": 0.0, "high": 1.0, "text": 0.0, "patient": "another"},
+    {"content": "0" * 64, "shape": [1, 1], "low": 0.0, "high": 1.0, "text": 0.0, "affine": [1.0]},
+]
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_a_process_says_in_another_shape_spoils_no_index(lie: Any) -> None:
+    """A file may have taken the process over; it can lie about its own image, and about nothing else."""
+    assert readers.seen(lie) == readers.made(lie) == FAILED
 
 
 def test_zips_and_folders_of_the_same_files_are_the_same_images(tmp_path: Path) -> None:

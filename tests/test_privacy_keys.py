@@ -496,7 +496,11 @@ def test_what_is_locked_opens_with_its_key_for_its_purpose_only(size: int, monke
 
 def test_a_locking_key_is_made_once_and_read_by_its_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "a" / "cache.key"
+    with pytest.raises(NotEnrolled):
+        keys.locking_key(path)
+    keys.make_locking_key(path)
     first = keys.locking_key(path)
+    keys.make_locking_key(path)
     assert len(first) == 32 and keys.locking_key(path) == first and path.stat().st_mode & 0o777 == 0o600
     path.chmod(0o640)
     with pytest.raises(KeyFileUnsafe):
