@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fl_server import figures
-from fl_server.report import canonical
+from fl_server.results import canonical
 from fl_server.simulation import Outcome
 from models import learning, networks
 from models.learning import TrainingCohort

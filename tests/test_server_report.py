@@ -16,6 +16,7 @@ from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
 from fl_server import figures, report, research, simulation
+from fl_server.results import REMEDY
 from models.metrics import ScoreHistogram
 from models.study import Study, parse
 from privacy.errors import MessageMalformed
@@ -616,7 +617,7 @@ def test_a_document_that_lies_is_malformed_and_nothing_is_written(
     with pytest.raises(MessageMalformed) as caught:
         report.write(altered, folder)
     assert str(caught.value).startswith(f"results: {said}")
-    assert caught.value.remedy == report.REMEDY
+    assert caught.value.remedy == REMEDY
     assert not folder.exists()
 
 

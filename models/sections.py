@@ -1,0 +1,278 @@
+"""The sections of a study protocol: what is predicted, from which images, by which network, how it is trained and measured.
+
+`models.study` puts them together, gives the whole its digest, and refuses settings that contradict each other.
+"""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
+
+from models.documents import Document, Name
+from models.questions import Counting
+
+WARM_UP_ROUNDS = 2  # fresh GroupNorm networks take a full first step badly: half the rate in the first round
+NOISED_BINS_MAX = 100  # of a histogram whose every bin gets noise
+
+Point = Annotated[str, StringConstraints(pattern=r"^0[23][0-9a-f]{64}$")]
+"""An enrolled P-256 key as `keys.point_hex` writes it."""
+Protection = Literal["masked", "sealed", "plain"]
+PROTECTIONS: tuple[Protection, ...] = ("masked", "sealed", "plain")
+"""From the strongest to the weakest."""
+MASKED_SITES_MIN = 3  # in a sum of two, each of the two knows the other's part
+
+
+class Task(Document):
+    """What is predicted: one binary target, or several at once (multi-label). Missing labels are masked, never negative."""
+
+    kind: Literal["classification"] = Field(default="classification", description="what kind of prediction")
+    targets: list[Name] = Field(
+        min_length=1, max_length=32, description="names of what is predicted; each site maps its own words to them"
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Task":
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError("targets must differ from each other")
+        return self
+
+
+def _kind_of_task(given: Any) -> str:
+    kind = given.get("kind") if isinstance(given, dict) else getattr(given, "kind", "")
+    return "[counting]" if kind == "counting" else "[classification]"
+
+
+TaskOrQuestions = Annotated[
+    Annotated[Task, Tag("[classification]")] | Annotated[Counting, Tag("[counting]")], Discriminator(_kind_of_task)
+]
+
+
+Triple = Annotated[list[float], Field(min_length=3, max_length=3)]
+VOXELS_MAX = 16_777_216  # of one volume: 256 x 256 x 256; a network in three dimensions trains on far fewer
+
+
+class Volume(Document):
+    """The grid that CT series are resampled to, centred on each: along the body, front to back, right to left.
+
+    Axes are the patient's (slices from the feet upwards), whatever the scanner's table, tilt or plane was. What lies outside a
+    series is air.
+    """
+
+    spacing_mm: Triple = Field(default=[4.0, 3.0, 3.0], description="millimetres between voxels: along, down, across")
+    size: Annotated[list[int], Field(min_length=3, max_length=3)] = Field(
+        default=[80, 112, 128], description="voxels: along, down, across"
+    )
+    window_hu: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
+        default=[-1000.0, 400.0], description="Hounsfield units that become 0 and 1; lungs: -1000 to 400"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Volume":
+        if not all(0.25 <= value <= 20 for value in self.spacing_mm):
+            raise ValueError("spacing_mm must lie between 0.25 and 20")
+        if not all(8 <= value <= 512 for value in self.size) or math.prod(self.size) > VOXELS_MAX:
+            raise ValueError(f"size must lie between 8 and 512 on each axis, with at most {VOXELS_MAX} voxels")
+        low, high = self.window_hu
+        if not -2000 <= low < high <= 10_000:
+            raise ValueError("window_hu must be two rising numbers between -2000 and 10000")
+        return self
+
+
+class Images(Document):
+    """Which images take part and the grid they are brought to: radiographs float32 (1, size_px, size_px), or CT volumes."""
+
+    modalities: list[Literal["CR", "DX", "CT"]] = Field(
+        default=["CR", "DX"], min_length=1, description="DICOM modalities that take part; CT stands alone"
+    )
+    view: Literal["frontal"] = Field(default="frontal", description="projection of radiographs that takes part")
+    size_px: int = Field(
+        default=96, ge=32, le=512, description="side of the square grid that radiographs are brought to"
+    )
+    scaling: Literal["percentiles", "window"] = Field(
+        default="percentiles",
+        description="what becomes 0 and 1 of a radiograph. percentiles: 0.5 and 99.5 of its values; window: the display that its "
+        "file names, else percentiles; windows are a site's taste",
+    )
+    volume: Volume | None = Field(
+        default=None, description="CT only: the grid of voxels and the window; {} for its defaults"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Images":
+        if ("CT" in self.modalities) != (self.volume is not None) or (
+            "CT" in self.modalities and len(set(self.modalities)) > 1
+        ):
+            raise ValueError("modalities: [CT] and volume belong together, and CT takes part alone")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(1, S, S) of a radiograph, (1, D, H, W) of a volume."""
+        return (1, self.size_px, self.size_px) if self.volume is None else (1, *self.volume.size)
+
+    @property
+    def words(self) -> str:
+        """What takes part, for people."""
+        if self.volume is None:
+            return f"{self.view} {'/'.join(self.modalities)}, {self.size_px} px"
+        size, spacing = (
+            " x ".join(f"{value:g}" for value in row) for row in (self.volume.size, self.volume.spacing_mm)
+        )
+        return f"CT volumes, {size} voxels of {spacing} mm"
+
+
+class Network(Document):
+    """Which network of `models.networks` is trained; none keeps statistics of a batch."""
+
+    name: Literal["small_cnn", "densenet121", "linear"] = Field(
+        default="small_cnn",
+        description="small_cnn for CPUs; densenet121 (MONAI) for GPUs; linear: for differential privacy with few patients",
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of features dropped while training")
+
+
+class Training(Document):
+    """The local loop of one round at one site."""
+
+    rounds: int = Field(ge=1, le=10_000, description="rounds of the whole run")
+    local_epochs: int = Field(default=1, ge=1, le=100, description="passes over a site's images in one round")
+    batch_size: int = Field(default=16, ge=1, le=1024, description="images in one step")
+    optimizer: Literal["sgd", "adamw"] = Field(
+        default="adamw", description="optimizer of the local loop; its state starts anew each round"
+    )
+    learning_rate: float = Field(default=1e-3, gt=0, le=10, description="step size of the first round")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="cosine", description="the rate over the rounds: the same in all, or falling along half a cosine to 0"
+    )
+    weight_decay: float = Field(default=1e-4, ge=0, le=1, description="decay of the weights")
+    augmentation: Literal["none", "light"] = Field(
+        default="light", description="light: small shifts, turns and exposures; never mirrored"
+    )
+    balance: bool = Field(default=True, description="weigh the two classes of a target equally in the local loss")
+    seed: int = Field(
+        default=1,
+        ge=0,
+        lt=2**31,
+        description="makes initial weights and every random choice repeatable, but for those of differential privacy",
+    )
+
+    def rate(self, round_number: int) -> float:
+        """The rate of a whole round (from 1): constant, or falling along half a cosine to almost 0, after a short warm-up."""
+        warm = min(1.0, round_number / WARM_UP_ROUNDS)
+        if self.schedule == "constant":
+            return self.learning_rate * warm
+        passed = (round_number - 1) / self.rounds
+        return self.learning_rate * warm * (1 + math.cos(math.pi * min(passed, 1.0))) / 2
+
+
+class Strategy(Document):
+    """How what the sites send becomes the next model.
+
+    FedAvg: the mean of their updates, weighted by cases. FedSGD: the mean of their gradients, one step of gradient descent with
+    momentum at the coordinator (both McMahan et al. 2017; momentum Hsu et al. 2019).
+    """
+
+    name: Literal["fedavg", "fedsgd"] = Field(
+        default="fedavg",
+        description="fedavg: mean of updates; fedsgd: mean of gradients, for `privacy.mode: distributed`",
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of fedsgd's step at the coordinator")
+
+
+class Privacy(Document):
+    """Differential privacy of every patient in training: DP-SGD (Abadi et al. 2016) at each site, noise from each site.
+
+    Patients are drawn by Poisson sampling; the mean loss over a patient's images gives one gradient, clipped to `clip_norm`; the
+    sum gets Gaussian noise of `noise_multiplier` times `clip_norm`. Two sets of patients are neighbours if one has one more.
+    """
+
+    mode: Literal["local", "distributed"] = Field(
+        default="local",
+        description="local: several private steps a round, each with the site's full noise; distributed: one step a round, under "
+        "masks, so that the noise of all sites protects each patient from the coordinator",
+    )
+    epsilon: float = Field(
+        gt=0,
+        le=100,
+        description="most ε that this study may spend of any patient, against everybody else combined, spare rounds included",
+    )
+    delta: float = Field(default=1e-5, gt=0, lt=0.01, description="δ of that ε; below 1 / patients of every site")
+    clip_norm: float = Field(gt=0, le=1e6, description="longest gradient of a patient; a longer one is shortened to it")
+    noise_multiplier: float | None = Field(
+        default=None,
+        ge=0.05,
+        le=10_000,
+        description="standard deviation of a site's noise over clip_norm; `fl-study submit` fills in the least that keeps ε",
+    )
+    sampling_rate: float = Field(gt=0, le=1, description="chance of each patient of a site to be in a step")
+    steps: int = Field(default=1, ge=1, le=10_000, description="private steps in a round; distributed: 1")
+    images_per_patient: int = Field(
+        default=2, ge=1, le=16, description="images, or differently augmented views, of a patient in a step"
+    )
+    spare_rounds: int = Field(
+        default=2, ge=0, le=10_000, description="rounds that may be trained a second time, after a crash, within ε"
+    )
+    colluding: int = Field(
+        default=1,
+        ge=0,
+        le=999,
+        description="distributed: sites that may work with the coordinator, in what is said of ε",
+    )
+
+    figures: Literal["suppressed", "noised"] = Field(
+        default="suppressed",
+        description="evaluations. suppressed: histograms leave if both classes have 10 images, and are not in ε; noised: only "
+        "those of the test split leave, once, with noise of their own",
+    )
+    figures_epsilon: float = Field(
+        default=1.0, gt=0, le=100, description="noised: ε of each test patient at delta, from the figures alone"
+    )
+
+    def batch_max(self, patients: int) -> int:
+        """Most of `patients` in one step. Eight standard deviations above the expected number: a draw is cut about once in 10**15
+        steps, and the site's accounting knows of the cut (truncated Poisson sampling).
+        """
+        expected = patients * self.sampling_rate
+        spread = math.sqrt(expected * (1 - self.sampling_rate))
+        return max(1, min(patients, math.ceil(expected + 8 * spread + 8)))
+
+
+def _kind_of_privacy(given: Any) -> str:
+    return "[settings]" if isinstance(given, dict | Privacy) else "[none]"
+
+
+# With a tag, an error is about what was meant; `_explain` leaves parts of a place with a bracket out.
+PrivacyOrNone = Annotated[
+    Annotated[Literal["none"], Tag("[none]")] | Annotated[Privacy, Tag("[settings]")], Discriminator(_kind_of_privacy)
+]
+
+
+class Participation(Document):
+    """Who takes part. A round needs `quorum` training sites; a site later than `round_timeout_s` is left out, by name."""
+
+    sites: list[Name] = Field(min_length=1, max_length=1000, description="sites that train and evaluate")
+    evaluate_only: list[Name] = Field(default=[], max_length=1000, description="sites that evaluate and do not train")
+    quorum: int = Field(ge=1, description="training sites whose reports a round needs")
+    minimum_patients: int = Field(default=10, ge=1, description="least patients in each split of a site")
+    round_timeout_s: int = Field(
+        default=3600, ge=5, le=7 * 86400, description="seconds after which a site is left out of a round, by name"
+    )
+
+
+class Evaluation(Document):
+    """Splits by patient, and the resolution of the score histograms that leave a site."""
+
+    validation: float = Field(
+        default=0.15, ge=0.05, le=0.4, description="share of a site's patients that chooses the round"
+    )
+    test: float = Field(
+        default=0.2, ge=0.05, le=0.5, description="share of a site's patients looked at once, for the report"
+    )
+    bins: int = Field(default=1000, ge=10, le=10_000, description="bins of the score histograms that leave a site")
+    select: Literal["best_validation", "last"] = Field(
+        default="best_validation", description="the round whose model is evaluated on the test split and released"
+    )
+    site_figures: bool = Field(
+        default=True,
+        description="true: each site releases its own test AUROC, interval and class counts in tens, from 10 images of each on",
+    )
