@@ -42,7 +42,7 @@ def main(grid: Grid, context: Context) -> None:
             began = time.monotonic()
             total = desk.train(run.model, number)
             desk.score(total)
-            model, state = strategy.step(run.model, total.mean.update, run.state)
+            model, state = strategy.step(run.model, desk.combine(total), run.state)
             run.commit(desk.summary(number, began, total), model, state)
         desk.score(desk.evaluate(run.model, len(run.history), "validation"))
         run.save()
@@ -91,6 +91,16 @@ class Desk:
         quorum = self.run.study.participation.quorum
         trainers = self.trainers
         return self.summing.carry_out(Task(TrainOrder, model, number, self.run.scale, trainers, quorum, trainers))
+
+    def combine(self, total: Total) -> Float32:
+        """The update that the next model is made of: the mean, or what a robust strategy makes of each site's own."""
+        combination = strategies.combination(self.run.study)
+        if combination is None:
+            return total.mean.update
+        combined = combination.combine(total.updates)
+        if combined.left_out:
+            self.summing.tell("left_out", round=len(self.run.history) + 1, sites=combined.left_out)
+        return combined.update
 
     def evaluate(self, model: Float32, number: int, split: str) -> Total:
         """The summed scores of `model` on one split: the training sites' validation, or everybody's test."""

@@ -51,12 +51,14 @@ from privacy.wire import (
 )
 
 Kinds = TypeVar("Kinds", bound=Order)
+ROBUST_ROOM = 8  # times the largest value of the middle site, which others may reach: sites differ in their cases
 ATTEMPTS_MAX = 3  # at one sum, before the run ends by name; each is a whole training
 JOURNALED = {
     "asked": "orders-sent",
     "site_missing": "site-missing",
     "wrong_share": "share-wrong",
     "void": "sum-void",
+    "left_out": "updates-left-out",
 }
 Nodes = dict[str, int]
 
@@ -81,7 +83,10 @@ class Task:
 
 @dataclass
 class Total:
-    """An opened sum: the mean of the contributions, who is in it, who is not and why. `peak`: largest summed value."""
+    """An opened sum: the mean of the contributions, who is in it, who is not and why. `peak`: largest summed value.
+
+    `updates`: each site's own update by name, float32 (P,) each, for a robust strategy; then `peak` is that of the middle site.
+    """
 
     mean: Contribution
     contributors: list[str]
@@ -90,6 +95,7 @@ class Total:
     clipped: int
     peak: float
     figures: dict[str, Float32]
+    updates: dict[str, Float32] = field(default_factory=dict)
 
 
 @dataclass
@@ -196,7 +202,10 @@ class Summing:
 
 
 class OpenSumming(Summing):
-    """Sums of contributions that the coordinator sees one by one: sealed for it alone on the way, or plain."""
+    """Sums of contributions that the coordinator sees one by one: sealed for it alone on the way, or plain.
+
+    It keeps none of them, but for a robust strategy, until the round is done: 4 bytes for each weight and site.
+    """
 
     def _attempt(self, task: Task) -> Total:
         ready, arrivals = self._choose(task), Arrivals()
@@ -204,26 +213,37 @@ class OpenSumming(Summing):
         order = self._work_order(task, (), b"")
         named = self.study.participation.sites if task.name == "train" else self.study.all_sites
         encoding = self._encoding(task, len(named))
-        total = encoding.zeros()
+        total, alone = encoding.zeros(), dict[str, Contribution]()
         gathering = self._gather({site: Call(order, node) for site, node in ready.items()}, order.kind)
         for site, report in gathering.reports():
             if isinstance(report, WorkReport):
                 with _dropping(gathering, site):
-                    total.add(self._checked(task, encoding, order, report))
+                    words, its = self._checked(task, encoding, order, report)
+                    total.add(words)
+                    if self.study.strategy.robust and task.name == "train":
+                        alone[site] = its
                     arrivals.add(site, report, self.tell)
         missing = self.offline | gathering.missing
         self._require(arrivals.seconds, task.least, missing)
-        return self._total(task, encoding, total, arrivals, missing)
+        opened = self._total(task, encoding, total, arrivals, missing)
+        if alone:
+            opened.updates = {site: its.update for site, its in alone.items()}
+            # Of the middle site: the largest of all would let one site coarsen everybody's words, round after round.
+            opened.peak = float(np.median([np.abs(its.update).max() * its.cases for its in alone.values()]))
+        return opened
 
-    def _checked(self, task: Task, encoding: Encoding, order: WorkOrder, report: WorkReport) -> Vector:
-        """One site's words. Its counts are held against each other here; under masks only those of the sum can be."""
+    def _checked(
+        self, task: Task, encoding: Encoding, order: WorkOrder, report: WorkReport
+    ) -> tuple[Vector, Contribution]:
+        """One site's words, and what they say; under masks only what their sum says can be held against itself."""
         sealed = self.study.protection == "sealed"
         packed = keys.unseal(self.aggregator, report.vector, order.about(report.site)) if sealed else report.vector
         vector = encoding.vector_of(packed)
         alone = encoding.zeros()
         alone.add(vector)
-        contributions.read(self.study, task.name, np.zeros(encoding.values), encoding.decode(alone).counts)
-        return vector
+        decoded = encoding.decode(alone)
+        values = decoded.values if task.name == "train" else np.zeros(encoding.values)
+        return vector, contributions.read(self.study, task.name, values, decoded.counts)
 
 
 class MaskedSumming(Summing):
@@ -389,9 +409,13 @@ def next_scale(study: Study, total: Total, scale: int) -> int:
 
     It fits if one site alone made twice that value; then nothing is clipped unless sites pull against each other more than
     that, which the count of clipped values shows. Raised or lowered by one site's lies, it costs precision, never secrecy.
+    A robust strategy promises more: there it follows the middle site, with room for others that have more cases, and what a site
+    says of its clipped values moves nothing.
     """
     if study.strategy.name == "fedsgd":
         return scale
+    if study.strategy.robust:
+        return _fitting(study, ROBUST_ROOM * total.peak) if total.peak else min(SCALE_MAX, scale + 4)
     if total.clipped:
         return max(-SCALE_MAX, scale - 4)
     return _fitting(study, 2 * total.peak) if total.peak else min(SCALE_MAX, scale + 4)

@@ -3,9 +3,12 @@
 What privacy and questions forbid stands in `models.study`, beside what they promise.
 """
 
+import math
 from typing import Protocol
 
 from models.sections import (
+    ROBUST_SITES_MAX,
+    STRATEGY_PARAMETERS,
     Evaluation,
     Images,
     Network,
@@ -17,11 +20,12 @@ from models.sections import (
     Training,
 )
 
-DENSENET_LEAST = 32
+HALVING, HALVING_LEAST = ("densenet121", "densenet169", "efficientnet_b0"), 32
+VIT_PATCH = 16
 
 
 class Settings(Protocol):
-    """The sections of a study that are held against each other. `models.study` imports this file, so it cannot be imported here."""
+    """The sections that are held against each other: what a study is here, because `models.study` imports this file."""
 
     @property
     def task(self) -> TaskOrQuestions: ...
@@ -45,11 +49,59 @@ class Settings(Protocol):
 
 def of(study: Settings) -> list[str]:
     """One sentence for each contradiction."""
-    return _of_network(study)
+    return _of_network(study) + _of_strategy(study)
 
 
 def _of_network(study: Settings) -> list[str]:
-    found = []
-    if study.network.name == "densenet121" and min(study.images.shape[1:]) < DENSENET_LEAST:
-        found.append(f"network: densenet121 halves images five times and needs {DENSENET_LEAST} on each axis")
+    found, name, sides = [], study.network.name, study.images.shape[1:]
+    if name in HALVING and min(sides) < HALVING_LEAST:
+        found.append(f"network: {name} halves images five times and needs {HALVING_LEAST} on each axis")
+    if name == "vit" and any(side % VIT_PATCH for side in sides):
+        shown = " x ".join(str(side) for side in sides)
+        found.append(f"network: vit reads patches of {VIT_PATCH}, which do not divide images of {shown}")
+    return found
+
+
+def _of_strategy(study: Settings) -> list[str]:
+    """What a strategy has no use for, or cannot keep its promise under."""
+    plan, part = study.strategy, study.participation
+    found = [
+        f"strategy.{name} has no use in {plan.name}; leave it out"
+        for name in plan.parameters
+        if name not in STRATEGY_PARAMETERS[plan.name]
+    ]
+    if plan.name == "fedprox" and study.privacy != "none":
+        found.append("strategy: fedprox holds ordinary training near the common model; private steps have no such term")
+    if not plan.robust:
+        return found
+    if study.protection == "masked":
+        found.append(
+            f"strategy: {plan.name} compares the sites' updates, and with protection: masked the coordinator sees sums only; "
+            "say sealed or plain"
+        )
+    if len(part.sites) > ROBUST_SITES_MAX:
+        found.append(f"strategy: {plan.name} keeps every update in memory and takes {ROBUST_SITES_MAX} sites at most")
+    if plan.name == "krum":
+        return found + _of_krum(study, plan.byzantine or 0, plan.selected or 0)
+    least = 3 if plan.name == "median" else math.ceil(round(1 / (plan.trimmed_share or 1), 9))
+    if part.quorum < least:
+        found.append(f"strategy: {plan.name} leaves nobody out of a quorum of {part.quorum}; it needs {least}")
+    return found
+
+
+def _of_krum(study: Settings, byzantine: int, selected: int) -> list[str]:
+    """The condition 2 f + 2 < n of Blanchard et al. 2017, for the smallest sum that a round may rest on."""
+    quorum, found = study.participation.quorum, []
+    nearest = quorum - byzantine - 2
+    if quorum < 2 * byzantine + 3:
+        found.append(
+            f"strategy: krum withstands {byzantine} hostile among {2 * byzantine + 3} sites or more, and the quorum is {quorum}"
+        )
+    elif selected > nearest:
+        found.append(f"strategy.selected: krum can trust {nearest} of {quorum} updates, not {selected}")
+    if selected == 1 and study.protection == "sealed":
+        found.append(
+            "strategy.selected: 1 hands one site's update to all others as the next model, and protection: sealed promises that "
+            "the coordinator alone sees it; say 2 or more, or plain"
+        )
     return found

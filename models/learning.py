@@ -80,6 +80,7 @@ def learn(
     generator, torch_seed = _randomness(study, round_number, repeat)
     weights = tasks.class_weights(cohort.targets[labelled], cohort.known[labelled], balance=plan.balance)
     optimizer = _optimizer(net, plan, plan.rate(round_number))
+    pull = Proximal.of(net, study)
     total, steps, seen = 0.0, 0, 0
     net.train()
     with torch.random.fork_rng(devices=[]):
@@ -90,7 +91,7 @@ def learn(
             images = cohort.images[rows].to(torch.float32)
             if plan.augmentation == "light":
                 images = augment(images, generator)
-            value = _step(net, optimizer, images, (cohort.targets[rows], cohort.known[rows], weights))
+            value = _step(net, optimizer, images, (cohort.targets[rows], cohort.known[rows], weights), pull)
             total, steps, seen = total + value * len(rows), steps + 1, seen + len(rows)
     delta = networks.to_vector(net) - before
     if not np.isfinite(delta).all():
@@ -141,12 +142,14 @@ def learn_privately(
     units of the clip norm, exact multiples of 2**-GRID_BITS, to be summed with those of other sites.
 
     `stop` is asked before every patient. Raises TrainingStopped if it says so, TrainingDiverged if a weight is not finite,
-    CohortTooSmall if no patient has a label, PrivacyError if the network has values that no gradient moves.
+    CohortTooSmall if no patient has a label, PrivacyError if the network has values that are no weights. Weights that the study
+    leaves as they are get neither a gradient nor noise: the update is exactly zero there.
     """
     plan, stream, before = private(study), noise.Keystream(), networks.to_vector(net)
     rows, clip = labelled_patients(cohort), dpsgd.Clip(plan.clip_norm)
-    if sum(p.numel() for p in net.parameters() if p.requires_grad) != before.size:
-        raise PrivacyError("the network has weights that are not trained; a private update is made of gradients alone")
+    if sum(p.numel() for p in net.parameters()) != before.size:
+        raise PrivacyError("the network has values that are no weights; a private update is made of gradients alone")
+    moved = networks.trained_places(net)
     # A generator that others know, handed from patient to patient, would let the presence of one move the views of the next: the
     # sum would change by more than one patient's gradient. Drawn in secret, everybody's views are the same lottery either way.
     generator = Generator().manual_seed(int(stream.words(1)[0]) >> 1)
@@ -170,7 +173,7 @@ def learn_privately(
             scaled = noisy * 2.0**-clip.bits
             if plan.mode == "distributed":
                 # In float64, which holds these numbers exactly: rounding each site's before the sum is not rounding the sum.
-                return Update(scaled, turn.public_size, 1, 0.0, summed=True)
+                return Update(networks.placed(scaled, moved), turn.public_size, 1, 0.0, summed=True)
             # The public size, never the number that was drawn or is there: a denominator says who takes part.
             factor = plan.clip_norm / (plan.sampling_rate * turn.public_size)
             descend(net, optimizer, (scaled * factor).astype(np.float32))
@@ -290,7 +293,7 @@ def patient_losses(net: nn.Module, batch: dpsgd.Batch) -> Tensor:
 
 
 def descend(net: nn.Module, optimizer: torch.optim.Optimizer, gradient: NDArray[np.float32]) -> None:
-    """One step of `optimizer` along `gradient` (P,), in the order of the network's parameters."""
+    """One step of `optimizer` along `gradient`, one value for each trained weight in the order of the network's parameters."""
     start = 0
     for parameter in net.parameters():
         if parameter.requires_grad:
@@ -301,16 +304,42 @@ def descend(net: nn.Module, optimizer: torch.optim.Optimizer, gradient: NDArray[
     optimizer.zero_grad(set_to_none=True)
 
 
+@dataclass(frozen=True, eq=False)
+class Proximal:
+    """What keeps a site near the common model: the gradient of mu/2 |w - start|^2 (Li et al. 2020, FedProx, algorithm 2)."""
+
+    mu: float
+    start: list[Tensor]  # the trained parameters as the round began, in the network's order
+
+    @classmethod
+    def of(cls, net: nn.Module, study: Study) -> "Proximal | None":
+        """That of the study's strategy, around the weights that `net` has now; None if the strategy has none."""
+        mu = study.strategy.proximal_mu
+        return cls(mu, [p.detach().clone() for p in net.parameters() if p.requires_grad]) if mu else None
+
+    def add_to_gradients(self, net: nn.Module) -> None:
+        trained = (p for p in net.parameters() if p.requires_grad)
+        for parameter, start in zip(trained, self.start, strict=True):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=self.mu)
+
+
 def _step(
-    net: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, truth: tuple[Tensor, Tensor, Tensor]
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    truth: tuple[Tensor, Tensor, Tensor],
+    pull: Proximal | None = None,
 ) -> float:
-    """One optimizer step; returns the loss before it. Raises TrainingDiverged if that is not finite."""
+    """One optimizer step; returns the loss before it, without `pull`. Raises TrainingDiverged if that is not finite."""
     value = tasks.loss(net(images), *truth)
     mean = float(value.detach())
     if not math.isfinite(mean):
         raise TrainingDiverged("the training loss is not a finite number")
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(value)
+    if pull is not None:
+        pull.add_to_gradients(net)
     nn.utils.clip_grad_norm_(net.parameters(), GRADIENT_NORM_MAX)
     optimizer.step()
     return mean
@@ -324,9 +353,12 @@ def _batches(labelled: Tensor, plan: Training, generator: Generator) -> Iterator
 
 
 def _optimizer(net: nn.Module, plan: Training, rate: float) -> torch.optim.Optimizer:
-    """The study's optimizer. Gains and biases are not decayed: a norm's gain near 0 switches channels off."""
-    kernels = [p for p in net.parameters() if p.ndim > 1]
-    others = [p for p in net.parameters() if p.ndim <= 1]
+    """The study's optimizer of the weights that are trained; others are not even decayed.
+
+    Nor are gains and biases: a norm's gain near 0 switches channels off.
+    """
+    trained = [p for p in net.parameters() if p.requires_grad]
+    kernels, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [{"params": kernels, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if plan.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)

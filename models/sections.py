@@ -4,7 +4,8 @@
 """
 
 import math
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
 
@@ -22,19 +23,41 @@ PROTECTIONS: tuple[Protection, ...] = ("masked", "sealed", "plain")
 MASKED_SITES_MIN = 3  # in a sum of two, each of the two knows the other's part
 
 
+Relation = Literal["independent", "exclusive", "ordered"]
+
+
 class Task(Document):
-    """What is predicted: one binary target, or several at once (multi-label). Missing labels are masked, never negative."""
+    """What is predicted: one binary target, or several at once. Missing labels are masked, never negative."""
 
     kind: Literal["classification"] = Field(default="classification", description="what kind of prediction")
     targets: list[Name] = Field(
         min_length=1, max_length=32, description="names of what is predicted; each site maps its own words to them"
+    )
+    relation: Relation = Field(
+        default="independent",
+        description="independent: each target by itself; exclusive: classes of which one holds; ordered: steps of a grade, "
+        "lowest first, each meaning at least this grade",
     )
 
     @model_validator(mode="after")
     def _distinct(self) -> "Task":
         if len(set(self.targets)) != len(self.targets):
             raise ValueError("targets must differ from each other")
+        if self.relation != "independent" and len(self.targets) < 2:
+            raise ValueError(f"relation: {self.relation} is about two targets or more")
         return self
+
+    def admits(self, row: Sequence[int | None]) -> bool:
+        """Whether the labels of one image (1, 0 or None for each target) can all be true at once.
+
+        exclusive: one class holds and every label is known; ordered: nothing holds above a step that does not.
+        """
+        if self.relation == "exclusive":
+            return None not in row and sum(label or 0 for label in row) == 1
+        if self.relation == "ordered":
+            known = [label for label in row if label is not None]
+            return known == sorted(known, reverse=True)
+        return True
 
 
 def _kind_of_task(given: Any) -> str:
@@ -121,14 +144,34 @@ class Images(Document):
         return f"CT volumes, {size} voxels of {spacing} mm"
 
 
-class Network(Document):
-    """Which network of `models.networks` is trained; none keeps statistics of a batch."""
+NetworkName = Literal[
+    "small_cnn", "linear", "densenet121", "densenet169", "resnet18", "resnet50", "efficientnet_b0", "vit"
+]
+NETWORKS: tuple[NetworkName, ...] = get_args(NetworkName)
 
-    name: Literal["small_cnn", "densenet121", "linear"] = Field(
+
+class Initial(Document):
+    """A file of weights to start from. Only the coordinator reads it; sites get what was made of it with their first order."""
+
+    sha256: str = Field(
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 of the file, which the coordinator holds (`fl-server weights add FILE`)",
+    )
+
+
+class Network(Document):
+    """Which network of `models.networks` is trained, from where and how much of it; none keeps statistics of a batch."""
+
+    name: NetworkName = Field(
         default="small_cnn",
-        description="small_cnn for CPUs; densenet121 (MONAI) for GPUs; linear: for differential privacy with few patients",
+        description="small_cnn for CPUs; linear: for differential privacy with few patients; the others (MONAI) for GPUs",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="share of features dropped while training")
+    initial: Initial | None = Field(default=None, description="weights to start from; without them, the seed's")
+    trained: Literal["all", "last_block", "head"] = Field(
+        default="all",
+        description="what training moves: all of it, the last block with the head, or the head (the last layer) alone",
+    )
 
 
 class Training(Document):
@@ -165,18 +208,84 @@ class Training(Document):
         return self.learning_rate * warm * (1 + math.cos(math.pi * min(passed, 1.0))) / 2
 
 
+StrategyName = Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedsgd", "median", "trimmed_mean", "krum"]
+STRATEGY_PARAMETERS: dict[str, dict[str, float]] = {
+    "fedavg": {},
+    "fedprox": {"proximal_mu": 0.01},
+    "fedavgm": {"server_rate": 1.0, "momentum": 0.9},
+    "fedadam": {"server_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
+    "fedyogi": {"server_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
+    "fedsgd": {"momentum": 0.9},
+    "median": {},
+    "trimmed_mean": {"trimmed_share": 0.25},
+    "krum": {"byzantine": 1, "selected": 2},
+}
+"""What each strategy uses, and what is filled in: betas, tau and momentum are those of the papers; an adaptive step moves each
+weight by up to about `server_rate`, so a hundredth suits weights below one; a quarter is one site in four."""
+ROBUST = ("median", "trimmed_mean", "krum")
+ROBUST_SITES_MAX = 64  # all updates are in the coordinator's memory at once: 1.8 GB of densenet121's, 4 bytes a weight
+
+
 class Strategy(Document):
     """How what the sites send becomes the next model.
 
-    FedAvg: the mean of their updates, weighted by cases. FedSGD: the mean of their gradients, one step of gradient descent with
-    momentum at the coordinator (both McMahan et al. 2017; momentum Hsu et al. 2019).
+    Averages, weighted by cases: FedAvg and FedSGD (McMahan et al. 2017), FedProx (Li et al. 2020), FedAvgM (Hsu et al. 2019),
+    FedAdam and FedYogi (Reddi et al. 2021). Robust, each site counting the same and seen by itself: median and trimmed mean of
+    each weight (Yin et al. 2018), Krum (Blanchard et al. 2017). A parameter that is left out gets the value of
+    STRATEGY_PARAMETERS, so that it is part of what is signed; `check` refuses one that the strategy has no use for.
     """
 
-    name: Literal["fedavg", "fedsgd"] = Field(
+    name: StrategyName = Field(
         default="fedavg",
-        description="fedavg: mean of updates; fedsgd: mean of gradients, for `privacy.mode: distributed`",
+        description="fedavg: mean of updates; fedprox: the same, sites held near the common model; fedavgm, fedadam, fedyogi: "
+        "momentum or adaptive steps at the coordinator; fedsgd: mean of gradients, for `privacy.mode: distributed`; median, "
+        "trimmed_mean, krum: withstand hostile or broken sites, for protection sealed or plain",
     )
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="of fedsgd's step at the coordinator")
+    proximal_mu: float | None = Field(
+        default=None, ge=0, le=1000, description="fedprox: mu of the term mu/2 |w - w_round|^2 in the local loss; 0.01"
+    )
+    server_rate: float | None = Field(
+        default=None, gt=0, le=100, description="the coordinator's step size. fedavgm: 1; fedadam, fedyogi: 0.01"
+    )
+    momentum: float | None = Field(
+        default=None, ge=0, lt=1, description="fedavgm, fedsgd: share of the last step that is kept in the next; 0.9"
+    )
+    beta1: float | None = Field(
+        default=None, ge=0, lt=1, description="fedadam, fedyogi: decay of the mean of the updates; 0.9"
+    )
+    beta2: float | None = Field(
+        default=None, ge=0, lt=1, description="fedadam, fedyogi: decay of the mean of their squares; 0.99"
+    )
+    tau: float | None = Field(
+        default=None, ge=1e-9, le=1, description="fedadam, fedyogi: added to its root; larger adapts less; 0.001"
+    )
+    trimmed_share: float | None = Field(
+        default=None, gt=0, lt=0.5, description="trimmed_mean: share of sites cut off at each end of each weight; 0.25"
+    )
+    byzantine: int | None = Field(
+        default=None, ge=1, le=1000, description="krum: hostile sites (f) to withstand; needs a quorum of 2 f + 3; 1"
+    )
+    selected: int | None = Field(
+        default=None, ge=1, le=1000, description="krum: updates nearest to the others whose mean is taken; 2"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("name", ""), str):
+            return given
+        own = STRATEGY_PARAMETERS.get(given.get("name", "fedavg"), {})
+        return given | {name: value for name, value in own.items() if given.get(name) is None}
+
+    @property
+    def robust(self) -> bool:
+        """Whether it needs each site's update by itself."""
+        return self.name in ROBUST
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """Those that were given or filled in, by name."""
+        return self.model_dump(exclude={"name"}, exclude_none=True)
 
 
 class Privacy(Document):
