@@ -26,6 +26,7 @@ from fl_client.cache import content_of
 from fl_client.index import Index, IndexedImage
 from models.imaging import to_grid
 from models.labels import Label, LabelTable
+from models.questions import Counting
 from models.study import Evaluation, Study
 from models.volumes import to_volume_grid
 from privacy import keys
@@ -52,10 +53,13 @@ class Counts:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Images that were taken and do not take part in this study: no label for its targets, or another modality."""
+    """Images that were taken and do not take part in this study: no label for its targets, another modality, or labels that
+    cannot all be true (two of several exclusive classes, or a grade without those below it).
+    """
 
     unlabelled: int
     modality: int
+    contradictory: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
 def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], LeftOut]:
     """Images with a label for at least one target, ordered by patient token and file."""
     members: list[Member] = []
-    unlabelled = modality = 0
+    unlabelled = modality = contradictory = 0
     index.require_fit()
     wanted = study.images
     if wanted.volume is None and wanted.scaling != index.scaling:
@@ -164,10 +168,13 @@ def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], 
         if all(label is None for label in row):
             unlabelled += 1
             continue
+        if not isinstance(study.task, Counting) and not study.task.admits(row):
+            contradictory += 1
+            continue
         patient = labels.patient_of(key) or labels.mapping.plain_patient(image.patient)
         members.append(Member(image, _token(patient), row))
     members.sort(key=lambda member: (member.token, member.image.file))
-    return members, LeftOut(unlabelled, modality)
+    return members, LeftOut(unlabelled, modality, contradictory)
 
 
 def _identities(members: list[Member]) -> list[set[str]]:

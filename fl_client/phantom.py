@@ -6,6 +6,9 @@ has a shortcut: something in the picture that goes with the label at that hospit
 with sick patients. A model trained at one hospital learns the shortcut and fails elsewhere; trained on all of them it has
 to look at the lungs, because the shortcuts contradict each other.
 
+Beside the finding itself, the table says what follows from how the opacities were drawn: RSNA's appearance classes, a grade of
+severity from 0 to 4, and whether intensive care followed, which severity and age make likely.
+
 Patients, names and numbers are invented; nothing here is derived from an image of a person.
 """
 
@@ -95,6 +98,46 @@ VENDORS: dict[str, Vendor] = {
 """Three vendors with shortcuts that contradict each other, and `dorado` without one, for sites that only evaluate."""
 
 
+APPEARANCES = ("negative", "typical", "indeterminate", "atypical")
+_APPEARANCE_WORDS = dict(
+    zip(
+        APPEARANCES,
+        ("Negative for Pneumonia", "Typical Appearance", "Indeterminate Appearance", "Atypical Appearance"),
+        strict=True,
+    )
+)
+GRADES = 4
+_GRADE_BURDENS = (
+    0.0,
+    0.065,
+    0.088,
+    0.117,
+)  # above these begins the next grade; about a quarter of all opaque chests in each
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was drawn into the lungs: mean density added to each, on the left and on the right of the picture."""
+
+    left: float = 0.0
+    right: float = 0.0
+
+    @property
+    def grade(self) -> int:
+        """0 without opacities, else 1 to 4 by how much of the lungs they fill."""
+        burden = (self.left + self.right) / 2
+        return sum(burden > least for least in _GRADE_BURDENS)
+
+    @property
+    def appearance(self) -> str:
+        """negative; typical: in both lungs alike; atypical: in one alone; indeterminate: between the two."""
+        more = max(self.left, self.right)
+        if more == 0:
+            return "negative"
+        share = min(self.left, self.right) / more
+        return "typical" if share > 0.4 else "atypical" if share < 0.08 else "indeterminate"
+
+
 @dataclass(frozen=True)
 class _Grid:
     """Coordinates in the patient: x to the right of the picture, y down, both about -1..1; one value per pixel."""
@@ -104,13 +147,16 @@ class _Grid:
 
 
 def make_hospital(folder: Path, name: str, patients: int, seed: int, vendor: Vendor) -> dict[str, Any]:
-    """Write `folder`/dicom and `folder`/labels.csv; the label map for site.yaml, with target "opacity" and an absolute path."""
+    """Write `folder`/dicom and `folder`/labels.csv; the label map for site.yaml, with an absolute path.
+
+    Targets: opacity; the classes of APPEARANCES; severity-1 to severity-4, each "at least this grade"; icu.
+    """
     rng = np.random.default_rng(_entropy("hospital", name, seed))
     images = folder / "dicom"
     images.mkdir(parents=True, exist_ok=True)
-    rows: list[tuple[str, str]] = []
+    rows: list[tuple[str, str, Finding, bool]] = []
     last = None
-    for number, (patient, opaque, pixels) in enumerate(_exposures(patients, vendor, rng)):
+    for number, (patient, found, pixels) in enumerate(_exposures(patients, vendor, rng)):
         dataset = _dataset(f"{name}-{seed}", patient, number, vendor, rng)
         _set_view(dataset, vendor, rng)
         _set_pixels(dataset, pixels, vendor, vendor.syntaxes[int(rng.integers(len(vendor.syntaxes)))])
@@ -120,8 +166,9 @@ def make_hospital(folder: Path, name: str, patients: int, seed: int, vendor: Ven
         key = {"study_uid": "StudyInstanceUID", "accession": "AccessionNumber", "patient_id": "PatientID"}[
             vendor.matches
         ]
-        words = vendor.words[int(opaque)]
-        rows.append((str(dataset[key].value), words[int(rng.integers(len(words)))]))
+        words = vendor.words[int(found.grade > 0)]
+        word = words[int(rng.integers(len(words)))]
+        rows.append((str(dataset[key].value), word, found, _intensive(f"{name}-{seed}", patient, found)))
         if number % LATERAL_EVERY == 0:
             _write_lateral(dataset, pixels, vendor, path.with_name(path.name + "L"))
         last = path
@@ -134,8 +181,34 @@ def make_hospital(folder: Path, name: str, patients: int, seed: int, vendor: Ven
         "table": str(table.resolve()),
         "key": vendor.key,
         "matches": vendor.matches,
-        "targets": {"opacity": {"column": vendor.column, "words": meaning}},
+        "targets": {"opacity": {"column": vendor.column, "words": meaning}, **_derived_targets()},
     }
+
+
+def _derived_targets() -> dict[str, Any]:
+    """How the columns beside the vendor's own are read: the same words everywhere."""
+    classes = {
+        name: {
+            "column": "appearance",
+            "words": {word.casefold(): int(word == own) for word in _APPEARANCE_WORDS.values()},
+        }
+        for name, own in _APPEARANCE_WORDS.items()
+    }
+    grades = {
+        f"severity-{grade}": {"column": "severity", "words": {f">={grade}": 1, f"<{grade}": 0}}
+        for grade in range(1, GRADES + 1)
+    }
+    return {**classes, **grades, "icu": {"column": "icu", "words": {"yes": 1, "no": 0}}}
+
+
+def _age(patient: int) -> int:
+    return 25 + patient * 7 % 60
+
+
+def _intensive(hospital: str, patient: int, found: Finding) -> bool:
+    """Whether intensive care followed: chance rises with the grade and with age, and stays chance."""
+    odds = -4.0 + 1.5 * found.grade + 0.05 * (_age(patient) - 55)
+    return bool(np.random.default_rng(_entropy("icu", hospital, patient)).random() < 1 / (1 + np.exp(-odds)))
 
 
 def _entropy(*parts: object) -> int:
@@ -143,19 +216,24 @@ def _entropy(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("\n".join(map(str, ("isocenter/v1/phantom", *parts))).encode()).digest()[:8])
 
 
-def _exposures(patients: int, vendor: Vendor, rng: np.random.Generator) -> Iterator[tuple[int, bool, Plane]]:
-    """(patient, has an opacity, pixels in 0..1 with bright = dense) for each image; the anatomy is the patient's own."""
+def _exposures(patients: int, vendor: Vendor, rng: np.random.Generator) -> Iterator[tuple[int, Finding, Plane]]:
+    """(patient, what is in the lungs, pixels in 0..1 with bright = dense) for each image; the anatomy is the patient's own."""
     for patient in range(patients):
         opaque = bool(rng.random() < POSITIVE_SHARE)
         anatomy = int(rng.integers(2**63))
         for _ in range(1 + int(rng.random() < FOLLOW_UP_SHARE)):
-            yield patient, opaque, expose(anatomy, opaque, vendor, rng)
+            picture, found = _exposed(anatomy, opaque, vendor, rng)
+            yield patient, found, picture
 
 
 def expose(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator) -> Plane:
     """float32 (256, 256) in 0..1: the chest grown from the seed `anatomy`, positioned and exposed as `vendor` does."""
+    return _exposed(anatomy, opaque, vendor, rng)[0]
+
+
+def _exposed(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator) -> tuple[Plane, Finding]:
     grid = _positioned(vendor, rng)
-    density = _chest(grid, np.random.default_rng(anatomy), rng, opaque)
+    density, found = _chest(grid, np.random.default_rng(anatomy), rng, opaque)
     case = 0 if opaque else 1
     if rng.random() < WIRES_SHARE:
         density += _wires(rng)
@@ -171,7 +249,7 @@ def expose(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator)
         _lay_plate(picture, rng)
     if rng.random() < MARKER_SHARE:
         _stamp_marker(picture, rng)
-    return picture.clip(0, 1)
+    return picture.clip(0, 1), found
 
 
 def _positioned(vendor: Vendor, rng: np.random.Generator) -> _Grid:
@@ -220,8 +298,10 @@ def _blurred(plane: Plane, sigma_px: float) -> Plane:
     return plane
 
 
-def _chest(grid: _Grid, body: np.random.Generator, moment: np.random.Generator, opaque: bool) -> Plane:
-    """Density along the beam. `body` decides what stays the same for a patient, `moment` what differs between exposures."""
+def _chest(grid: _Grid, body: np.random.Generator, moment: np.random.Generator, opaque: bool) -> tuple[Plane, Finding]:
+    """Density along the beam, and what of it is opacity. `body` decides what stays the same for a patient, `moment` what differs
+    between exposures.
+    """
     x, y = grid.x, grid.y
     width, breath = np.float32(body.normal(0.80, 0.035)), np.float32(moment.normal(0, 0.05))
     stout = np.float32(body.uniform(0.75, 1.3))
@@ -238,10 +318,14 @@ def _chest(grid: _Grid, body: np.random.Generator, moment: np.random.Generator, 
     density += 0.9 * lung * _vessels(grid, body)
     # Breast and muscle shadows: denser lower lungs that are no opacity.
     density += outline * np.float32(body.uniform(0, 0.22)) * (_bump(np.hypot((np.abs(x) - 0.45) * 0.9, y - 0.35), 0.34))
+    found = Finding()
     if opaque:
-        density += lung * _opacities(grid, moment)
+        opacities = _opacities(grid, moment)
+        density += lung * opacities
+        left, right = (float((side * opacities).sum() / side.sum()) for side in lungs)
+        found = Finding(left, right)
     result: Plane = density.astype(np.float32)
-    return result
+    return result, found
 
 
 def _lungs(
@@ -400,7 +484,7 @@ def _dataset(name: str, patient: int, number: int, vendor: Vendor, rng: np.rando
     dataset.Modality, dataset.Manufacturer = vendor.modality, vendor.manufacturer
     code = hashlib.sha256(f"{name}\n{patient}".encode()).hexdigest()[:8].upper()
     dataset.PatientID, dataset.PatientName = f"PHANTOM-{code}", f"PHANTOM^{code}"
-    dataset.PatientSex, dataset.PatientAge = "FM"[patient % 2], f"{25 + patient * 7 % 60:03d}Y"
+    dataset.PatientSex, dataset.PatientAge = "FM"[patient % 2], f"{_age(patient):03d}Y"
     dataset.AccessionNumber = f"A{hashlib.sha256(f'{name} {number}'.encode()).hexdigest()[:10].upper()}"
     dataset.StudyDate = f"202{int(rng.integers(0, 5))}{int(rng.integers(1, 13)):02d}15"
     dataset.StudyDescription = "XR CHEST"
@@ -468,12 +552,18 @@ def _write_dirt(folder: Path, sample: Path, name: str) -> None:
     shot.save_as(folder / "SCREEN.dcm", enforce_file_format=True)
 
 
-def _write_table(path: Path, vendor: Vendor, rows: list[tuple[str, str]]) -> None:
-    """One row per key: per image, or per patient where the key is the patient's number."""
+def _write_table(path: Path, vendor: Vendor, rows: list[tuple[str, str, Finding, bool]]) -> None:
+    """One row per key: per image, or per patient where the key is the patient's number; then the worst image speaks for all."""
+    worst: dict[str, tuple[str, str, Finding, bool]] = {}
+    for row in rows:
+        if row[0] not in worst or row[2].grade >= worst[row[0]][2].grade:
+            worst[row[0]] = row
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter=vendor.delimiter)
-        writer.writerow((vendor.key, vendor.column, "comment"))
-        writer.writerows((key, word, "") for key, word in dict(rows).items())
+        writer.writerow((vendor.key, vendor.column, "appearance", "severity", "icu", "comment"))
+        for key, word, found, intensive in worst.values():
+            said = _APPEARANCE_WORDS[found.appearance], found.grade, "yes" if intensive else "no"
+            writer.writerow((key, word, *said, ""))
 
 
 def _uid(*parts: object) -> str:

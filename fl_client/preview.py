@@ -104,7 +104,11 @@ class Preview:
         }
 
 
-WHY = {"unlabelled": "without a label for its targets", "modality": "of another modality"}
+WHY = {
+    "unlabelled": "without a label for its targets",
+    "modality": "of another modality",
+    "contradictory": "with labels that cannot all be true",
+}
 _WORDS = {"train": "train", "validation": "choose the round", "test": "test"}
 
 

@@ -3,13 +3,16 @@
 A network takes float32 (B, 1, S, S) radiographs or (B, 1, D, H, W) volumes in [0, 1] and returns logits float32 (B, T), T the
 targets of the study. Statistics of a batch are statistics of patients: they would leave the site with the weights, couple the
 gradients of different patients (which differential privacy forbids) and differ by hospital. So every norm is a
-GroupNorm, and `build` looks at what it built, because some networks ignore the norm they are asked for.
+GroupNorm (or the LayerNorm of a transformer), and `build` looks at what it built, because some networks ignore the norm they are
+asked for. Nothing else of a network may couple patients either: no layer drops whole images or branches at random.
+
+A study may train a part of the network: `PARTS` says which, `build` freezes the rest, and the vector keeps its length.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +20,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models import relations
+from models.conflicts import VIT_PATCH
+from models.sections import NetworkName
 from models.study import Network, Study
 from privacy.errors import MessageMalformed, StudyConflict
 
 CHANNELS_PER_GROUP = 8  # between InstanceNorm (1) and LayerNorm (all) for the 16 to 128 channels of the small network
-DENSENET_GROUPS = 8  # every channel count of DenseNet121 is a multiple of 32, so 8 groups divide all of them
+GROUPS = 8  # of MONAI's networks: every channel count of theirs is a multiple of 8
 CELLS = 8  # of the linear network; with 12, real radiographs at ε = 6 lost 0.1 of the AUROC that 8 keep
 CELLS_OF_VOLUME = 4  # as many weights as in a picture
 SMALL_CHANNELS = (16, 16, 32, 64, 128)  # the stem, then one residual block each; 0.3 million parameters
+VIT_WIDTH, VIT_HEADS, VIT_BLOCKS = 192, 3, 6  # half as deep as ViT-Tiny (Touvron et al. 2021): 2.8 million parameters
 
 
 class Layer(NamedTuple):
@@ -108,19 +115,35 @@ class SmallCNN(nn.Module):
         return logits
 
 
-class Radiograph121(nn.Module):
-    """MONAI's DenseNet121 in two or three dimensions for one channel, with GroupNorm; needs a strong machine or patience."""
+class Transformer(nn.Module):
+    """A vision transformer (Dosovitskiy et al. 2021) that scores the mean of its words (Beyer et al. 2022) instead of an extra one.
 
-    def __init__(self, network: Network, targets: int, dims: int) -> None:
+    Of torch's own layers: MONAI's needs a library that nothing else here does. Images have the size of the study.
+    """
+
+    def __init__(self, network: Network, targets: int, shape: tuple[int, ...]) -> None:
         super().__init__()
-        # Importing MONAI takes two seconds and 165 MiB; a site that trains the small network needs neither.
-        from monai.networks.nets import DenseNet121
+        self.patches = CONVOLUTIONS[len(shape)](1, VIT_WIDTH, kernel_size=VIT_PATCH, stride=VIT_PATCH)
+        words = math.prod(side // VIT_PATCH for side in shape)
+        self.places = nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, words, VIT_WIDTH), std=0.02))
+        self.blocks = nn.ModuleList(self._block(network.dropout) for _ in range(VIT_BLOCKS))
+        self.norm = nn.LayerNorm(VIT_WIDTH)
+        self.head = nn.Linear(VIT_WIDTH, targets)
 
-        norm = ("group", {"num_groups": DENSENET_GROUPS})
-        self.net = DenseNet121(dims, 1, targets, norm=norm, dropout_prob=network.dropout)
+    @staticmethod
+    def _block(dropout: float) -> nn.Module:
+        block = nn.TransformerEncoderLayer(
+            VIT_WIDTH, VIT_HEADS, 4 * VIT_WIDTH, dropout, "gelu", batch_first=True, norm_first=True
+        )
+        # That of attention is no module: the check whether patients are isolated could not switch it off.
+        block.self_attn.dropout = 0.0
+        return block
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.net(_centred(images))
+        words = self.patches(_centred(images)).flatten(2).transpose(1, 2) + self.places  # (B, words, W)
+        for block in self.blocks:
+            words = block(words)
+        logits: Tensor = self.head(self.norm(words).mean(dim=1))
         return logits
 
 
@@ -146,22 +169,151 @@ class LinearOnCells(nn.Module):
         return logits
 
 
+class OfMonai(nn.Module):
+    """A network of MONAI for one channel, with GroupNorm; all but the smallest pictures need a strong machine or patience."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.net(_centred(images))
+        return logits
+
+
+class DroppingLinear(nn.Linear):
+    """A head that drops features while training, for networks that have no dropout; its weights have the usual names."""
+
+    def __init__(self, before: int, after: int, dropout: float) -> None:
+        super().__init__(before, after)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(self.dropout(features))
+
+
+# Importing MONAI takes two seconds and 165 MiB; a site that trains a small network needs neither, so it is imported late.
+
+
+def _densenet(network: Network, targets: int, shape: tuple[int, ...]) -> nn.Module:
+    from monai.networks.nets import DenseNet121, DenseNet169
+
+    kind = DenseNet121 if network.name == "densenet121" else DenseNet169
+    norm = ("group", {"num_groups": GROUPS})
+    return OfMonai(kind(len(shape), 1, targets, norm=norm, dropout_prob=network.dropout))
+
+
+def _resnet(network: Network, targets: int, shape: tuple[int, ...]) -> nn.Module:
+    """ResNet with the stride and the shortcuts of He et al. 2016, as published weights have them."""
+    from monai.networks.nets import ResNet
+
+    block, layers = ("basic", [2, 2, 2, 2]) if network.name == "resnet18" else ("bottleneck", [3, 4, 6, 3])
+    net = ResNet(
+        block,
+        layers,
+        [64, 128, 256, 512],
+        spatial_dims=len(shape),
+        n_input_channels=1,
+        conv1_t_stride=2,
+        bias_downsample=False,
+    )
+    net.fc = DroppingLinear(net.fc.in_features, targets, network.dropout)
+    _group(net)  # MONAI hands a norm to the first layer alone
+    return OfMonai(net)
+
+
+def _efficientnet(network: Network, targets: int, shape: tuple[int, ...]) -> nn.Module:
+    from monai.networks.nets import EfficientNetBN
+
+    norm = ("group", {"num_groups": GROUPS})
+    net = EfficientNetBN("efficientnet-b0", pretrained=False, spatial_dims=len(shape), in_channels=1, norm=norm)
+    # Its own head starts with weights of up to 1 for a single target, and with that far from a probability of one half.
+    net._fc = nn.Linear(net._fc.in_features, targets)
+    net._dropout.p = network.dropout
+    net.set_swish(
+        memory_efficient=False
+    )  # the other kind writes over its input, which gradients of patients do not bear
+    for module in net.modules():
+        if hasattr(module, "drop_connect_rate"):
+            module.drop_connect_rate = 0.0  # a draw for each image that is no nn.Dropout, so nobody could switch it off
+    return OfMonai(net)
+
+
+def _vit(network: Network, targets: int, shape: tuple[int, ...]) -> nn.Module:
+    return Transformer(network, targets, shape)
+
+
+def _small(network: Network, targets: int, shape: tuple[int, ...]) -> nn.Module:
+    return SmallCNN(network, targets, len(shape))
+
+
+def _linear(network: Network, targets: int, shape: tuple[int, ...]) -> nn.Module:
+    return LinearOnCells(network, targets, len(shape))
+
+
+KINDS: dict[NetworkName, Callable[[Network, int, tuple[int, ...]], nn.Module]] = {
+    "small_cnn": _small,
+    "linear": _linear,
+    "densenet121": _densenet,
+    "densenet169": _densenet,
+    "resnet18": _resnet,
+    "resnet50": _resnet,
+    "efficientnet_b0": _efficientnet,
+    "vit": _vit,
+}
+
+
+class Parts(NamedTuple):
+    """Beginnings of the names of parameters: the last layer, and what `last_block` trains besides it."""
+
+    head: str
+    last_block: tuple[str, ...]
+
+
+# The last block is the last stage at the coarsest resolution (a transformer: its last layer), with the norm behind it.
+PARTS: dict[NetworkName, Parts] = {
+    "small_cnn": Parts("head.", (f"body.{len(SMALL_CHANNELS) - 2}.", "norm.")),
+    "linear": Parts("head.", ()),
+    "densenet121": Parts("net.class_layers.", ("net.features.denseblock4.", "net.features.norm5.")),
+    "densenet169": Parts("net.class_layers.", ("net.features.denseblock4.", "net.features.norm5.")),
+    "resnet18": Parts("net.fc.", ("net.layer4.",)),
+    "resnet50": Parts("net.fc.", ("net.layer4.",)),
+    "efficientnet_b0": Parts("net._fc.", ("net._blocks.6.", "net._conv_head.", "net._bn1.")),
+    "vit": Parts("head.", (f"blocks.{VIT_BLOCKS - 1}.", "norm.")),
+}
+
+
 def build(study: Study) -> nn.Module:
     """The network of `study`, float32, on the CPU, its parameters a function of `study.training.seed` alone.
 
-    The caller's random state is left as it was. Raises StudyConflict if any layer keeps or uses statistics of a batch.
+    What the study does not train requires no gradient; what puts the targets in relation is always trained. The caller's random
+    state is left as it was. Raises StudyConflict if any layer keeps or uses statistics of a batch.
     """
-    kinds: dict[str, type[SmallCNN | Radiograph121 | LinearOnCells]] = {
-        "small_cnn": SmallCNN,
-        "densenet121": Radiograph121,
-        "linear": LinearOnCells,
-    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(study.training.seed)
-        dims = len(study.images.shape) - 1
-        net = kinds[study.network.name](study.network, len(study.task.targets), dims)
+        targets = len(study.task.targets)
+        answers = relations.outputs(study.relation, targets)
+        inner = KINDS[study.network.name](study.network, answers, study.images.shape[1:])
+        _freeze(inner, study.network)
+        net = relations.related(inner, study.relation, targets)
     refuse_batch_statistics(net)
     return net
+
+
+def _freeze(net: nn.Module, network: Network) -> None:
+    """Leave a gradient to the parameters that `network.trained` names."""
+    head, last_block = PARTS[network.name]
+    trained = {"all": ("",), "head": (head,), "last_block": (head, *last_block)}[network.trained]
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.startswith(trained))
+
+
+def _group(net: nn.Module) -> None:
+    """Put a GroupNorm in the place of every BatchNorm of `net`."""
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(module, name, nn.GroupNorm(GROUPS, child.num_features))
 
 
 def refuse_batch_statistics(net: nn.Module) -> None:
@@ -206,6 +358,26 @@ def load_vector(net: nn.Module, vector: NDArray[np.float32]) -> None:
             # A copy, because torch takes no read-only array without a warning, and a model out of a message is read-only.
             tensor.copy_(torch.from_numpy(np.array(vector[start : start + size])).reshape(tensor.shape))
             start += size
+
+
+def trained_places(net: nn.Module) -> NDArray[np.bool_]:
+    """(P,): which values of `to_vector` a gradient moves.
+
+    Raises MessageMalformed if a value is no parameter: nobody could say what moves it.
+    """
+    moved = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
+    if strangers := [layer.name for layer in layout(net) if layer.name not in moved]:
+        raise MessageMalformed(
+            f"{strangers[0]!r} is no weight of the network, so it cannot be trained or left as it is"
+        )
+    return np.repeat([moved[name] for name, _ in layout(net)], [math.prod(shape) for _, shape in layout(net)])
+
+
+def placed(part: NDArray[Any], places: NDArray[np.bool_]) -> NDArray[Any]:
+    """(P,) with the values of `part` at `places`, in their order, and exact zeros elsewhere; of the type of `part`."""
+    whole = np.zeros(places.size, part.dtype)
+    whole[places] = part
+    return whole
 
 
 def _tensors(net: nn.Module) -> Iterator[tuple[str, Tensor]]:

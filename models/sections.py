@@ -164,7 +164,7 @@ class Network(Document):
 
     name: NetworkName = Field(
         default="small_cnn",
-        description="small_cnn for CPUs; linear: for differential privacy with few patients; the others (MONAI) for GPUs",
+        description="small_cnn for CPUs; linear: for differential privacy with few patients; the others for GPUs",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="share of features dropped while training")
     initial: Initial | None = Field(default=None, description="weights to start from; without them, the seed's")

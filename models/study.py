@@ -29,6 +29,7 @@ from models.sections import (
     Privacy,
     PrivacyOrNone,
     Protection,
+    Relation,
     Strategy,
     Task,
     TaskOrQuestions,
@@ -167,6 +168,11 @@ class Study(Document):
         """
         same = {"roster": {}, "aggregator": "", "protection": "plain", "encoding_bits": 32}
         return self.model_copy(update=same).digest
+
+    @property
+    def relation(self) -> Relation:
+        """How the targets hang together; those of questions do not."""
+        return "independent" if isinstance(self.task, Counting) else self.task.relation
 
     @property
     def all_sites(self) -> list[str]:
