@@ -299,3 +299,66 @@ def test_augmentation_is_decided_by_its_generator_alone() -> None:
     first, second = (learning.augment(images, torch.Generator().manual_seed(7)) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, learning.augment(images, torch.Generator().manual_seed(8)))
+
+
+# FedProx.
+
+
+def with_strategy(study: Study, **strategy: Any) -> Study:
+    return Study.model_validate(study.model_dump(mode="json") | {"strategy": strategy})
+
+
+def proximal_by_hand(cohort: Patients, weights: Any, mu: float, rate: float, steps: int) -> Any:
+    """Li et al. 2020, equation 2, of a logistic regression: gradient descent with Nesterov's momentum in float64 numpy."""
+    x = np.concatenate([cohort.images.flatten(1).numpy(), np.ones((len(cohort.images), 1))], axis=1).astype(np.float64)
+    y, start = cohort.targets.numpy()[:, 0], weights.astype(np.float64)
+    w, velocity = start.copy(), np.zeros_like(start)
+    for _ in range(steps):
+        gradient = x.T @ (1 / (1 + np.exp(-x @ w)) - y) / len(y) + mu * (w - start)
+        gradient *= min(1.0, learning.GRADIENT_NORM_MAX / float(np.linalg.norm(gradient)))
+        velocity = learning.MOMENTUM * velocity + gradient
+        w -= rate * (gradient + learning.MOMENTUM * velocity)
+    return w - start
+
+
+@pytest.mark.parametrize("mu", [0.0, 0.5, 20.0])
+def test_the_proximal_term_is_that_of_the_paper(mu: float) -> None:
+    plan = {"optimizer": "sgd", "weight_decay": 0.0, "augmentation": "none", "batch_size": 64, "balance": False}
+    study = with_strategy(made_study(**plan, local_epochs=6, learning_rate=0.01), name="fedprox", proximal_mu=mu)
+    cohort, net = made_cohort(), nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 1))
+    start = networks.to_vector(net)
+    update = learning.learn(net, cohort, study, round_number=2)
+    assert [layer.name for layer in networks.layout(net)] == ["1.weight", "1.bias"]
+    np.testing.assert_allclose(update.delta, proximal_by_hand(cohort, start, mu, 0.01, 6), rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_fedprox_with_mu_zero_is_fedavg_bit_for_bit(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same random choices, that is, which follow from the whole study."""
+    monkeypatch.setattr(learning, "_randomness", lambda *_: (torch.Generator().manual_seed(3), 4))
+    plain, cohort = made_study(optimizer=optimizer, local_epochs=2), made_cohort()
+    wanted = learned(plain, cohort)
+    same = learned(with_strategy(plain, name="fedprox", proximal_mu=0.0), cohort)
+    assert same.delta.tobytes() == wanted.delta.tobytes() and same.loss == wanted.loss
+    held = learned(with_strategy(plain, name="fedprox", proximal_mu=0.01), cohort)
+    assert held.delta.tobytes() != wanted.delta.tobytes()
+
+
+def test_a_larger_mu_keeps_a_site_nearer_to_the_common_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "_randomness", lambda *_: (torch.Generator().manual_seed(3), 4))
+    plain, cohort = made_study(optimizer="sgd", local_epochs=4, learning_rate=0.02), made_cohort()
+    moved = [
+        float(np.linalg.norm(learned(with_strategy(plain, name="fedprox", proximal_mu=mu), cohort).delta))
+        for mu in (0.0, 1.0, 10.0)
+    ]
+    assert moved[0] > moved[1] > moved[2] > 0
+
+
+def test_weights_that_are_not_trained_are_not_pulled() -> None:
+    study = with_strategy(made_study(), name="fedprox", proximal_mu=1.0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, 4), nn.Linear(4, 1))
+    for parameter in net[1].parameters():
+        parameter.requires_grad_(False)
+    frozen = [parameter.clone() for parameter in net[1].parameters()]
+    update = learning.learn(net, made_cohort(), study, round_number=1)
+    assert update.delta.any() and all(map(torch.equal, frozen, net[1].parameters()))
