@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -665,3 +666,21 @@ def test_orders_are_signed_now_and_say_what_the_task_says(tmp_path: Path) -> Non
     work = [order for order in sent if isinstance(order, wire.TrainOrder)]
     assert all(order.scale == -7 and order.participants == NAMES and order.keys_next for order in work)
     assert len({order.body() for order in work}) == 1  # everybody was shown the same
+
+
+@pytest.mark.parametrize("protection", ["sealed", "plain"])
+def test_a_robust_strategy_gets_each_update_and_one_site_cannot_coarsen_the_words_of_all(
+    tmp_path: Path, protection: str
+) -> None:
+    study = made_study(protection=protection, strategy={"name": "median"})
+    bench = Bench(tmp_path, study)
+    honest, kept = bench.train(1), bench.sites["west"].contribution
+    assert {name: update.tolist() for name, update in honest.updates.items()} == {
+        name: contribution_of(name).update.tolist() for name in NAMES
+    }
+    bench.sites["west"].contribution = replace(kept, update=kept.update * 1e5)
+    hostile = bench.train(2)
+    assert next_scale(study, hostile, 10) >= next_scale(study, honest, 10) - 2 and hostile.clipped > 0
+    assert next_scale(made_study(protection=protection), hostile, 10) < 10
+    evaluated = bench.summing.carry_out(bench.test_task())
+    assert evaluated.updates == {} and evaluated.contributors == sorted(NAMES)
