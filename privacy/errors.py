@@ -53,6 +53,7 @@
     │   ├── TrainingDiverged      a loss or a weight is no longer a finite number
     │   └── TrainingStopped       the site was told to stop in the middle of a round
     ├── Unreachable               nothing answered at the address
+    ├── PackageRefused            a released model that is altered, incomplete, unsigned, or another than it says
     ├── JournalDamaged            a line of a journal was changed, removed, reordered or cut off
     ├── MessageMalformed          a message or record that does not follow its schema
     ├── NodeRunning               a second node for one site's home
@@ -361,6 +362,11 @@ class MessageMalformed(IsocenterError):
     remedy = (
         "Both sides must run the same version of Isocenter; compare `fl-client --version` and `fl-server --version`."
     )
+
+
+class PackageRefused(IsocenterError):
+    code = "package-refused"
+    remedy = "Use nothing of it. Fetch the package again from whoever released it, and compare its SHA-256 with theirs."
 
 
 class JournalDamaged(IsocenterError):
