@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fl_server import release_cli
 from models.questions import Counting
 from models.study import Study, read
 from privacy import calls
@@ -464,43 +465,6 @@ def attack(
         raise typer.Exit(1)
 
 
-@app.command()
-def release(
-    run_id: Annotated[
-        str, typer.Argument(help="A finished run, or a study's digest or file (its latest finished run).")
-    ],
-    home: Home = Path(),
-    attack_file: Annotated[
-        Path | None, typer.Option("--attack", help="attack.json of `fl-study attack`; needed for a private study.")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model and its card.")] = Path("release"),
-) -> None:
-    """Write the model of a finished run with what may be said of it, unless an attack found more than the study claims."""
-    from fl_server import evidence
-
-    found = _read_attack(attack_file) if attack_file else None
-    with calls.Caller.open(home / "keys") as caller, tempfile.TemporaryDirectory() as scratch:
-        files = {file.name: file for file in caller.results(_run_id(caller, run_id), Path(scratch))}
-        if not {"card.json", "model.safetensors"} <= set(files):
-            raise RunUnknown(f"run {run_id} has no model yet", remedy="Watch it with `fl-study watch`.")
-        card = json.loads(files["card.json"].read_bytes())
-        evidence.release_gate(Study.model_validate(card["study"]), found)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "model.safetensors").write_bytes(files["model.safetensors"].read_bytes())
-        card["attack"] = found
-        (out / "card.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
-    _line(f"Released {out / 'model.safetensors'} with {out / 'card.json'}.")
-
-
-def _read_attack(file: Path) -> Any:
-    try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError):
-        raise DocumentError(
-            f"{file}: no attack.json can be read there", remedy="Run `fl-study attack` first."
-        ) from None
-
-
 def _pair(text: str) -> tuple[str, Path]:
     name, _, folder = text.partition("=")
     if not name or not folder:
@@ -534,6 +498,9 @@ def _run_id(caller: calls.Caller, text: str) -> str:
     if not done:
         raise RunUnknown(f"no run of study {digest[:12]} has finished", remedy="Launch it with `fl-study run`.")
     return done[-1]
+
+
+release_cli.add_to(app, _run_id)
 
 
 @contextmanager

@@ -190,7 +190,16 @@ def _unzipped(content: bytes) -> dict[str, bytes]:
             if not stored or sum(entry.file_size for entry in entries) > len(content):
                 raise PackageRefused("its files are compressed, or larger than itself")
             files = {entry.filename: archive.read(entry) for entry in entries}
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError, KeyError, struct.error) as error:
+    except (
+        zipfile.BadZipFile,
+        OSError,
+        EOFError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        KeyError,
+        struct.error,
+    ) as error:
         raise PackageRefused(f"it is no whole zip file ({type(error).__name__})") from None
     if _zipped(files) != content:
         raise PackageRefused("the zip holds more than its files, or was written by something else")

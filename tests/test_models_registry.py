@@ -130,9 +130,7 @@ def test_a_manifest_signed_for_another_use_is_refused() -> None:
         Package.read(registry._zipped(content))
 
 
-@pytest.mark.parametrize(
-    "weights", [[np.nan], [np.inf], [], np.zeros(2, np.float64), np.zeros(2, np.int32)], ids=lambda w: str(w)
-)
+@pytest.mark.parametrize("weights", [[np.nan], [np.inf], [], np.zeros(2, np.float64), np.zeros(2, np.int32)], ids=str)
 def test_weights_that_are_not_finite_float32_are_neither_written_nor_read(weights: list[float]) -> None:
     array = np.array(weights, np.float32) if isinstance(weights, list) else weights
     model = save({"layer": array}) if array.size else save({})

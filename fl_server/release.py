@@ -1,0 +1,134 @@
+"""What goes into a released model: the weights of a run under their layers' names, its study, and what may be said of it.
+
+The figures in the card are those of the run's report: they crossed as sums and tens, and this adds none.
+"""
+
+import datetime as dt
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from fl_server import evidence, report
+from fl_server.results import canonical, check
+from models import exporting, registry
+from models.study import Study
+from privacy import keys
+from privacy.errors import MessageMalformed, RunUnknown
+from privacy.heads import SignedHead
+
+RESULTS = ("card.json", "model.safetensors", "results.json")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the researcher says of a release: its `version`, the `attack` on it, signed heads of the journals it is tied to."""
+
+    version: str = "1.0.0"
+    attack: dict[str, Any] | None = None
+    heads: Sequence[SignedHead] = ()
+
+
+def package(folder: Path, wanted: Wanted, key: keys.PrivateKey) -> bytes:
+    """The signed package of the run whose results lie in `folder`.
+
+    Raises RunUnknown if they are incomplete, ReleaseRefused if the study promises privacy and the attack says otherwise,
+    MessageMalformed for results that contradict themselves, PackageRefused for a version that is none.
+    """
+    if not all((folder / name).is_file() for name in RESULTS):
+        raise RunUnknown("this run has no model yet", remedy="Watch it with `fl-study watch`.")
+    try:
+        results, card = (json.loads((folder / name).read_bytes()) for name in ("results.json", "card.json"))
+        study = Study.from_canonical(canonical(card["study"]))
+        weights = load_file(folder / "model.safetensors")["model"]
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise MessageMalformed(f"the results of this run cannot be read ({type(error).__name__})") from None
+    if (card["run_id"], card["digest"], study.digest) != (results["run_id"], results["digest"], card["digest"]):
+        raise MessageMalformed("the card and the results are of different runs or studies")
+    evidence.release_gate(study, wanted.attack)
+    metrics = report.measure(check(results))
+    described = _card(study, card, metrics, wanted)
+    initial = study.network.initial
+    facts = {
+        "name": study.name,
+        "version": wanted.version,
+        "digest": study.digest,
+        "run_id": card["run_id"],
+        "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        "lineage": {"parent": initial.sha256 if initial is not None else None, "round": card["selected_round"]},
+        "heads": [asdict(head) for head in wanted.heads],
+    }
+    files = {
+        "card.json": json.dumps(described, indent=1, allow_nan=False).encode(),
+        "card.md": _in_words(study, described).encode(),
+        "model.safetensors": exporting.named_weights(study, weights),
+        "sbom.cdx.json": json.dumps(_components(), indent=1).encode(),
+        "study.json": study.canonical(),
+    }
+    return registry.pack(facts, files, key)
+
+
+def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: Wanted) -> dict[str, Any]:
+    """Everything card.json says; numbers of patients are those that sites released, and null where they did not."""
+    return {
+        **card,
+        "intended_use": study.purpose,
+        "targets": list(study.task.targets),
+        "reference_standard": study.labels.model_dump(mode="json") if hasattr(study, "labels") else None,
+        "preprocessing": study.images.model_dump(mode="json"),
+        "preprocessing_sha256": keys.digest(canonical(study.images.model_dump(mode="json"))),
+        "privacy_sentences": [statement.sentence() for statement in study.statements()],
+        "metrics": metrics,
+        "attack": wanted.attack,
+        "limits": [
+            "Evaluated on held-out patients of the sites named here, and nowhere else: internal testing.",
+            "No medical device: not cleared for diagnosis.",
+            "Images other than those the preprocessing describes were not seen in training.",
+        ],
+    }
+
+
+def _in_words(study: Study, card: dict[str, Any]) -> str:
+    test = card["metrics"].get("test") or {}
+    lines = [
+        f"# {study.title}",
+        "",
+        f"Study `{study.digest}`, run `{card['run_id']}`, round {card['selected_round']} ({card['label']}).",
+        "",
+        f"**Intended use.** {study.purpose}",
+        "",
+        f"**Predicts** {', '.join(study.task.targets)} from {study.images.words}",
+        f"Preprocessing `{card['preprocessing_sha256']}`.",
+        "",
+        f"**Privacy.** {' '.join(card['privacy_sentences']) or 'No differential privacy.'}",
+        "",
+        "**Population and figures.** Counts are rounded down to tens, and left out where a site released none.",
+        "",
+        "```json",
+        json.dumps(test or card["metrics"], indent=1),
+        "```",
+        "",
+        "**Limits.**",
+        *(f"- {limit}" for limit in card["limits"]),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _components() -> dict[str, Any]:
+    """CycloneDX of what is installed where the package was made: the libraries that wrote and checked it."""
+    found = {(dist.metadata["Name"].lower(), dist.version) for dist in importlib.metadata.distributions()}
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "components": [
+            {"type": "library", "name": name, "version": version, "purl": f"pkg:pypi/{name}@{version}"}
+            for name, version in sorted(found)
+        ],
+    }

@@ -1,0 +1,149 @@
+"""A released model in use: packaged from a rehearsal, scored on DICOM as in training, and exported for others' programs."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cryptography.hazmat.primitives.asymmetric import ec
+from safetensors.numpy import save
+from typer.testing import CliRunner
+
+from fl_client import scoring
+from fl_client.rehearsal import cohort
+from fl_server import release, simulation
+from fl_server.research import app
+from models import exporting, learning, registry
+from models.registry import Package
+from models.study import Study, parse
+from privacy import keys
+from privacy.errors import DocumentError, PackageRefused, RunUnknown
+
+TEXT = """
+name: small
+title: Small
+purpose: A test.
+task: {targets: [opacity]}
+images: {size_px: 32}
+training: {rounds: 1, batch_size: 8}
+protection: plain
+privacy: none
+participation: {sites: [north, south], quorum: 2, minimum_patients: 2, round_timeout_s: 60}
+evaluation: {validation: 0.2, test: 0.3, bins: 50}
+"""
+KEY = ec.derive_private_key(7, ec.SECP256R1())
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("rehearsal")
+    return simulation.simulate(parse(Study, TEXT, "study.yaml"), {}, 60, folder, lambda event: None)
+
+
+@pytest.fixture(scope="module")
+def results(rehearsed: Any) -> Path:
+    found: Path = rehearsed.folder / "coordinator" / "runs" / rehearsed.results["run_id"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def package(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("package") / "small-1.0.0.isocenter"
+    path.write_bytes(release.package(results, release.Wanted(), KEY))
+    return path
+
+
+def say(*words: str) -> str:
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"}, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_a_package_says_what_the_run_said(package: Path, rehearsed: Any) -> None:
+    found = Package.open(package)
+    card = json.loads(found.files["card.json"])
+    assert (card["run_id"], card["digest"]) == (rehearsed.results["run_id"], found.study.digest)
+    assert card["metrics"] and card["intended_use"] == "A test." and len(card["preprocessing_sha256"]) == 64
+    assert found.manifest["lineage"] == {"parent": None, "round": 1}
+    assert json.loads(say("verify", str(package), "--json"))["sha256"] == found.sha256
+    assert "small 1.0.0" in say("models", "--registry", str(package.parent))
+
+
+def test_weights_of_another_network_are_refused(package: Path) -> None:
+    found = Package.open(package)
+    files = found.files | {"model.safetensors": save({"layer": np.zeros(3, np.float32)})}
+    facts = {name: value for name, value in found.manifest.items() if name not in ("format", "files")}
+    other = Package.read(registry.pack(facts, files, KEY))
+    with pytest.raises(PackageRefused, match="another network"):
+        exporting.network(other)
+
+
+def test_a_run_without_a_model_is_not_released(tmp_path: Path) -> None:
+    with pytest.raises(RunUnknown):
+        release.package(tmp_path, release.Wanted(), KEY)
+
+
+def test_scores_are_those_of_the_study_and_what_is_left_out_is_counted(
+    package: Path, rehearsed: Any, tmp_path: Path
+) -> None:
+    home = rehearsed.folder / "sites" / "north"
+    study = Study.model_validate(rehearsed.results["study"])
+    members = cohort(home, study, "test")
+    expected = np.sort(learning.predict(exporting.network(Package.open(package)), members)[:, 0])
+    images = home / "hospital" / "dicom"
+    scored = scoring.score(Package.open(package), images, 0, lambda done, total: None)
+    every = np.array([row[2][0] for row in scored.rows])
+    nearest = np.abs(every[None] - expected[:, None]).min(axis=1)
+    assert len(expected) > 5 and nearest.max() < 1e-6
+    files = sum(path.is_file() for path in images.rglob("*"))
+    assert len(scored.rows) + scored.left_out.total() == files and scored.left_out
+    # The command says the same.
+    out = tmp_path / "scores.csv"
+    assert f"{len(scored.rows)} scored" in say("predict", str(package), str(images), "--out", str(out))
+    with out.open() as file:
+        table = list(csv.DictReader(file))
+    assert np.allclose([float(row["opacity"]) for row in table], every, atol=1e-6)
+    assert out.stat().st_mode & 0o077 == 0
+
+
+def test_exports_answer_as_the_network_does(package: Path, tmp_path: Path) -> None:
+    images = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = torch.sigmoid(exporting.network(Package.open(package))(images))
+    say("export", str(package), "--to", "pt2", "--out", str(tmp_path / "m.pt2"))
+    assert torch.allclose(torch.export.load(tmp_path / "m.pt2").module()(images), expected, atol=1e-4)
+    with pytest.raises(DocumentError, match="exists already"):
+        exporting.export(Package.open(package), "pt2", tmp_path / "m.pt2")
+    bundle = tmp_path / "bundle"
+    say("export", str(package), "--to", "bundle", "--out", str(bundle))
+    (bundle / "inputs").mkdir()
+    for number, image in enumerate(images):
+        np.save(bundle / "inputs" / f"{number}.npy", image[0].numpy())
+    # What `python -m monai.bundle run` calls; the command itself needs the package fire, which Isocenter does not.
+    call = "from monai.bundle import run; run(config_file='configs/inference.json')"
+    words = [sys.executable, "-I", "-c", call]  # isolated: nothing of Isocenter is found
+    done = subprocess.run(words, cwd=bundle, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    scores = json.loads((bundle / "scores.json").read_text())
+    assert np.allclose([scores[f"{n}.npy"] for n in range(3)], expected.numpy(), atol=1e-4)
+    assert set(torch.load(bundle / "models" / "model.pt", weights_only=True)) == set(Package.open(package).tensors)
+
+
+def test_onnx_answers_as_the_network_does(package: Path, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime")
+    images = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = torch.sigmoid(exporting.network(Package.open(package))(images))
+    exporting.export(Package.open(package), "onnx", tmp_path / "m.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "m.onnx"))
+    assert np.allclose(session.run(None, {"images": images.numpy()})[0], expected.numpy(), atol=1e-4)
+
+
+def test_release_signs_with_the_key_of_whoever_releases(results: Path) -> None:
+    found = Package.read(release.package(results, release.Wanted("2.0.1"), KEY))
+    assert found.signer == keys.digest(keys.public_pem(KEY.public_key())) and found.manifest["version"] == "2.0.1"
