@@ -242,31 +242,52 @@ class Strategy(Document):
         "trimmed_mean, krum: withstand hostile or broken sites, for protection sealed or plain",
     )
     proximal_mu: float | None = Field(
-        default=None, ge=0, le=1000, description="fedprox: mu of the term mu/2 |w - w_round|^2 in the local loss; 0.01"
+        default=None,
+        ge=0,
+        le=1000,
+        description="fedprox: mu of the term mu/2 |w - w_round|^2 in the local loss; 0.01 unless given",
     )
     server_rate: float | None = Field(
-        default=None, gt=0, le=100, description="the coordinator's step size. fedavgm: 1; fedadam, fedyogi: 0.01"
+        default=None,
+        gt=0,
+        le=100,
+        description="the coordinator's step size; unless given, 1 in fedavgm, 0.01 in fedadam and fedyogi",
     )
     momentum: float | None = Field(
-        default=None, ge=0, lt=1, description="fedavgm, fedsgd: share of the last step that is kept in the next; 0.9"
+        default=None,
+        ge=0,
+        lt=1,
+        description="fedavgm, fedsgd: share of the last step that is kept in the next; 0.9 unless given",
     )
     beta1: float | None = Field(
-        default=None, ge=0, lt=1, description="fedadam, fedyogi: decay of the mean of the updates; 0.9"
+        default=None, ge=0, lt=1, description="fedadam, fedyogi: decay of the mean of the updates; 0.9 unless given"
     )
     beta2: float | None = Field(
-        default=None, ge=0, lt=1, description="fedadam, fedyogi: decay of the mean of their squares; 0.99"
+        default=None, ge=0, lt=1, description="fedadam, fedyogi: decay of the mean of their squares; 0.99 unless given"
     )
     tau: float | None = Field(
-        default=None, ge=1e-9, le=1, description="fedadam, fedyogi: added to its root; larger adapts less; 0.001"
+        default=None,
+        ge=1e-9,
+        le=1,
+        description="fedadam, fedyogi: added to its root; larger adapts less; 0.001 unless given",
     )
     trimmed_share: float | None = Field(
-        default=None, gt=0, lt=0.5, description="trimmed_mean: share of sites cut off at each end of each weight; 0.25"
+        default=None,
+        gt=0,
+        lt=0.5,
+        description="trimmed_mean: share of sites cut off at each end of each weight; 0.25 unless given",
     )
     byzantine: int | None = Field(
-        default=None, ge=1, le=1000, description="krum: hostile sites (f) to withstand; needs a quorum of 2 f + 3; 1"
+        default=None,
+        ge=1,
+        le=1000,
+        description="krum: hostile sites (f) to withstand; needs a quorum of 2 f + 3; 1 unless given",
     )
     selected: int | None = Field(
-        default=None, ge=1, le=1000, description="krum: updates nearest to the others whose mean is taken; 2"
+        default=None,
+        ge=1,
+        le=1000,
+        description="krum: updates nearest to the others whose mean is taken; 2 unless given",
     )
 
     @model_validator(mode="before")
