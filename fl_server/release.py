@@ -94,7 +94,7 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
 
 
 def _in_words(study: Study, card: dict[str, Any]) -> str:
-    test = card["metrics"].get("test") or {}
+    figures = {name: card["metrics"][name] for name in ("pooled", "sites")}
     lines = [
         f"# {study.title}",
         "",
@@ -110,7 +110,7 @@ def _in_words(study: Study, card: dict[str, Any]) -> str:
         "**Population and figures.** Counts are rounded down to tens, and left out where a site released none.",
         "",
         "```json",
-        json.dumps(test or card["metrics"], indent=1),
+        json.dumps(figures, indent=1),
         "```",
         "",
         "**Limits.**",
