@@ -13,6 +13,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from models.sections import NETWORKS, NetworkName
 from models.study import PROTECTIONS, Document, Name, Protection, Study
 from privacy import keys
 from privacy.errors import DocumentError
@@ -20,8 +21,6 @@ from privacy.errors import DocumentError
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 TaskKind = Literal["classification", "counting"]
-NetworkName = Literal["small_cnn", "densenet121", "linear"]
-NETWORKS: tuple[NetworkName, ...] = ("small_cnn", "densenet121", "linear")
 SECONDS_MOST = 2**36  # of a moment that can be shown, in the year 4147; what is beyond is no time
 
 

@@ -3,6 +3,7 @@
 The same function runs in production (Grid over the SuperLink), in simulation and in tests (Grid in memory).
 """
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fl_server import strategies, sums
+from fl_server import strategies, sums, weights
 from fl_server.roster import Home
 from fl_server.run import Counted, Float32, Round, Run, Test, score_sheet
 from fl_server.sums import Nodes, Task, Total
@@ -22,6 +23,7 @@ from privacy.errors import CertificateRevoked, IsocenterError, MessageMalformed
 from privacy.wire import COHORT, EvaluateOrder, TrainOrder
 
 app = ServerApp()
+log = logging.getLogger("isocenter.coordinator")
 
 
 @app.main()
@@ -37,7 +39,7 @@ def main(grid: Grid, context: Context) -> None:
             return
         strategy = strategies.build(run.study)
         if run.model is None:
-            run.model = first_model(run)
+            run.model = first_model(home, run)
         for number in run.remaining():
             began = time.monotonic()
             total = desk.train(run.model, number)
@@ -173,8 +175,14 @@ class Desk:
         )
 
 
-def first_model(run: Run) -> Float32:
-    """The initial weights, from the study's network and seed. Imported late: only the first round of a run needs torch."""
-    from models import networks
+def first_model(home: Home, run: Run) -> Float32:
+    """The weights to start from: the study's seed, or the file that it names. Sites get them with the first order.
 
-    return networks.to_vector(networks.build(run.study))
+    Imported late: only the first round of a run needs torch.
+    """
+    from models import weights as files
+
+    model, fit = files.start(run.study, weights.file_of(home.root, run.study))
+    if fit is not None:
+        log.info("run %s starts from given weights: %s", run.run_id, fit.sentence)
+    return model

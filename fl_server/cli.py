@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fl_server import weights_cli
 from fl_server.roster import Home, Party, ServerFile
 from models.study import parse
 from privacy import console, heads, journal_cli, keys
@@ -244,6 +245,7 @@ def _book(home: Path) -> Book:
 
 
 app.add_typer(journal_cli.commands(_book), name="journal")
+app.add_typer(weights_cli.app, name="weights")
 
 
 def _party_json(party: Party) -> dict[str, str | None]:

@@ -22,7 +22,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fl_server import authority
+from fl_server import authority, weights
 from fl_server.roster import Home, Offered, Party
 from models.study import Study
 from privacy import consortium_pb2 as pb
@@ -313,6 +313,7 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
         study = Study.from_canonical(request.study)
         study.check()
         self._home.check_keys(study)
+        weights.file_of(self._home.root, study)
         countersigned = keys.sign(self._home.coordinator_key, keys.STUDY_OFFER, request.study)
         if self._home.roster.add_study(study, researcher.name, request.signature, countersigned):
             self._home.journal.append(
@@ -329,6 +330,7 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
         researcher = self._caller(context)
         offered = self._own(request.digest, researcher)
         self._home.check_keys(offered.study)  # keys of today: what is encrypted to a lost one could not be read
+        weights.file_of(self._home.root, offered.study)
         _require_approvals(offered.study, self._state(offered, []))
         run_id = self._hooks.launch(offered.digest, researcher.name)
         self._home.journal.append("launched", digest=offered.digest, researcher=researcher.name, run=run_id)

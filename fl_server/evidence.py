@@ -94,7 +94,8 @@ def _canaries(study: Study, cohort: TrainingCohort) -> attacks.CanaryAudit:
     rate = study.training.learning_rate * plan.clip_norm / (plan.sampling_rate * len(units))
 
     def descend(noisy: Float32) -> None:
-        networks.load_vector(net, networks.to_vector(net) - np.float32(rate) * noisy)
+        step = networks.placed(np.float32(rate) * noisy, networks.trained_places(net))
+        networks.load_vector(net, networks.to_vector(net) - step)
 
     training = attacks.Training(net, learning.patient_losses, len(units), units.__getitem__, descend)
     return attacks.canary_audit(

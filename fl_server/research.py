@@ -380,7 +380,7 @@ def say_report(page: Path, as_json: bool) -> None:
 
 
 @app.command()
-def simulate(
+def simulate(  # noqa: PLR0913, PLR0917  each parameter is one option
     file: StudyFile,
     site: SiteHomes = None,
     patients: Phantoms = 120,
@@ -388,6 +388,9 @@ def simulate(
     compare: Annotated[
         bool, typer.Option("--compare", help="Also train at each site alone and evaluate everywhere.")
     ] = False,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", metavar="FILE", help="The file that network.initial names.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the same coordinator and site programs in this one process, on phantoms or on given site folders."""
@@ -400,7 +403,7 @@ def simulate(
     out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=out / "simulate.log", level=logging.WARNING)
     with progress() as tell:
-        outcome = simulation.simulate(study, homes, patients, out, tell)
+        outcome = simulation.simulate(study, homes, patients, out, tell, weights)
     matrix = None
     if compare:
         matrix = {"federated": simulation.test_auroc(outcome.results)}

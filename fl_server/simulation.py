@@ -19,7 +19,7 @@ from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_server import app as coordinator
-from fl_server import authority, counting, report
+from fl_server import authority, counting, report, weights
 from fl_server.roster import Home, ServerFile
 from fl_server.run import Run, read_facts
 from models.metrics import ScoreHistogram
@@ -45,10 +45,13 @@ class Outcome:
     page: Path
 
 
-def simulate(study: Study, homes: dict[str, Path], patients: int, out: Path, tell: Tell) -> Outcome:
+def simulate(
+    study: Study, homes: dict[str, Path], patients: int, out: Path, tell: Tell, start: Path | None = None
+) -> Outcome:
     """Carry out `study` over the given site homes, or over phantoms of `patients` each, and write the report into `out`.
 
-    `tell` gets the run's events as they happen. Raises StudyConflict if `homes` does not fit the study's sites.
+    `tell` gets the run's events as they happen; `start` is the file of weights that the study starts from. Raises StudyConflict
+    if `homes` does not fit the study's sites, or if the study names weights and `start` is not their file.
     """
     missing, unknown = set(study.all_sites) - set(homes), set(homes) - set(study.all_sites)
     if homes and (missing or unknown):
@@ -57,6 +60,9 @@ def simulate(study: Study, homes: dict[str, Path], patients: int, out: Path, tel
         raise StudyConflict("; ".join(parts), remedy="Give one --site NAME=FOLDER for each site of the study.")
     folder = _fresh(out)
     home = Home.found(folder / "coordinator", ServerFile(version=1, name="simulation", host="127.0.0.1"))
+    if start is not None:
+        weights.add(home.root, start)
+    weights.file_of(home.root, study)
     for number, name in enumerate(study.all_sites):
         site = folder / "sites" / name
         public, volumes = home.coordinator_key.public_key(), study.images.volume is not None

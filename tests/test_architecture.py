@@ -341,7 +341,9 @@ def test_what_never_stands_in_a_package(module: Module) -> None:
             assert called not in ("eval", "exec", "os.system"), f"{module.path}:{node.lineno}: {called}"
             if called == "torch.load":
                 safe = any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords)
-                assert safe and module.path == "models/weights.py", f"{module.path}:{node.lineno}: a pickle is a program"
+                assert safe and module.path == "models/weights.py", (
+                    f"{module.path}:{node.lineno}: a pickle is a program"
+                )
             if called == "print":
                 assert module.path in SPEAKS_TO_PEOPLE, f"{module.path}:{node.lineno}: libraries do not print"
     if module.path.endswith("__init__.py"):

@@ -9,12 +9,14 @@ import torch
 from monai.networks.nets import resnet18
 from torch import nn
 
-from models import networks
+from models import learning, networks
+from models.sections import NETWORKS
 from models.study import Study
+from privacy.dpsgd import check_isolation
 from privacy.errors import MessageMalformed, StudyConflict
 
 
-def made_study(network: str = "small_cnn", targets: int = 1, seed: int = 1) -> Study:
+def made_study(kind: str = "small_cnn", targets: int = 1, seed: int = 1, **change: Any) -> Study:
     return Study.model_validate(
         {
             "name": "opacity",
@@ -22,16 +24,21 @@ def made_study(network: str = "small_cnn", targets: int = 1, seed: int = 1) -> S
             "purpose": "a test",
             "task": {"targets": [f"t{i}" for i in range(targets)]},
             "images": {"size_px": 64},
-            "network": {"name": network},
+            "network": {"name": kind},
             "training": {"rounds": 2, "seed": seed},
             "protection": "plain",
             "privacy": "none",
             "participation": {"sites": ["north"], "quorum": 1},
         }
+        | change
     )
 
 
-@pytest.fixture(scope="module", params=["small_cnn", "densenet121", "linear"])
+def volumes(*size: int) -> dict[str, Any]:
+    return {"modalities": ["CT"], "volume": {"size": list(size)}}
+
+
+@pytest.fixture(scope="module", params=NETWORKS)
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -47,9 +54,10 @@ def test_no_batch_statistics_anywhere_and_images_do_not_mix(name: str) -> None:
 
 
 def test_one_logit_per_target(name: str) -> None:
-    net = networks.build(made_study(name, targets=3)).eval()
-    for side in (32, 33, 50, 77, 96):
-        logits = net(torch.rand(2, 1, side, side))
+    for side in (32, 33, 50, 77, 96) if name != "vit" else (32, 96):
+        study = made_study(name, targets=3, images={"size_px": side})
+        study.check()
+        logits = networks.build(study).eval()(torch.rand(2, 1, side, side))
         assert logits.shape == (2, 3) and torch.isfinite(logits).all()
 
 
@@ -130,3 +138,98 @@ def test_dropout_is_the_studys() -> None:
     net, images = networks.build(study), torch.rand(1, 1, 64, 64)
     assert not torch.equal(net.train()(images), net(images))
     assert torch.equal(net.eval()(images), net(images))
+
+
+# Every network, in pictures and in volumes.
+
+
+@pytest.mark.parametrize("images", [{"size_px": 32}, volumes(32, 32, 48)], ids=["picture", "volume"])
+def test_patients_do_not_meet_in_a_network_and_one_alone_is_enough(name: str, images: dict[str, Any]) -> None:
+    """With the dropout that a study may ask for, and with nothing else that draws."""
+    study = made_study(name, images=images, network={"name": name, "dropout": 0.3})
+    study.check()
+    net, generator = networks.build(study).train(), torch.Generator().manual_seed(0)
+    patients = [
+        (torch.rand(1, 1, *study.images.shape, generator=generator), torch.ones(1, 1, 1), torch.ones(1, 1, 1))
+        for _ in range(2)
+    ]
+    check_isolation(net, learning.patient_losses, patients)
+    assert net(patients[0][0][0]).shape == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "small_cnn"])
+def test_volumes_of_few_slices(name: str) -> None:
+    study = made_study(name, images=volumes(8, 32, 32))
+    study.check()
+    assert networks.build(study)(torch.rand(1, 1, 8, 32, 32)).shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "words"),
+    [
+        ("densenet121", volumes(16, 64, 64), "densenet121 halves images five times and needs 32"),
+        ("densenet169", volumes(31, 64, 64), "densenet169 halves images five times and needs 32"),
+        ("efficientnet_b0", volumes(64, 64, 8), "efficientnet_b0 halves images five times and needs 32"),
+        ("vit", {"size_px": 100}, "patches of 16, which do not divide images of 100 x 100"),
+        ("vit", volumes(32, 40, 32), "patches of 16, which do not divide images of 32 x 40 x 32"),
+    ],
+)
+def test_images_that_a_network_cannot_take_are_a_conflict(name: str, images: dict[str, Any], words: str) -> None:
+    with pytest.raises(StudyConflict, match=words):
+        made_study(name, images=images).check()
+
+
+def test_an_untrained_network_is_undecided(name: str) -> None:
+    """So the first step is not spent on calling a head back that shouts."""
+    net, images = networks.build(made_study(name, targets=2)).eval(), torch.rand(8, 1, 64, 64)
+    assert float(net(images).detach().abs().max()) < 3
+
+
+# A part of a network.
+
+
+def trained(name: str, part: str, **change: Any) -> Any:
+    study = made_study(name, network={"name": name, "trained": part}, **change)
+    net = networks.build(study)
+    return net, networks.trained_places(net)
+
+
+def test_the_parts_lie_within_each_other_and_hold_the_head(name: str) -> None:
+    (net, head), (_, block), (_, whole) = (trained(name, part) for part in ("head", "last_block", "all"))
+    assert whole.all() and (block | head).sum() == block.sum() and head.any()
+    names = {key for key, value in net.named_parameters() if value.requires_grad}
+    assert len(names) == 2 and {key.rsplit(".")[-1] for key in names} == {"weight", "bias"}
+    beginnings = networks.PARTS[name]
+    for beginning in (beginnings.head, *beginnings.last_block):
+        assert any(key.startswith(beginning) for key, _ in net.named_parameters()), beginning
+    if name != "linear":
+        assert head.sum() < block.sum() < whole.sum()
+
+
+def test_the_last_block_is_behind_everything_that_is_frozen(name: str) -> None:
+    """Nothing trained stands before something frozen, so no gradient is asked of a frozen layer."""
+    net, places = trained(name, "last_block")
+    if name == "vit":
+        places = places[networks.VIT_WIDTH :]
+    assert (np.diff(places.astype(int)) >= 0).all() or name == "vit"
+    net(torch.rand(1, 1, 64, 64)).sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in net.parameters())
+
+
+def test_what_relates_targets_is_trained_with_the_head(name: str) -> None:
+    net, places = trained(name, "head", task={"targets": ["a", "b", "c"], "relation": "ordered"})
+    frozen, _ = trained(name, "head")
+    left = {f"net.{key}" for key, value in frozen.named_parameters() if not value.requires_grad}
+    assert {key for key, value in net.named_parameters() if not value.requires_grad} == left
+    assert places.sum() == sum(p.numel() for p in net.parameters() if p.requires_grad)
+
+
+def test_places_say_what_a_gradient_moves_and_zeros_stand_elsewhere() -> None:
+    net = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 2))
+    net[0].requires_grad_(False)
+    places = networks.trained_places(net)
+    assert places.tolist() == [False] * 3 + [True] * 4
+    assert networks.placed(np.arange(1.0, 5.0), places).tolist() == [0, 0, 0, 1, 2, 3, 4]
+    net.register_buffer("memory", torch.zeros(1))
+    with pytest.raises(MessageMalformed, match="memory"):
+        networks.trained_places(net)
