@@ -322,7 +322,7 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
     lines = [
         (
             "Learned",
-            f"{', '.join(study.task.targets)} from {study.images.words}",
+            f"{study.predicts} from {study.images.words}",
         ),
         (
             "Here",
@@ -330,7 +330,7 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
         ),
         (
             "Network",
-            f"{study.network.name}; one round may take {part.round_timeout_s / 60:g} minutes at most",
+            f"{study.network.words}; one round may take {part.round_timeout_s / 60:g} minutes at most",
         ),
         ("Others", _others(study, peers)),
         ("Stays", "images, identifiers, dates, file names, the score of any single image"),

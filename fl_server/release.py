@@ -1,6 +1,7 @@
 """What goes into a released model: the weights of a run under their layers' names, its study, and what may be said of it.
 
-The figures in the card are those of the run's report: they crossed as sums and tens, and this adds none.
+The card goes to people outside the consortium, so it says less than the report of the run: figures of the test split, with every
+count rounded down to tens and no figure of a class below ten; nothing of single rounds, of times, or of archives.
 """
 
 import datetime as dt
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file
 from fl_server import evidence, report
 from fl_server.results import canonical, check
 from models import exporting, registry
+from models.contributions import RELEASE_DECIMALS, RELEASE_MIN
 from models.study import Study
 from privacy import keys
 from privacy.errors import MessageMalformed, RunUnknown
@@ -79,11 +81,11 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
         **card,
         "intended_use": study.purpose,
         "targets": list(study.task.targets),
-        "reference_standard": study.labels.model_dump(mode="json") if hasattr(study, "labels") else None,
+        "reference_standard": "The label table of each site, with the site's own words for each target.",
         "preprocessing": study.images.model_dump(mode="json"),
         "preprocessing_sha256": keys.digest(canonical(study.images.model_dump(mode="json"))),
         "privacy_sentences": [statement.sentence() for statement in study.statements()],
-        "metrics": metrics,
+        "metrics": _figures(metrics),
         "attack": wanted.attack,
         "limits": [
             "Evaluated on held-out patients of the sites named here, and nowhere else: internal testing.",
@@ -93,8 +95,30 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
     }
 
 
+def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Of metrics.json what leaves the consortium: label, selected round, and test figures pooled and per site."""
+    pooled = metrics["pooled"]
+    targets = {name: _target(entry) for name, entry in pooled["targets"].items()}
+    counts = {name: pooled[name] // RELEASE_MIN * RELEASE_MIN for name in ("patients", "images")}
+    return {
+        "label": metrics["label"],
+        "selected_round": metrics["selected_round"],
+        "test_missing": metrics["test_missing"],
+        "pooled": {"sites": pooled["sites"], **counts, "targets": targets},
+        "sites": {site: {"targets": entry["targets"]} for site, entry in metrics["sites"].items()},
+    }
+
+
+def _target(entry: dict[str, Any]) -> dict[str, Any]:
+    """Pooled figures of one target as a site would release its own: by tens, or not at all."""
+    classes = {name: entry[name] // RELEASE_MIN * RELEASE_MIN for name in ("positives", "negatives")}
+    if min(classes.values()) < RELEASE_MIN:
+        return {**dict.fromkeys((*classes, "auroc", "interval")), "why": report.TOO_FEW}
+    interval = [round(end, RELEASE_DECIMALS) for end in entry["interval"]]
+    return {**classes, "auroc": round(entry["auroc"], RELEASE_DECIMALS), "interval": interval}
+
+
 def _in_words(study: Study, card: dict[str, Any]) -> str:
-    figures = {name: card["metrics"][name] for name in ("pooled", "sites")}
     lines = [
         f"# {study.title}",
         "",
@@ -105,12 +129,14 @@ def _in_words(study: Study, card: dict[str, Any]) -> str:
         f"**Predicts** {', '.join(study.task.targets)} from {study.images.words}",
         f"Preprocessing `{card['preprocessing_sha256']}`.",
         "",
+        f"**Reference standard.** {card['reference_standard']}",
+        "",
         f"**Privacy.** {' '.join(card['privacy_sentences']) or 'No differential privacy.'}",
         "",
-        "**Population and figures.** Counts are rounded down to tens, and left out where a site released none.",
+        "**Population and figures.** Of held-out patients. Counts are rounded down to tens; a class below ten has none.",
         "",
         "```json",
-        json.dumps(figures, indent=1),
+        json.dumps(card["metrics"], indent=1),
         "```",
         "",
         "**Limits.**",

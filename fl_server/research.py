@@ -38,6 +38,9 @@ SEEN = {
 
 Home = Annotated[Path, typer.Option("--home", "-H", help="Folder with your keys; made by `fl-study join`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+StartingWeights = Annotated[
+    Path | None, typer.Option("--weights", metavar="FILE", help="The file that network.initial names.")
+]
 SiteHomes = Annotated[
     list[str] | None,
     typer.Option("--site", help="NAME=FOLDER of a site's home (site.yaml, ingested); repeat. Default: phantoms."),
@@ -121,9 +124,9 @@ def _settings(study: Study) -> list[tuple[str, str]]:
     """What a study trains, where, and what is promised."""
     plan, part = study.training, study.participation
     rows = [
-        ("predicts", ", ".join(study.task.targets)),
+        ("predicts", study.predicts),
         ("from", study.images.words),
-        ("network", f"{study.network.name}, {plan.rounds} rounds of {plan.local_epochs} epoch(s), {plan.optimizer}"),
+        ("network", f"{study.network.words}, {plan.rounds} rounds of {plan.local_epochs} epoch(s), {plan.optimizer}"),
         ("sites", f"{', '.join(part.sites)}; a round needs {part.quorum}"),
         ("evaluates", ", ".join(study.all_sites)),
         ("protection", f"{study.protection}: {SEEN[study.protection]}"),
@@ -388,9 +391,7 @@ def simulate(  # noqa: PLR0913, PLR0917  each parameter is one option
     compare: Annotated[
         bool, typer.Option("--compare", help="Also train at each site alone and evaluate everywhere.")
     ] = False,
-    weights: Annotated[
-        Path | None, typer.Option("--weights", metavar="FILE", help="The file that network.initial names.")
-    ] = None,
+    weights: StartingWeights = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the same coordinator and site programs in this one process, on phantoms or on given site folders."""
@@ -439,6 +440,7 @@ def attack(
     site: SiteHomes = None,
     patients: Phantoms = 120,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for attack.json and the plots.")] = Path("attack"),
+    weights: StartingWeights = None,
     as_json: AsJson = False,
 ) -> None:
     """Rehearse a study and attack it: canaries against its ε, membership inference, reconstruction of pictures."""
@@ -455,7 +457,7 @@ def attack(
     out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=out / "attack.log", level=logging.WARNING)
     with progress() as tell:
-        outcome = simulation.simulate(study, dict(_pair(text) for text in site or []), patients, out, tell)
+        outcome = simulation.simulate(study, dict(_pair(text) for text in site or []), patients, out, tell, weights)
     with Console(stderr=True).status("attacking") as status:
         found = evidence.attack(study, outcome, out, status.update)
     if as_json:
@@ -566,6 +568,9 @@ class _Teller:
     def _site_missing(self, event: dict[str, Any]) -> None:
         if event["site"] in self.sites:
             self.bars.update(self.sites[event["site"]], news=event["reason"])
+
+    def _left_out(self, event: dict[str, Any]) -> None:
+        _line(f"round {event['round']}: the strategy left out {', '.join(event['sites'])}")
 
     def _void(self, event: dict[str, Any]) -> None:
         when = f"round {event['round']}, attempt {event['attempt']}"

@@ -173,6 +173,12 @@ class Network(Document):
         description="what training moves: all of it, the last block with the head, or the head (the last layer) alone",
     )
 
+    @property
+    def words(self) -> str:
+        """Network, start, and what of it is trained, for people."""
+        start = f", from weights {self.initial.sha256[:12]}" if self.initial is not None else ""
+        return f"{self.name}{start}{'' if self.trained == 'all' else f', {self.trained} alone trained'}"
+
 
 class Training(Document):
     """The local loop of one round at one site."""

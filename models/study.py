@@ -175,6 +175,12 @@ class Study(Document):
         return "independent" if isinstance(self.task, Counting) else self.task.relation
 
     @property
+    def predicts(self) -> str:
+        """The targets and how they hang together, for people."""
+        how = {"independent": "", "exclusive": " (one of them holds)", "ordered": " (each at least this grade)"}
+        return ", ".join(self.task.targets) + how[self.relation]
+
+    @property
     def all_sites(self) -> list[str]:
         return [*self.participation.sites, *self.participation.evaluate_only]
 

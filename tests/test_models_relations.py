@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from models import relations, tasks
+from models import learning, networks, relations, tasks
 from models.study import Study, parse
+from privacy import dpsgd
 from privacy.errors import DocumentError
 
 
@@ -91,6 +92,29 @@ def test_the_loss_of_grades_is_a_loop_over_thresholds() -> None:
 def test_independent_targets_leave_the_network_as_it_is() -> None:
     net = Given()
     assert relations.related(net, "independent", 3) is net
+
+
+@pytest.mark.parametrize("relation", ["exclusive", "ordered"])
+def test_patients_stay_isolated_under_a_relation(relation: str) -> None:
+    """Private training finds an engine for it, whose clipped sum is that of patients one by one."""
+    text = HEAD.format(targets="p, q, r", relation=relation).replace(
+        "training: {rounds: 1}\nprivacy: none",
+        "network: {name: linear}\ntraining: {rounds: 1, balance: false}\n"
+        "privacy: {mode: local, epsilon: 3, clip_norm: 1.0, sampling_rate: 0.5, noise_multiplier: 1.0, images_per_patient: 2}",
+    )
+    study = parse(Study, text, "study.yaml")
+    net = networks.build(study)
+    assert learning.engine_of(net, study) is not None
+    generator = torch.Generator().manual_seed(3)
+    pair = [
+        (
+            torch.rand(1, 2, 1, 96, 96, generator=generator),
+            torch.tensor([[[1.0, 0, 0], [1.0, 0, 0]]]),
+            torch.ones(1, 2, 3),
+        )
+        for _ in range(2)
+    ]
+    dpsgd.check_isolation(net, learning.patient_losses, pair)
 
 
 HEAD = """

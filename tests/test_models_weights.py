@@ -1,6 +1,7 @@
 """Files of weights: taken by name and shape, refused when they are another file, another network, or more than tensors."""
 
 import hashlib
+import json
 import os
 import pickle
 import zipfile
@@ -10,8 +11,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from typer.testing import CliRunner
 
+from fl_server import cli
 from fl_server import weights as store
+from fl_server.roster import Home, ServerFile
 from models import networks, weights
 from models.study import Study
 from privacy.errors import DocumentError, StudyConflict
@@ -157,3 +161,16 @@ def test_the_coordinator_keeps_files_under_their_hash_and_misses_others_by_name(
     with pytest.raises(DocumentError):
         store.add(tmp_path, tmp_path / "bad")
     assert len(store.held(tmp_path)) == 1
+
+
+def test_the_operators_commands_print_the_hash_and_list_it(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    Home.found(home, ServerFile(version=1, name="test", host="127.0.0.1"))
+    sha256 = saved(tmp_path / "w", other("linear"))
+    say = CliRunner()
+    added = say.invoke(cli.app, ["weights", "add", str(tmp_path / "w"), "--home", str(home)])
+    assert added.exit_code == 0 and added.stdout.strip() == sha256
+    listed = say.invoke(cli.app, ["weights", "list", "--json", "--home", str(home)])
+    assert [entry["sha256"] for entry in json.loads(listed.stdout)["weights"]] == [sha256]
+    refused = say.invoke(cli.app, ["weights", "add", str(home / "absent"), "--home", str(home)])
+    assert isinstance(refused.exception, DocumentError)

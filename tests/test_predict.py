@@ -2,8 +2,10 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,14 @@ from safetensors.numpy import save
 from typer.testing import CliRunner
 
 from fl_client import scoring
+from fl_client.cohort import join, read_pins
+from fl_client.index import Index
 from fl_client.rehearsal import cohort
+from fl_client.site import Site
 from fl_server import release, simulation
 from fl_server.research import app
-from models import exporting, learning, registry
+from models import exporting, learning, networks, registry
+from models.labels import LabelTable
 from models.registry import Package
 from models.study import Study, parse
 from privacy import keys
@@ -74,6 +80,41 @@ def test_a_package_says_what_the_run_said(package: Path, rehearsed: Any) -> None
     assert "small 1.0.0" in say("models", "--registry", str(package.parent))
 
 
+def numbers(value: Any, under: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield from numbers(part, f"{under}.{name}")
+    elif isinstance(value, list):
+        for part in value:
+            yield from numbers(part, under)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield under, value
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_a_card_counts_in_tens_and_says_nothing_of_small_classes(few: bool, results: Path, tmp_path: Path) -> None:
+    """What leaves the consortium: no exact count, no time, no archive, no round."""
+    copy = tmp_path / "results"
+    shutil.copytree(results, copy)
+    document = json.loads((copy / "results.json").read_bytes())
+    if few:  # all but nine of the positives have no label
+        counts = np.array(document["test"]["counts"])
+        counts[0, 1] = 0
+        counts[0, 1, 30] = 9
+        document["test"]["counts"], document["figures"] = counts.tolist(), {}
+        (copy / "results.json").write_text(json.dumps(document))
+    card = json.loads(Package.read(release.package(copy, release.Wanted(), KEY)).files["card.json"])
+    found = card["metrics"]
+    assert set(found) == {"label", "selected_round", "test_missing", "pooled", "sites"}
+    for name, number in numbers({"pooled": found["pooled"], "sites": found["sites"]}):
+        if name.rpartition(".")[2] in ("patients", "images", "positives", "negatives"):
+            assert number % 10 == 0, name
+    pooled = found["pooled"]["targets"]["opacity"]
+    assert (pooled["auroc"] is None) == few and ("fewer than 10" in pooled.get("why", "")) == few
+    text = json.dumps(card)
+    assert not any(word in text for word in ("site_seconds", "ingested", "history", "train_loss", "clipped"))
+
+
 def test_weights_of_another_network_are_refused(package: Path) -> None:
     found = Package.open(package)
     files = found.files | {"model.safetensors": save({"layer": np.zeros(3, np.float32)})}
@@ -94,12 +135,19 @@ def test_scores_are_those_of_the_study_and_what_is_left_out_is_counted(
     home = rehearsed.folder / "sites" / "north"
     study = Study.model_validate(rehearsed.results["study"])
     members = cohort(home, study, "test")
-    expected = np.sort(learning.predict(exporting.network(Package.open(package)), members)[:, 0])
+    # A cohort is in the order of patients and files, so its rows are those of these members; who they are is told by their UIDs.
+    site = Site.open(home)
+    joined, _ = join(Index.open(site.state), LabelTable.open(home, site.source.labels), study)
+    splits = read_pins(site.pins(study)).splits
+    uids = [member.image.sop_uid for member in joined if splits[member.token] == "test"]
+    expected = dict(zip(uids, learning.predict(exporting.network(Package.open(package)), members)[:, 0], strict=True))
     images = home / "hospital" / "dicom"
     scored = scoring.score(Package.open(package), images, 0, lambda done, total: None)
     every = np.array([row[2][0] for row in scored.rows])
-    nearest = np.abs(every[None] - expected[:, None]).min(axis=1)
-    assert len(expected) > 5 and nearest.max() < 1e-6
+    by_uid = {uid: scores[0] for _, uid, scores in scored.rows}
+    assert len(expected) > 5 and len(by_uid) == len(scored.rows) - 1  # one file was sent twice
+    assert all(abs(by_uid[uid] - score) < 1e-6 for uid, score in expected.items())
+    assert len({round(float(score), 5) for score in expected.values()}) > 5  # swapped images would be seen
     files = sum(path.is_file() for path in images.rglob("*"))
     assert len(scored.rows) + scored.left_out.total() == files and scored.left_out
     # The command says the same.
@@ -132,6 +180,31 @@ def test_exports_answer_as_the_network_does(package: Path, tmp_path: Path) -> No
     scores = json.loads((bundle / "scores.json").read_text())
     assert np.allclose([scores[f"{n}.npy"] for n in range(3)], expected.numpy(), atol=1e-4)
     assert set(torch.load(bundle / "models" / "model.pt", weights_only=True)) == set(Package.open(package).tensors)
+
+
+@pytest.mark.parametrize(
+    ("relation", "name"),
+    [("exclusive", "small_cnn"), ("ordered", "small_cnn"), ("independent", "vit"), ("exclusive", "resnet18")],
+)
+def test_a_network_is_exported_whatever_it_answers(relation: str, name: str) -> None:
+    text = TEXT.replace("[opacity]}", f"[p, q, r], relation: {relation}}}\nnetwork: {{name: {name}}}")
+    study = parse(Study, text, "study.yaml")
+    scorer = exporting._Scorer(networks.build(study)).eval()
+    dynamic = ({0: torch.export.Dim("batch")},)
+    images = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        program = torch.export.export(scorer, (torch.zeros(2, 1, 32, 32),), dynamic_shapes=dynamic)
+        assert torch.allclose(program.module()(images), scorer(images), atol=1e-4)
+
+
+def test_onnx_without_its_extra_names_it(package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: Any, **__: Any) -> None:
+        raise ImportError("no module", name="onnxscript")
+
+    monkeypatch.setattr(torch.onnx, "export", lacking)
+    with pytest.raises(DocumentError, match="onnxscript") as caught:
+        exporting.export(Package.open(package), "onnx", tmp_path / "m.onnx")
+    assert "isocenter[onnx]" in str(caught.value.remedy) and not (tmp_path / "m.onnx").exists()
 
 
 def test_onnx_answers_as_the_network_does(package: Path, tmp_path: Path) -> None:

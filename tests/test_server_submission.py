@@ -1,15 +1,19 @@
 """The researcher's command: a study gets its keys when it is submitted, and its file still names it afterwards."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from coordinator import Coordinator, aggregator_of, coordinator, point_of, study, with_roster
 from cryptography.hazmat.primitives.asymmetric import ec
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from fl_server import research
+from fl_server import research, weights
+from models.sections import Initial
 from models.study import Study
 from privacy import consortium_pb2 as pb
 from privacy import keys
@@ -94,3 +98,21 @@ def test_keys_in_another_form_than_studies_have_are_refused(
             monkeypatch.setattr(caller, "_call", lambda *_, reply=reply: reply)
             with pytest.raises(MessageMalformed):
                 caller.roster(["north"])
+
+
+def test_a_study_that_starts_from_weights_nobody_holds_is_refused(served: Coordinator, tmp_path: Path) -> None:
+    """Once the operator has added the file it is taken; once it is gone again, it is not launched."""
+    saved = tmp_path / "w"
+    save_file({"a": np.zeros(1, np.float32)}, saved)
+    sha256 = hashlib.sha256(saved.read_bytes()).hexdigest()
+    plain = study("north", "south", quorum=2, evaluate_only=["west"])
+    network = plain.network.model_copy(update={"initial": Initial(sha256=sha256)})
+    file = written(tmp_path / "study.yaml", plain.model_copy(update={"network": network, "title": "From weights"}))
+    with pytest.raises(StudyConflict, match=sha256[:12]) as caught:
+        fl_study(served, "submit", file)
+    assert "fl-server weights add" in str(caught.value.remedy)
+    weights.add(served.home.root, saved)
+    assert "digest" in fl_study(served, "submit", file)
+    (served.home.root / "weights" / sha256).unlink()
+    with pytest.raises(StudyConflict, match=sha256[:12]):
+        fl_study(served, "run", file)

@@ -113,3 +113,9 @@ fl-study run "$digest" --home "$out/researcher"
 fl-study report "$digest" --home "$out/researcher" --out "$out/report"
 for name in north south east west; do fl-client budget --home "$out/sites/$name" --plot "$out/budget-$name.png"; done
 fl-server runs --home "$out/coordinator"
+if [ "$template" = opacity ]; then  # a private model goes out only with the attack on it
+    echo "== the released model, and its scores on a folder of DICOM"
+    fl-study release "$digest" --home "$out/researcher" --out "$out/opacity.isocenter"
+    fl-study verify "$out/opacity.isocenter"
+    fl-study predict "$out/opacity.isocenter" "$out/hospitals/north/dicom" --out "$out/scores.csv"
+fi
