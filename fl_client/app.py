@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,19 +15,20 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from fl_client.cohort import Cohort
+from fl_client.cohort import Cohort, Split
 from fl_client.counting import UNTOLD_S, carry_out_count, countable
 from fl_client.ingest import Index
 from fl_client.orders import answer
 from fl_client.protection import Vault
 from fl_client.site import Site
-from models import learning, networks
+from models import learning, networks, subgroups
 from models.contributions import (
     Contribution,
     Float32,
     Sheet,
     empty_sheet,
     figures,
+    grades_told,
     noised,
     noises_figures,
     suppressed,
@@ -39,6 +39,7 @@ from models.learning import Turn
 from models.metrics import ScoreHistogram
 from models.questions import Counting
 from models.study import Study
+from models.subgroups import Scored
 from privacy import dpsgd, noise
 from privacy.errors import CohortTooSmall, MessageMalformed, StepRefused
 from privacy.wire import (
@@ -55,8 +56,6 @@ from privacy.wire import (
     UnmaskReport,
     WorkOrder,
 )
-
-Split = Literal["train", "validation", "test"]
 
 
 @dataclass
@@ -108,9 +107,10 @@ class Desk:
         """The splits that this site has a part in. All must be large enough: a site whose evaluation would be refused must
         not train either, because its patients would count and its scores would not.
         """
-        splits: tuple[Split, ...] = ("train", "validation", "test")
-        trains = site.name in study.participation.sites
-        return {split: self.cohort(site, study, split) for split in (splits if trains else ("test",))}
+        splits: tuple[Split, ...] = ("train", "validation", "test") if study.training.rounds else ("validation", "test")
+        if site.name not in study.participation.sites:
+            splits = (test_split_of(site, study),)
+        return {split: self.cohort(site, study, split) for split in splits}
 
 
 def make_app() -> ClientApp:
@@ -149,7 +149,8 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
     net = desk.net(study, order)
     sending = desk.vault.begin(site, study, order, order.model.size)
     hold = site.reserve(study, order, cohort.identities)
-    sheet = release(study, evaluate_on(net, cohorts["validation"], study))
+    validation = cohorts["validation"]
+    sheet = release(study, sheet_of(score(net, validation), validation, study))
     if study.privacy == "none":
         update = learning.learn(net, cohort, study, round_number=order.round, repeat=repeat)
     else:
@@ -176,11 +177,15 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: EvaluateOr
     began = time.monotonic()
     if order.split == COHORT:
         raise StepRefused("the study asks no questions that could be counted")
-    cohort = desk.cohort(site, study, "test" if order.split == "test" else "validation")
+    cohort = desk.cohort(site, study, test_split_of(site, study) if order.split == "test" else "validation")
     net = desk.net(study, order)
     sending = desk.vault.begin(site, study, order, order.model.size)
-    sheet = evaluate_on(net, cohort, study)
-    contribution = Contribution(_archive(study, cohort.ingested), release(study, sheet))
+    scored = score(net, cohort)
+    sheet = release(study, sheet_of(scored, cohort, study))
+    contribution = Contribution(_archive(study, cohort.ingested), sheet)
+    if order.split == "test":
+        groups = subgroups.suppressed(study, scored, cohort.observed, sheet.histogram)
+        contribution = replace(contribution, groups=groups, grades=grades_told(study, scored))
     if noises_figures(study):
         contribution = replace(contribution, update=noisy_figures(site, study, order, net, cohort), summed=True)
     vector, vouch = sending.protect(contribution)
@@ -192,7 +197,7 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: EvaluateOr
         vouch=vouch,
         keys=sending.keys,
         split=order.split,
-        figures=figures(study, sheet.histogram, release=site.may_release(order)),
+        figures=figures(study, scored, release=site.may_release(order)),
     )
 
 
@@ -217,12 +222,23 @@ def carry_out_step(desk: Desk, site: Site, study: Study, order: Order) -> KeysRe
     return KeysReport(**order.naming(), site=site.name, seconds=seconds, keys=made)
 
 
-def evaluate_on(net: nn.Module, cohort: Cohort, study: Study) -> Sheet:
-    """What `net` scores on `cohort`, as counts."""
+def test_split_of(site: Site, study: Study) -> Split:
+    """The patients that a model is tested on here: all of them where none was trained on, unless the study says otherwise."""
+    trains = site.name in study.participation.sites
+    return "test" if trains or study.evaluation.external == "test_split" else "external"
+
+
+def score(net: nn.Module, cohort: Cohort) -> Scored:
+    """The scores of every image of `cohort`; they stay here."""
     scores = learning.predict(net, cohort)
-    histogram = ScoreHistogram.of(scores, cohort.targets.numpy(), cohort.known.numpy(), bins=study.evaluation.bins)
-    counted = cohort.counts
-    return Sheet(counted.patients, counted.images, learning.evaluation_loss(scores, cohort), histogram)
+    return Scored(scores, cohort.targets.numpy(), cohort.known.numpy(), cohort.patients.numpy())
+
+
+def sheet_of(scored: Scored, cohort: Cohort, study: Study) -> Sheet:
+    """The scores of `cohort` as counts."""
+    histogram = ScoreHistogram.of(scored.scores, scored.targets, scored.known, bins=study.evaluation.bins)
+    counted, loss = cohort.counts, learning.evaluation_loss(scored.scores, cohort)
+    return Sheet(counted.patients, counted.images, loss, histogram)
 
 
 def release(study: Study, sheet: Sheet) -> Sheet:

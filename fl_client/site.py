@@ -228,7 +228,8 @@ class Site:
         part = study.participation
         if self.name not in (part.sites if isinstance(order, TrainOrder) else study.all_sites):
             raise StudyNotApproved(f"the study does not name {self.name} for {order.kind}")
-        if order.round > study.training.rounds:
+        # Where nothing is trained, what is evaluated is called round 1.
+        if order.round > max(1, study.training.rounds) or (isinstance(order, TrainOrder) and not study.training.rounds):
             raise PolicyForbids(f"round {order.round} of a study of {study.training.rounds} rounds")
         self._check_moment(order)
         self._remember(order, study)

@@ -46,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
             desk.score(total)
             model, state = strategy.step(run.model, desk.combine(total), run.state)
             run.commit(desk.summary(number, began, total), model, state)
-        desk.score(desk.evaluate(run.model, len(run.history), "validation"))
+        desk.score(desk.evaluate(run.model, max(1, len(run.history)), "validation"))
         run.save()
         run.finish(desk.test(run.best if run.best is not None else run.model))
     except IsocenterError as error:
@@ -134,7 +134,10 @@ class Desk:
         total = self.evaluate(model, max(1, self.run.best_round), "test")
         released = {site: self._released(total, rows) for site, rows in sorted(total.figures.items())}
         sheet = score_sheet(total.contributors, total.mean.sheet)
-        return Test(sheet, self.absent(total, self.run.study.all_sites), released, total.mean.ingested)
+        groups = total.mean.groups.to_json(self.run.study) if total.mean.groups is not None else []
+        table: list[list[int]] = total.mean.grades.tolist() if total.mean.grades is not None else []
+        absent = self.absent(total, self.run.study.all_sites)
+        return Test(sheet, absent, released, groups, table, total.mean.ingested)
 
     def _released(self, total: Total, rows: Float32) -> list[dict[str, float | int] | None]:
         """What one site says of itself, target by target; nothing where it contradicts itself or the sum it is in."""

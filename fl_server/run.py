@@ -72,11 +72,15 @@ def score_sheet(sites: list[str], sheet: Sheet) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Test:
-    """The test evaluation of the selected model. `figures`: site -> what it released for each target, or None."""
+    """The test evaluation of the selected model. `figures`: site -> what it released for each target, or None; `groups`: the sums
+    of subgroups, as `models.subgroups.Groups.to_json` writes them; `grades`: the table of `models.grades`, or nothing.
+    """
 
     sheet: dict[str, Any]
     missing: dict[str, str]
     figures: dict[str, list[dict[str, float | int] | None]]
+    groups: list[dict[str, Any]]
+    grades: list[list[int]]
     ingested: int
 
 
@@ -224,7 +228,7 @@ class Run:
         label = participation_label(self.study, self.history, test_missing)
         self.facts |= {"state": "complete" if label == "complete" else "partial", "label": label, "finished": now()}
         results = {
-            "version": 2,
+            "version": 3,
             "run_id": self.run_id,
             "digest": self.study.digest,
             "study": self.study.model_dump(mode="json"),
@@ -237,6 +241,8 @@ class Run:
             "test": test.sheet,
             "test_missing": test.missing,
             "figures": test.figures,
+            "groups": test.groups,
+            "grades": test.grades,
             "ingested": test.ingested,
         }
         model = self.best if self.best is not None else self.model

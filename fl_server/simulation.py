@@ -87,7 +87,8 @@ def alone(study: Study, name: str, outcome: Outcome, tell: Tell) -> dict[str, An
     others = [site for site in study.all_sites if site != name]
     part = part.model_copy(update={"sites": [name], "evaluate_only": others, "quorum": 1})
     # A masked sum of one site does not exist; what this process sees of itself is no secret.
-    single = study.model_copy(update={"participation": part, "protection": "plain"})
+    tested = study.evaluation.model_copy(update={"external": "test_split"})  # the same patients as in the study itself
+    single = study.model_copy(update={"participation": part, "protection": "plain", "evaluation": tested})
     return _carry_out(single, Home.open(outcome.folder / "coordinator"), outcome.folder, tell)
 
 

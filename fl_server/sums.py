@@ -78,7 +78,9 @@ class Task:
 
     @property
     def name(self) -> Kind:
-        return "train" if self.kind is TrainOrder else "evaluate"
+        if self.kind is TrainOrder:
+            return "train"
+        return "test" if self.more.get("split") == "test" else "evaluate"
 
 
 @dataclass

@@ -6,6 +6,8 @@ What privacy and questions forbid stands in `models.study`, beside what they pro
 import math
 from typing import Protocol
 
+from models import subgroups
+from models.questions import Counting
 from models.sections import (
     ROBUST_SITES_MAX,
     STRATEGY_PARAMETERS,
@@ -15,11 +17,13 @@ from models.sections import (
     Participation,
     PrivacyOrNone,
     Protection,
+    Relation,
     Strategy,
     TaskOrQuestions,
     Training,
 )
 
+GROUP_COUNTS_MAX = 4_000_000  # 16 MB in words of 32 bits, once in a run
 HALVING, HALVING_LEAST = ("densenet121", "densenet169", "efficientnet_b0"), 32
 VIT_PATCH = 16
 
@@ -45,11 +49,13 @@ class Settings(Protocol):
     def participation(self) -> Participation: ...
     @property
     def evaluation(self) -> Evaluation: ...
+    @property
+    def relation(self) -> Relation: ...
 
 
 def of(study: Settings) -> list[str]:
     """One sentence for each contradiction."""
-    return _of_network(study) + _of_strategy(study)
+    return _of_network(study) + _of_strategy(study) + _of_evaluation(study)
 
 
 def _of_network(study: Settings) -> list[str]:
@@ -104,4 +110,20 @@ def _of_krum(study: Settings, byzantine: int, selected: int) -> list[str]:
             "strategy.selected: 1 hands one site's update to all others as the next model, and protection: sealed promises that "
             "the coordinator alone sees it; say 2 or more, or plain"
         )
+    return found
+
+
+def _of_evaluation(study: Settings) -> list[str]:
+    found, counts = [], subgroups.size(study)
+    if counts > GROUP_COUNTS_MAX:
+        found.append(
+            f"evaluation.subgroups asks for {counts} counts, and {GROUP_COUNTS_MAX} are the most: name fewer, or fewer bins"
+        )
+    if study.training.rounds == 0 and not isinstance(study.task, Counting):
+        if study.network.initial is None:
+            found.append("training.rounds: 0 evaluates given weights, and network.initial names none")
+        if study.privacy != "none" or study.strategy != Strategy():
+            found.append("training.rounds: 0 trains nothing, so privacy is none, and strategy is left out")
+    if study.privacy != "none" and study.privacy.figures == "noised" and study.evaluation.subgroups:
+        found.append("privacy.figures: noised and evaluation.subgroups, whose counts have no noise")
     return found

@@ -10,9 +10,12 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
 
 from models.documents import Document, Name
-from models.questions import Counting
+from models.questions import CELLS, Counting
 
 WARM_UP_ROUNDS = 2  # fresh GroupNorm networks take a full first step badly: half the rate in the first round
+RELEASE_MIN = 10  # images of each class, as in the house rules for released counts
+ATTRIBUTES = tuple(CELLS)  # what test results can be divided by
+CROSS = " x "  # between two of them
 NOISED_BINS_MAX = 100  # of a histogram whose every bin gets noise
 
 Point = Annotated[str, StringConstraints(pattern=r"^0[23][0-9a-f]{64}$")]
@@ -183,7 +186,11 @@ class Network(Document):
 class Training(Document):
     """The local loop of one round at one site."""
 
-    rounds: int = Field(ge=1, le=10_000, description="rounds of the whole run")
+    rounds: int = Field(
+        ge=0,
+        le=10_000,
+        description="rounds of the whole run; 0: nothing is trained, and the weights of network.initial are evaluated",
+    )
     local_epochs: int = Field(default=1, ge=1, le=100, description="passes over a site's images in one round")
     batch_size: int = Field(default=16, ge=1, le=1024, description="images in one step")
     optimizer: Literal["sgd", "adamw"] = Field(
@@ -410,5 +417,28 @@ class Evaluation(Document):
     )
     site_figures: bool = Field(
         default=True,
-        description="true: each site releases its own test AUROC, interval and class counts in tens, from 10 images of each on",
+        description="true: each site releases its own test AUROC, intervals and class counts in tens, from 10 images of each on",
     )
+    external: Literal["all", "test_split"] = Field(
+        default="all",
+        description="what sites of participation.evaluate_only are tested on. all: every patient; test_split: evaluation.test of "
+        "them, for sites whose other patients a model was trained on elsewhere",
+    )
+    subgroups: list[Annotated[str, StringConstraints(max_length=40)]] = Field(
+        default=[],
+        max_length=12,
+        description="groups whose test results are added up by themselves: age, sex, race, ethnicity, modality, manufacturer, or "
+        "two of them: `sex x age`; a site adds none with fewer than 10 patients, or 10 images of either class",
+    )
+
+    @model_validator(mode="after")
+    def _known_subgroups(self) -> "Evaluation":
+        if len(set(self.subgroups)) != len(self.subgroups):
+            raise ValueError("subgroups must not name the same groups twice")
+        for name in self.subgroups:
+            parts = name.split(CROSS)
+            if len(parts) > 2 or len(set(parts)) != len(parts) or not set(parts) <= set(ATTRIBUTES):
+                raise ValueError(
+                    f"subgroups: {name!r} is none of {', '.join(ATTRIBUTES)}, nor two of them as in `sex{CROSS}age`"
+                )
+        return self

@@ -21,7 +21,7 @@ from fl_client.phantom import VENDORS, make_hospital
 from fl_client.site import Source
 from models.imaging import to_grid
 from models.labels import LabelMap, LabelTable
-from models.study import Evaluation, Study
+from models.study import Study
 from privacy.errors import CacheLost, CohortTooSmall, DataError, LabelTableError, PatientInTwoSplits
 
 PATIENTS = 40
@@ -304,7 +304,7 @@ def test_placing_moves_nobody_and_fills_what_lacks(
     tokens = [f"{p:05d}" for p in patients]
     placed: dict[str, Split] = {f"{p:05d}": split for p, split in pinned.items()}
     before = dict(placed)
-    _place(tokens, placed, Evaluation(validation=validation, test=test))
+    _place(tokens, placed, {"train": 1 - validation - test, "validation": validation, "test": test})
     assert all(placed[token] == split for token, split in before.items())
     assert all(token in placed for token in tokens)
     share = {"train": 1 - validation - test, "validation": validation, "test": test}

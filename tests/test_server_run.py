@@ -219,7 +219,7 @@ def test_the_score_of_the_initial_model_chooses_nothing(tmp_path: Path) -> None:
 
 def test_a_run_without_a_committed_round_has_no_model_to_save_or_release(tmp_path: Path) -> None:
     run = made(tmp_path)
-    for ending in (run.save, lambda: run.finish(LastTest(sheet(0.5), {}, {}, 0))):
+    for ending in (run.save, lambda: run.finish(LastTest(sheet(0.5), {}, {}, [], [], 0))):
         with pytest.raises(RunError, match="no model"):
             ending()
 
@@ -231,19 +231,19 @@ def test_results_say_who_contributed(tmp_path: Path) -> None:
         run.commit(done(number, ("north", "south") if number > 2 else EVERYONE, scale=number), vector(number), {})
         run.score(sheet(0.5 / number, ("north", "south")), {"west": "timeout"})
     figures: dict[str, Any] = {"north": [None], "south": [{"auroc": 0.5, "low": 0.4, "high": 0.6, "negatives": 20}]}
-    run.finish(LastTest(sheet(0.5, ("north", "south")), {"west": "timeout"}, figures, 321))
+    run.finish(LastTest(sheet(0.5, ("north", "south")), {"west": "timeout"}, figures, [], [], 321))
     facts, results = read_facts(run.folder), json.loads((run.folder / "results.json").read_text())
     assert facts["state"] == "partial"
     assert results["label"] == facts["label"] == "partial (2 of 3, west missing since round 3)"
     assert [entry["missing"] for entry in results["rounds"]] == [{}, {}, {"west": "timeout"}, {"west": "timeout"}]
     assert [entry["scale"] for entry in results["rounds"]] == [1, 2, 3, 4]
     assert results["rounds"][0]["validation"]["sites"] == ["north", "south"]
-    assert (results["version"], results["ingested"], results["selected_round"]) == (2, 321, 4)
+    assert (results["version"], results["ingested"], results["selected_round"]) == (3, 321, 4)
     assert results["test"] == sheet(0.5, ("north", "south")) and results["test_missing"] == {"west": "timeout"}
     assert results["figures"] == figures and results["initial"] == sheet(0.9)
     assert set(results) == {
         *("version", "run_id", "digest", "study", "label", "started", "finished", "selected_round", "initial"),
-        *("rounds", "test", "test_missing", "figures", "ingested"),
+        *("rounds", "test", "test_missing", "figures", "groups", "grades", "ingested"),
     }
     assert (load_file(run.folder / "model.safetensors")["model"] == vector(4)).all()
     assert json.loads((run.folder / "card.json").read_text())["selected_round"] == 4
@@ -254,7 +254,7 @@ def test_results_say_who_contributed(tmp_path: Path) -> None:
 def test_nothing_in_the_results_tells_one_site_from_another_but_who_when_and_what_it_released(tmp_path: Path) -> None:
     """Per site there are names, seconds, reasons and released figures; every other number is of the sum."""
     run = carried_out(made(tmp_path), [0.5, 0.4, 0.3, 0.2])
-    run.finish(LastTest(sheet(0.5), {}, {"north": [None]}, 30))
+    run.finish(LastTest(sheet(0.5), {}, {"north": [None]}, [], [], 30))
     results = json.loads((run.folder / "results.json").read_text())
     results.pop("study")
 
