@@ -349,8 +349,8 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
         lines.append(
             (
                 "Groups",
-                f"test histograms by {', '.join(study.evaluation.subgroups)} of your images as well, in the same sum; none of a group "
-                "with fewer than 10 patients or 10 images of a class, nor one that gives such a group away",
+                f"test histograms by {', '.join(study.evaluation.subgroups)} of your images as well, in the same sum; none of "
+                "a group with fewer than 10 patients or 10 images of a class, nor one that gives such a group away",
             )
         )
     if study.relation == "ordered" and study.privacy == "none":
