@@ -628,7 +628,10 @@ def follow(lines: Iterator[str]) -> bool:
     counted = False
     with progress() as tell:
         for line in lines:
-            event = json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # a line in which the coordinator's process ended
             counted |= event["event"] == "counted"
             tell(event)
     return counted

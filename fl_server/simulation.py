@@ -4,6 +4,7 @@ Everything is the real thing (keys, signed orders, approvals, gate, cache, split
 a Grid in memory hands messages over. Nothing is trained or merged by other code than in a federation.
 """
 
+import contextlib
 import json
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -197,5 +198,6 @@ class _EventReader:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             for line in file:
-                self.tell(json.loads(line))
                 self.offset += len(line)
+                with contextlib.suppress(ValueError):  # a line in which a process ended
+                    self.tell(json.loads(line))
