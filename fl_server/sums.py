@@ -27,11 +27,13 @@ from privacy import keys
 from privacy.errors import (
     CertificateRevoked,
     IsocenterError,
+    MaskKeysLost,
     MessageMalformed,
     ProtectionError,
     QuorumLost,
     ShareInvalid,
     TooFewSurvivors,
+    WorkerDied,
 )
 from privacy.noise import GRID_BITS
 from privacy.secagg import Aggregator, Place
@@ -53,6 +55,8 @@ from privacy.wire import (
 Kinds = TypeVar("Kinds", bound=Order)
 ROBUST_ROOM = 8  # times the largest value of the middle site, which others may reach: sites differ in their cases
 ATTEMPTS_MAX = 3  # at one sum, before the run ends by name; each is a whole training
+COMES_BACK = {"timeout", "offline", "unavailable", "joining", MaskKeysLost.code, WorkerDied.code}
+"""Reasons for which a site is missing that may be over in a minute; a refusal of the site's own is not."""
 JOURNALED = {
     "asked": "orders-sent",
     "site_missing": "site-missing",
@@ -112,6 +116,14 @@ class Arrivals:
         tell("site", site=site, stage=report.kind, seconds=round(report.seconds, 3))
 
 
+class SitesAway(Exception):
+    """Too few sites reported, and with `sites`, who may come back, there would be enough."""
+
+    def __init__(self, message: str, sites: list[str]) -> None:
+        super().__init__(message)
+        self.sites = sites
+
+
 class Summing:
     """The sums of one run, one after the other. Subclasses say what one attempt at a sum is."""
 
@@ -130,16 +142,22 @@ class Summing:
             self.journal.append(JOURNALED[kind], **{"run": self.run.run_id, "attempt": self.run.attempt, **facts})
 
     def carry_out(self, task: Task) -> Total:
-        """The total of `task`. A void sum is tried again under a new attempt; raises QuorumLost if none can be opened."""
+        """The total of `task`. A void sum, or one below the quorum whose sites may come back, is tried again under a new attempt.
+
+        Raises QuorumLost if none can be opened, or if sites refuse that are needed.
+        """
         why = ""
         for _ in range(ATTEMPTS_MAX):
             try:
                 return self._attempt(task)
+            except SitesAway as away:
+                self.tell("waiting", sites=away.sites)
+                why, reason = str(away), QuorumLost.code
             except (ProtectionError, MessageMalformed) as error:
-                why = str(error)
-                self.tell("void", round=task.round, attempt=self.run.attempt, reason=error.code)
-                self.run.next_attempt()
-                self._begin_anew()
+                why, reason = str(error), error.code
+            self.tell("void", round=task.round, attempt=self.run.attempt, reason=reason)
+            self.run.next_attempt()
+            self._begin_anew()
         raise QuorumLost(f"no sum of round {task.round} could be opened in {ATTEMPTS_MAX} attempts: {why}")
 
     def _attempt(self, task: Task) -> Total:
@@ -186,9 +204,12 @@ class Summing:
         return Encoding(values=values, counts=counts, bits=self.study.encoding_bits, scale=task.scale, sites=sites)
 
     def _require(self, here: Collection[str], least: int, missing: Mapping[str, str]) -> None:
+        """Raise SitesAway, or QuorumLost where waiting is no use, if fewer than `least` sites are `here`."""
         if len(here) < least:
             reasons = ", ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
-            raise QuorumLost(f"{len(here)} of {least} needed sites reported ({reasons})")
+            sentence = f"{len(here)} of {least} needed sites reported ({reasons})"
+            away = sorted(site for site, reason in missing.items() if reason in COMES_BACK)
+            raise SitesAway(sentence, away) if len(here) + len(away) >= least else QuorumLost(sentence)
 
     def _total(
         self, task: Task, encoding: Encoding, opened: Vector, arrivals: Arrivals, missing: dict[str, str]
