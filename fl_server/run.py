@@ -366,7 +366,7 @@ def list_runs(runs: Path) -> list[dict[str, Any]]:
 
 
 def participation_label(study: Study, history: list[Round], test_missing: dict[str, str]) -> str:
-    """ "complete", or "partial (3 of 4, west missing since round 6)": a subset is never reported as the whole."""
+    """ "complete", or "partial (3 of 4, west missing since round 6: timeout)": a subset is never reported as the whole."""
     sites = study.participation.sites
     last: dict[str, int] = dict.fromkeys(sites, 0)
     full = 0
@@ -378,7 +378,9 @@ def participation_label(study: Study, history: list[Round], test_missing: dict[s
     for site in study.all_sites:
         rounds_missed = site in last and any(site not in done.contributors for done in history)
         if rounds_missed and last[site] < len(history):
-            absent.append(f"{site} missing since round {last[site] + 1}" if last[site] else f"{site} never took part")
+            since = f"missing since round {last[site] + 1}" if last[site] else "never took part"
+            why = history[-1].missing.get(site)
+            absent.append(f"{site} {since}: {why}" if why else f"{site} {since}")
         elif rounds_missed:
             missed = sum(site not in done.contributors for done in history)
             absent.append(f"{site} missed {missed} of {len(history)} rounds")

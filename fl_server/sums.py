@@ -11,15 +11,17 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 from flwr.serverapp import Grid
 
+from fl_server.pace import Pace
 from fl_server.roster import Home
 from fl_server.rounds import Call, Gathering, Tell, choose
 from fl_server.run import Run
+from fl_server.sightings import Sightings
 from models import contributions
 from models.contributions import Contribution, Float32, Kind
 from models.study import Study
@@ -63,6 +65,7 @@ JOURNALED = {
     "wrong_share": "share-wrong",
     "void": "sum-void",
     "left_out": "updates-left-out",
+    "flagged": "update-flagged",
 }
 Nodes = dict[str, int]
 
@@ -134,6 +137,8 @@ class Summing:
         self.number = 0  # of the last sum; counted anew in each attempt
         self.offline: dict[str, str] = {}
         self.timeout_s = timeout_of(run.study)
+        self.pace = Pace(self.timeout_s)
+        self.exchange: Gathering | None = None  # the last one
 
     def tell(self, kind: str, **facts: Any) -> None:
         """An event of the run; orders, and who did not answer them well, are lines of the coordinator's journal too."""
@@ -171,11 +176,19 @@ class Summing:
         usable = {site: node for site, node in task.sites.items() if site not in without}
         ready = choose(self.grid, usable, task.least, self.timeout_s, self.tell, frozenset(self.offline))
         self.offline = {name: "offline" for name in usable if name not in ready}
+        for name in self.offline:
+            self.pace.forget(name)
         return ready
 
     def _gather(self, calls: dict[str, Call], stage: str, enough: Callable[[], bool] | None = None) -> Gathering:
+        """Send `calls`; each site is waited for as long as its own speed says, as far as the exchanges before told it."""
+        if self.exchange is not None:
+            before = self.exchange
+            self.pace.note({site: call.order for site, call in before.calls.items()}, before.took, before.missing)
         self.tell("asked", stage=stage, round=next(iter(calls.values())).order.round, sites=list(calls))
-        return Gathering(self.grid, calls, self.timeout_s, self.tell, enough, self._gone)
+        timed = {site: replace(call, limit_s=self.pace.limit_s(site, call.order)) for site, call in calls.items()}
+        self.exchange = Gathering(self.grid, timed, self.timeout_s, self.tell, enough, self._gone)
+        return self.exchange
 
     def _gone(self) -> dict[str, str]:
         return dict.fromkeys(self.parties.revoked(), CertificateRevoked.code)
@@ -228,6 +241,10 @@ class OpenSumming(Summing):
     It keeps none of them, but for a robust strategy, until the round is done: 4 bytes for each weight and site.
     """
 
+    def __init__(self, grid: Grid, run: Run, home: Home) -> None:
+        super().__init__(grid, run, home)
+        self.sightings = Sightings()
+
     def _attempt(self, task: Task) -> Total:
         ready, arrivals = self._choose(task), Arrivals()
         self.number += 1
@@ -241,12 +258,18 @@ class OpenSumming(Summing):
                 with _dropping(gathering, site):
                     words, its = self._checked(task, encoding, order, report)
                     total.add(words)
+                    if task.name == "train":
+                        self.sightings.see(site, task.round, its.update)
                     if self.study.strategy.robust and task.name == "train":
                         alone[site] = its
                     arrivals.add(site, report, self.tell)
         missing = self.offline | gathering.missing
+        for odd in self.sightings.judge():
+            self.tell("flagged", **odd)
         self._require(arrivals.seconds, task.least, missing)
         opened = self._total(task, encoding, total, arrivals, missing)
+        if task.name == "train":
+            self.sightings.close(opened.mean.update)
         if alone:
             opened.updates = {site: its.update for site, its in alone.items()}
             # Of the middle site: the largest of all would let one site coarsen everybody's words, round after round.
@@ -452,7 +475,7 @@ def _fitting(study: Study, largest: float) -> int:
 
 
 def timeout_of(study: Study) -> float:
-    """Seconds after which a stage of a round goes on without the sites that have not reported."""
+    """Most seconds after which a stage of a round goes on without the sites that have not reported (`fl_server.pace`)."""
     return float(study.participation.round_timeout_s)
 
 

@@ -345,7 +345,7 @@ def test_results_say_who_contributed(tmp_path: Path) -> None:
     run.finish(LastTest(sheet(0.5, ("north", "south")), {"west": "timeout"}, figures, 321))
     facts, results = read_facts(run.folder), json.loads((run.folder / "results.json").read_text())
     assert facts["state"] == "partial"
-    assert results["label"] == facts["label"] == "partial (2 of 3, west missing since round 3)"
+    assert results["label"] == facts["label"] == "partial (2 of 3, west missing since round 3: timeout)"
     assert [entry["missing"] for entry in results["rounds"]] == [{}, {}, {"west": "timeout"}, {"west": "timeout"}]
     assert [entry["scale"] for entry in results["rounds"]] == [1, 2, 3, 4]
     assert results["rounds"][0]["validation"]["sites"] == ["north", "south"]
@@ -386,7 +386,7 @@ def test_labels_never_call_a_subset_complete() -> None:
     away = [done(1), done(2, ("north", "west")), done(3)]
     assert participation_label(plan, away, {}) == "partial (2 of 3, south missed 1 of 3 rounds)"
     never = [done(1, ("north", "south"))]
-    assert participation_label(plan, never, {}) == "partial (2 of 3, west never took part)"
+    assert participation_label(plan, never, {}) == "partial (2 of 3, west never took part: timeout)"
     label = participation_label(plan, [done(1)], {"west": "timeout"})
     assert label == "partial (2 of 3, west not in the test evaluation (timeout))"
 
