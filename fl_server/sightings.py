@@ -1,8 +1,8 @@
 """Updates that help nobody, where the coordinator sees single ones (`plain`, `sealed`): zero, frozen, exploding.
 
 Each is flagged with its norm, and its cosine to the last step that all took together. A flag is news for people and changes
-nothing: what a robust strategy leaves out is that strategy's rule. Of each update two numbers and a hash are kept. Under masks nothing is
-seen here; a site writes the norm of what it sends into its own journal.
+nothing: what a robust strategy leaves out is that strategy's rule. Of each update two numbers and a hash are kept. Under masks
+nothing is seen here; a site writes the norm of what it sends into its own journal.
 """
 
 import hashlib
