@@ -391,7 +391,10 @@ class Participation(Document):
     quorum: int = Field(ge=1, description="training sites whose reports a round needs")
     minimum_patients: int = Field(default=10, ge=1, description="least patients in each split of a site")
     round_timeout_s: int = Field(
-        default=3600, ge=5, le=7 * 86400, description="seconds after which a site is left out of a round, by name"
+        default=3600,
+        ge=5,
+        le=7 * 86400,
+        description="most seconds that a site is waited for in a step of a round; less where its usual speed is known",
     )
 
 
