@@ -18,6 +18,7 @@ from federation import Federation
 from flwr.app import Message
 from test_kill import PLANS
 from test_private_round import permissive
+from test_round import stop_after
 
 from fl_server.run import Run, read_facts
 from models.study import parse
@@ -238,3 +239,14 @@ def test_a_memory_of_answered_orders_that_is_damaged_is_named(tmp_path: Path) ->
     order = federation.hospitals["east"].order()
     with pytest.raises(DocumentError, match=r"orders\.sqlite cannot be used"):
         federation.hospitals["east"].site.admit(order)
+
+
+def test_a_run_without_a_sound_checkpoint_ends_by_name_and_is_not_tried_for_ever(tmp_path: Path, quick: None) -> None:
+    federation = federated(tmp_path)
+    folder = federation.new_run()
+    stop_after(1, federation, folder)
+    (folder / "checkpoint-00001.safetensors").write_bytes(b"")
+    with pytest.raises(DocumentError, match="there is no other"):
+        federation.run(folder=folder)
+    facts = read_facts(folder)
+    assert (facts["state"], facts["label"]) == ("failed", "failed after round 1: bad-document")

@@ -1,6 +1,6 @@
 """Real processes, killed with -9 at random while a masked run with differential privacy goes on; lines cut and slowed down too.
 
-    python -m pytest -m deploy tests/test_kill_processes.py --kills 50 -s
+    python -m pytest -m slow tests/test_kill_processes.py --kills 50 -s
 
 A supervisor starts again what was killed, as systemd does, and the researcher launches a run again that ended by name. What is
 compared afterwards is what must not depend on luck: rounds and who is in them, charges, journals.
@@ -32,7 +32,7 @@ from privacy import accounting, journal
 from privacy.journal import Journal
 from privacy.ledger import Ledger
 
-pytestmark = [pytest.mark.deploy, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.deploy, pytest.mark.slow, pytest.mark.timeout(3000)]
 SITES = {"north": "aurora", "south": "boreal", "east": "cirrus", "west": "aurora"}
 ROUND_TIMEOUT_S = 20
 DELTA = 0.001
