@@ -396,6 +396,9 @@ class DiskUnusable(IsocenterError, OSError):
         super().__init__(message)
         self.errno, self.strerror = number, message
 
+    def __str__(self) -> str:
+        return str(self.args[0])
+
 
 class NodeRunning(IsocenterError):
     code = "node-running"
