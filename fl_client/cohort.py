@@ -30,7 +30,7 @@ from models.labels import Label, LabelTable
 from models.questions import Counting, Observed, agreed
 from models.study import Evaluation, Study
 from models.volumes import to_volume_grid
-from privacy import keys
+from privacy import disk, keys
 from privacy.errors import CohortTooSmall, DataError, LabelTableError, PatientInTwoSplits
 
 Split = Literal["train", "validation", "test", "external"]
@@ -298,6 +298,7 @@ def read_pins(pins: Path) -> Pins:
         if pins.stat().st_size > PINS_BYTES_MAX:
             raise ValueError
         document = json.loads(pins.read_text(encoding="ascii"))
+        disk.require_known(pins, document["version"], PINS_VERSION)
         read = Pins(document["splits"], document.get("images", {}), document.get("public_size", 0))
         good = document == read.document() | {"version": PINS_VERSION} and type(read.public_size) is int
         good &= all(isinstance(part, dict) and set(part.values()) <= set(SPLITS) for part in (read.splits, read.images))

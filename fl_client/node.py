@@ -55,6 +55,7 @@ from privacy import keys
 from privacy.errors import (
     CertificateExpired,
     CertificateRevoked,
+    DiskUnusable,
     DocumentError,
     MessageMalformed,
     NodeRunning,
@@ -243,6 +244,7 @@ class _Fleet(FleetHttpClient):
 
 def serve(home: Path, tell: Tell) -> None:
     """Answer orders until KeyboardInterrupt. A broken link is retried for ever; a finished reply is kept and sent again.
+    So is a disk that cannot be written: as long as the journal takes no line, no answer leaves.
 
     `tell` gets short sentences for people. Raises what no retry can mend: NotEnrolled, WrongAuthority, NodeRunning, AuditFailed.
     """
@@ -279,7 +281,8 @@ def _serve(site: Site, tell: Tell) -> None:
                     pause = RETRY_FIRST_S
                     reply = partial(answer, site=site, worker=worker)
                     _answer_orders(connection, reply, unsent, tell, fresh)
-            except Unreachable as error:
+            except (Unreachable, DiskUnusable) as error:
+                # Without a line in the journal nothing leaves, so an order that came meanwhile stays without an answer.
                 tell(f"{error}; trying again in {pause:g} s")
                 time.sleep(pause)
                 pause = min(pause * 2, RETRY_MOST_S)

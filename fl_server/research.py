@@ -572,6 +572,12 @@ class _Teller:
     def _left_out(self, event: dict[str, Any]) -> None:
         _line(f"round {event['round']}: the strategy left out {', '.join(event['sites'])}")
 
+    def _flagged(self, event: dict[str, Any]) -> None:
+        _line(f"round {event['round']}: the update of {event['site']} is {event['why']} (norm {event['norm']:g})")
+
+    def _checkpoint_damaged(self, event: dict[str, Any]) -> None:
+        _line(f"the checkpoint of round {event['round']} was damaged; going on after round {event['goes_on_after']}")
+
     def _void(self, event: dict[str, Any]) -> None:
         when = f"round {event['round']}, attempt {event['attempt']}"
         _line(f"{when}: the sum was not opened ({event['reason']}); trying again")
@@ -628,7 +634,10 @@ def follow(lines: Iterator[str]) -> bool:
     counted = False
     with progress() as tell:
         for line in lines:
-            event = json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # a line in which the coordinator's process ended
             counted |= event["event"] == "counted"
             tell(event)
     return counted

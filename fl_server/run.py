@@ -3,7 +3,8 @@
     RUNS/<run id>/
       study.json              canonical study; its digest is checked whenever the run is opened
       run.json                who launched it, state, label, attempt; small, replaced atomically
-      checkpoint.safetensors  model, best model, strategy state, history of all committed rounds; one atomic rename a round
+      checkpoint-N.safetensors  model, best model, strategy state, history of all committed rounds; the last two rounds N are kept
+                              (`fl_server.checkpoint`); one atomic rename a round
       events.jsonl            what happened, a line each; for progress bars, never read back for state
       results.json, model.safetensors, card.json   written by `finish`; of a study that counts, results.json by `conclude`
 
@@ -14,6 +15,7 @@ later attempt repeats anything of an earlier one.
 import datetime
 import json
 import logging
+import os
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,18 +24,19 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fl_server import checkpoint
 from models.contributions import Sheet
 from models.metrics import ScoreHistogram
 from models.questions import Answer
 from models.study import Study
-from privacy import keys
+from privacy import disk, keys
 from privacy.errors import DocumentError, MessageMalformed, RunError, RunUnknown
 
 State = Literal["queued", "running", "complete", "partial", "failed"]
 Float32 = npt.NDArray[np.float32]
+VERSION = 1  # of run.json
 log = logging.getLogger("isocenter.run")
 
 
@@ -106,6 +109,7 @@ class Run:
         self.history: list[Round] = []
         self.initial: dict[str, Any] | None = None  # validation of the initial model
         self.scale: int | None = None  # of the next round's encoding
+        self.lost: list[int] = []  # rounds whose checkpoints were damaged, so that they have to be trained again
 
     @classmethod
     def create(cls, runs: Path, study: Study, researcher: str, sites: list[str]) -> "Run":
@@ -113,10 +117,10 @@ class Run:
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
         run_id = f"{study.name.replace('_', '-')}-{stamp}-{secrets.token_hex(3)}"
         folder = runs / run_id
-        folder.mkdir(mode=0o700, parents=True)
+        disk.make_folder(folder)
         keys.write_private(folder / "study.json", study.canonical())
         facts = {
-            "version": 1,
+            "version": VERSION,
             "run_id": run_id,
             "digest": study.digest,
             "study": study.name,
@@ -135,7 +139,10 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
-        """The run in `folder` with everything committed so far; raises RunUnknown or, for damage, DocumentError."""
+        """The run in `folder` with everything committed so far; raises RunUnknown or, for damage, DocumentError.
+
+        Where the last checkpoint is damaged, the run stands at the one before; `start` says so.
+        """
         facts = read_facts(folder)
         study = Study.from_canonical((folder / "study.json").read_bytes())
         if study.digest != facts["digest"]:
@@ -153,10 +160,17 @@ class Run:
         return int(self.facts["attempt"])
 
     def start(self) -> None:
-        """Mark this launch, under a new attempt."""
-        self.facts |= {"state": "running", "label": "running"}
+        """Mark this launch, under a new attempt. Rounds lost with a damaged checkpoint are named: label, event and log."""
+        disk.sweep(self.folder, "checkpoint-*")
+        checkpoint.set_aside(self.folder, self.lost)
         self.facts.setdefault("started", now())
+        self.facts["lost"] = [*self.facts.get("lost", []), *self.lost]
+        self.facts |= {"state": "running", "round": len(self.history), "label": self._labelled("running")}
         self.next_attempt()
+        for number in self.lost:
+            log.error("run %s: the checkpoint of round %d was damaged and is set aside", self.run_id, number)
+            self.event("checkpoint_damaged", round=number, goes_on_after=len(self.history))
+        self.lost = []
         self.event("started", attempt=self.attempt, round=len(self.history), rounds=self.study.training.rounds)
 
     def next_attempt(self) -> None:
@@ -183,7 +197,8 @@ class Run:
         self.model, self.state = model, state
         self.history.append(done)
         self.save()
-        self.facts |= {"round": done.round, "label": f"running, round {done.round} of {self.study.training.rounds}"}
+        label = self._labelled(f"running, round {done.round} of {self.study.training.rounds}")
+        self.facts |= {"round": done.round, "label": label}
         self._save_facts()
         self.event(
             "round_done",
@@ -203,17 +218,13 @@ class Run:
         if self.best is not None:
             arrays["best"] = self.best
         progress = {
-            "version": 2,
             "digest": self.study.digest,
             "best_round": self.best_round,
             "history": [vars(r) for r in self.history],
             "initial": self.initial,
             "scale": self.scale,
         }
-        keys.write_private(
-            self.folder / "checkpoint.safetensors",
-            save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata={"progress": json.dumps(progress)}),
-        )
+        checkpoint.write(self.folder, len(self.history), arrays, progress)
 
     def _is_better(self, loss: float | None) -> bool:
         """Whether the present model, with this validation loss, replaces the best one so far."""
@@ -226,7 +237,8 @@ class Run:
         """Write results, the released model and its card; the state becomes complete or partial."""
         test_missing = test.missing
         label = participation_label(self.study, self.history, test_missing)
-        self.facts |= {"state": "complete" if label == "complete" else "partial", "label": label, "finished": now()}
+        state = "complete" if label == "complete" else "partial"
+        self.facts |= {"state": state, "label": self._labelled(label), "finished": now()}
         results = {
             "version": 3,
             "run_id": self.run_id,
@@ -293,31 +305,42 @@ class Run:
         self._save_facts()
 
     def event(self, kind: str, **facts: Any) -> None:
-        line = json.dumps({"at": now(), "event": kind} | facts) + "\n"
-        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
+        """One more line of events.jsonl; after a line in which this process died, on a line of its own. Raises DiskUnusable."""
+        path = self.folder / "events.jsonl"
+        line = json.dumps({"at": now(), "event": kind} | facts).encode() + b"\n"
+        with disk.faults_named(path), path.open("ab+", buffering=0) as file:
+            if end := file.seek(0, os.SEEK_END):
+                file.seek(end - 1)
+                line = line if file.read(1) == b"\n" else b"\n" + line
             file.write(line)
 
     def _save_facts(self) -> None:
         keys.write_private(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
 
+    def _labelled(self, label: str) -> str:
+        """`label`, and which rounds were trained a second time because their checkpoints were damaged."""
+        lost = sorted(set(self.facts.get("lost", [])))
+        told = f"; the checkpoint of round {', '.join(map(str, lost))} was damaged, and the round trained again"
+        return label + told if lost else label
+
     def _load_checkpoint(self) -> None:
-        path = self.folder / "checkpoint.safetensors"
-        if not path.exists():
+        committed = 0 if self.study.task.kind == "counting" else int(self.facts["round"])
+        found = checkpoint.read(self.folder, self.study.digest, committed)
+        self.lost = found.lost
+        if not found.progress:
             return
-        try:
-            with safe_open(path, framework="numpy") as file:
-                progress = json.loads((file.metadata() or {})["progress"])
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise DocumentError(f"{path}: damaged checkpoint ({error})", remedy="Restore it from a backup.") from None
-        if progress["version"] != 2:
-            raise DocumentError(f"{path}: written by another version of Isocenter", remedy="Launch the study anew.")
-        if progress["digest"] != self.study.digest:
-            raise DocumentError(f"{path}: belongs to another study")
+        arrays, progress = found.arrays, found.progress
         self.model, self.best, self.best_round = arrays["model"], arrays.get("best"), progress["best_round"]
         self.state = {name.removeprefix("state."): a for name, a in arrays.items() if name.startswith("state.")}
         self.history = [Round(**entry) for entry in progress["history"]]
         self.initial, self.scale = progress["initial"], progress["scale"]
+
+
+def give_up(folder: Path, code: str) -> None:
+    """Mark a run that cannot be opened as failed, so that nobody waits for it. Its files stay as they are."""
+    facts = read_facts(folder)
+    facts |= {"state": "failed", "label": f"failed after round {facts['round']}: {code}"}
+    keys.write_private(folder / "run.json", json.dumps(facts, indent=1).encode())
 
 
 def _auroc(sheet: dict[str, Any]) -> float | None:
@@ -329,9 +352,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """run.json of one run; raises RunUnknown if there is none."""
     try:
         facts: dict[str, Any] = json.loads((folder / "run.json").read_bytes())
+        disk.require_known(folder / "run.json", facts.get("version"), VERSION)
     except FileNotFoundError:
         raise RunUnknown(f"there is no run {folder.name!r}") from None
-    except ValueError:
+    except (ValueError, AttributeError):
         raise MessageMalformed(f"{folder}/run.json is damaged") from None
     return facts
 
@@ -342,13 +366,13 @@ def list_runs(runs: Path) -> list[dict[str, Any]]:
     for path in runs.glob("*/run.json"):
         try:
             found.append(read_facts(path.parent))
-        except MessageMalformed as error:
+        except (MessageMalformed, DocumentError) as error:
             log.error("%s", error)
     return sorted(found, key=lambda facts: (facts["created"], facts["run_id"]))
 
 
 def participation_label(study: Study, history: list[Round], test_missing: dict[str, str]) -> str:
-    """ "complete", or "partial (3 of 4, west missing since round 6)": a subset is never reported as the whole."""
+    """ "complete", or "partial (3 of 4, west missing since round 6: timeout)": a subset is never reported as the whole."""
     sites = study.participation.sites
     last: dict[str, int] = dict.fromkeys(sites, 0)
     full = 0
@@ -360,7 +384,9 @@ def participation_label(study: Study, history: list[Round], test_missing: dict[s
     for site in study.all_sites:
         rounds_missed = site in last and any(site not in done.contributors for done in history)
         if rounds_missed and last[site] < len(history):
-            absent.append(f"{site} missing since round {last[site] + 1}" if last[site] else f"{site} never took part")
+            since = f"missing since round {last[site] + 1}" if last[site] else "never took part"
+            why = history[-1].missing.get(site)
+            absent.append(f"{site} {since}: {why}" if why else f"{site} {since}")
         elif rounds_missed:
             missed = sum(site not in done.contributors for done in history)
             absent.append(f"{site} missed {missed} of {len(history)} rounds")

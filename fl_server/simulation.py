@@ -4,6 +4,7 @@ Everything is the real thing (keys, signed orders, approvals, gate, cache, split
 a Grid in memory hands messages over. Nothing is trained or merged by other code than in a federation.
 """
 
+import contextlib
 import json
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -87,7 +88,7 @@ def alone(study: Study, name: str, outcome: Outcome, tell: Tell) -> dict[str, An
     others = [site for site in study.all_sites if site != name]
     part = part.model_copy(update={"sites": [name], "evaluate_only": others, "quorum": 1})
     # A masked sum of one site does not exist; what this process sees of itself is no secret.
-    tested = study.evaluation.model_copy(update={"external": "test_split"})  # the same patients as in the study itself
+    tested = study.evaluation.model_copy(update={"external": "test_split"})  # those of the sites that train in the study
     single = study.model_copy(update={"participation": part, "protection": "plain", "evaluation": tested})
     return _carry_out(single, Home.open(outcome.folder / "coordinator"), outcome.folder, tell)
 
@@ -198,5 +199,6 @@ class _EventReader:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             for line in file:
-                self.tell(json.loads(line))
                 self.offset += len(line)
+                with contextlib.suppress(ValueError):  # a line in which a process ended
+                    self.tell(json.loads(line))

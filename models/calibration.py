@@ -90,7 +90,7 @@ def _slope(negative: Float64, positive: Float64, middle: Float64) -> tuple[float
     taken = negative + positive > 0
     z, hits, weight = _logit(middle[taken]), positive[taken], (negative + positive)[taken]
     of_positives, of_negatives = z[hits > 0], z[weight > hits]
-    if of_positives.min() >= of_negatives.max() or of_negatives.min() >= of_positives.max() or not np.isfinite(z).all():
+    if of_positives.min() >= of_negatives.max() or of_negatives.min() >= of_positives.max():
         return None
     # In units of the spread of the scores, which may be a hundredth or ten, and about their mean.
     spread = float(z.std())
@@ -141,6 +141,5 @@ def _in_the_large(negative: Float64, positive: Float64, middle: Float64) -> tupl
 
 
 def _logit(scores: Float64) -> Float64:
-    with np.errstate(divide="ignore"):  # of the outermost bins, which no image reaches
-        z: Float64 = np.log(scores) - np.log1p(-scores)
+    z: Float64 = np.log(scores) - np.log1p(-scores)
     return z

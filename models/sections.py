@@ -398,12 +398,19 @@ class Participation(Document):
     quorum: int = Field(ge=1, description="training sites whose reports a round needs")
     minimum_patients: int = Field(default=10, ge=1, description="least patients in each split of a site")
     round_timeout_s: int = Field(
-        default=3600, ge=5, le=7 * 86400, description="seconds after which a site is left out of a round, by name"
+        default=3600,
+        ge=5,
+        le=7 * 86400,
+        description="most seconds that a site is waited for in a step of a round; less where its usual speed is known",
     )
 
 
 class Evaluation(Document):
-    """Splits by patient, and the resolution of the score histograms that leave a site."""
+    """Splits by patient, and the resolution of the score histograms that leave a site.
+
+    What a later version added stays out of the canonical form while it has its default, and the default is what there was before:
+    so a study that was approved by then keeps its digest and its meaning.
+    """
 
     validation: float = Field(
         default=0.15, ge=0.05, le=0.4, description="share of a site's patients that chooses the round"
@@ -420,12 +427,13 @@ class Evaluation(Document):
         description="true: each site releases its own test AUROC, intervals and class counts in tens, from 10 images of each on",
     )
     external: Literal["all", "test_split"] = Field(
-        default="all",
-        description="what sites of participation.evaluate_only are tested on. all: every patient; test_split: evaluation.test of "
-        "them, for sites whose other patients a model was trained on elsewhere",
+        default="test_split",
+        exclude_if=lambda value: value == "test_split",
+        description="what sites of participation.evaluate_only are tested on: evaluation.test of their patients, or all of them",
     )
     subgroups: list[Annotated[str, StringConstraints(max_length=40)]] = Field(
         default=[],
+        exclude_if=lambda value: not value,
         max_length=12,
         description="groups whose test results are added up by themselves: age, sex, race, ethnicity, modality, manufacturer, or "
         "two of them: `sex x age`; a site adds none with fewer than 10 patients, or 10 images of either class",

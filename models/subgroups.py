@@ -160,7 +160,7 @@ def suppressed(study: Dividing, scored: Scored, observed: Sequence[Observed], wh
         told = np.zeros(patients.shape, bool)
         for targets in _together(study):
             if not silent[targets].any():
-                told[:, targets] = _told(study, scored.only(targets), rows, crossed=CROSS in division)[:, None]
+                told[:, targets] = _told(study, scored.only(targets), cells, rows)[:, None]
         kept = [place for place, cell in enumerate(cells) if UNKNOWN not in cell]
         end = start + len(kept)
         found.told[start:end] = told[kept]
@@ -185,16 +185,19 @@ def _together(study: Dividing) -> list[list[int]]:
     return [[target] for target in every] if study.relation == "independent" else [list(every)]
 
 
-def _told(study: Dividing, scored: Scored, rows: npt.NDArray[np.bool_], *, crossed: bool) -> npt.NDArray[np.bool_]:
-    """Which cells (C,) are told, for rows (C, N) of images, scored for targets that are told together.
+def _told(
+    study: Dividing, scored: Scored, cells: Sequence[tuple[str, ...]], rows: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """Which of all cells (C,) are told, for rows (C, N) of images, scored for targets that are told together.
 
-    The cells are all there are, those of unknown attributes too, which are only kept back.
+    Two attributes: those of unknown attributes are told of here, but `suppressed` leaves them out; they follow from the others.
     """
     parts = [scored.of(row, study.evaluation.bins) for row in rows]
     told = np.array([_enough(study, *part) for part in parts])
     empty = np.array([not counts.any() for counts, _ in parts])
-    if crossed:
+    if len(cells[0]) > 1:
         return told if (told | empty).all() else np.zeros(len(told), bool)
+    told &= np.array([UNKNOWN not in cell for cell in cells])
     by_size = sorted(np.flatnonzero(told), key=lambda n: int(parts[n][0].sum()))
     for smallest in by_size:
         # Patients are counted anew: one with images in two cells, as of two devices or ages, is one patient.

@@ -22,7 +22,7 @@ from fl_client.site import Source
 from models.imaging import to_grid
 from models.labels import LabelMap, LabelTable
 from models.study import Study
-from privacy.errors import CacheLost, CohortTooSmall, DataError, LabelTableError, PatientInTwoSplits
+from privacy.errors import CacheLost, CohortTooSmall, DataError, LabelTableError, NewerVersion, PatientInTwoSplits
 
 PATIENTS = 40
 
@@ -201,7 +201,7 @@ ODD_SIDE = b'{"version": 1, "splits": {"t": "all"}}'
 OTHER_VERSION = b'{"version": 2, "splits": {}}'
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", OTHER_VERSION, ODD_SIDE, b"\xff"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", ODD_SIDE, b"\xff"])
 def test_damaged_pins_are_an_error_and_never_made_anew(site: Site, damage: bytes) -> None:
     site.cohort()
     site.pins.write_bytes(damage)
@@ -209,6 +209,15 @@ def test_damaged_pins_are_an_error_and_never_made_anew(site: Site, damage: bytes
         site.cohort()
     assert "backup" in caught.value.remedy
     assert site.pins.read_bytes() == damage
+
+
+def test_pins_of_a_later_version_are_left_alone_and_say_who_must_upgrade(site: Site) -> None:
+    site.cohort()
+    site.pins.write_bytes(OTHER_VERSION)
+    with pytest.raises(NewerVersion, match="layout 2") as caught:
+        site.cohort()
+    assert "Upgrade Isocenter on this machine" in caught.value.remedy
+    assert site.pins.read_bytes() == OTHER_VERSION
 
 
 def test_too_few_patients_is_an_error_that_stays_local(site: Site) -> None:

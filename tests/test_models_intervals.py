@@ -148,7 +148,7 @@ def test_who_is_who_does_not_matter_and_neither_does_the_order() -> None:
     scores, labels, whose = made(3)
     found = clustered_auroc(scores, labels, whose)
     order = np.random.default_rng(1).permutation(len(scores))
-    renamed = np.array([17, 4, 999] + list(range(30, 60)))[whose]
+    renamed = np.array([17, 4, 999, *range(30, 60)])[whose]
     assert clustered_auroc(scores[order], labels[order], whose[order]) == pytest.approx(found)
     assert clustered_auroc(scores, labels, renamed) == pytest.approx(found)
 

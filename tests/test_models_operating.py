@@ -12,7 +12,7 @@ from scipy import stats
 from sklearn.metrics import confusion_matrix
 
 from models.metrics import ScoreHistogram, bin_of, score_of
-from models.operating import DECISION_THRESHOLDS, RULES, WORDS, Confusion, Rate, net_benefit, thresholds
+from models.operating import DECISION_THRESHOLDS, RULES, WORDS, Confusion, Rate, Rule, net_benefit, thresholds
 
 UNHURRIED = settings(max_examples=120, deadline=None)
 
@@ -49,7 +49,11 @@ def test_each_rule_is_kept_by_the_best_of_all_edges(counts: Int) -> None:
     assert tuple(found) == RULES == tuple(WORDS)
     largest = max(sum(pair) for pair in every)
     assert found["youden"].edge == min(edge for edge, pair in enumerate(every) if sum(pair) == largest)
-    for rule, least in (("sensitivity_90", Fraction(9, 10)), ("sensitivity_95", Fraction(19, 20))):
+    kept_sensitivities: list[tuple[Rule, Fraction]] = [
+        ("sensitivity_90", Fraction(9, 10)),
+        ("sensitivity_95", Fraction(19, 20)),
+    ]
+    for rule, least in kept_sensitivities:
         sensitivity, specificity = every[found[rule].edge]
         assert sensitivity >= least
         assert specificity == max(other for kept, other in every if kept >= least)

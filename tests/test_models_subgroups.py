@@ -1,5 +1,6 @@
 """Groups of patients: what a site tells is exact, and neither it nor a difference from the whole is of a small group."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class Image:
     patient: int
     labels: Labels
     scores: tuple[float, ...]
-    sex: str | None = None
+    sex: Any = None
     modality: str = ""
     age: float | None = None
 
@@ -122,7 +123,7 @@ def told_by(study: Study, images: Sequence[Image], silent: Sequence[int] = ()) -
         Observed(
             patient=str(image.patient),
             modality=image.modality,
-            sex=image.sex,  # type: ignore[arg-type]
+            sex=image.sex,
             age=None if image.age is None else (image.age, image.age),
         )
         for image in images
@@ -154,7 +155,7 @@ def sites(draw: st.DrawFn, study: Study) -> list[Image]:
             for _ in range(max(0, floor + int(rng.integers(-1, 2)) * (spare == 3) + int(rng.integers(0, spare + 1)))):
                 scores = tuple(float(score) for score in rng.random(len(kind)))
                 images.append(Image(first + int(rng.integers(pool)), kind, scores, sex, modality, age))
-    rng.shuffle(images)  # type: ignore[arg-type]
+    rng.shuffle(images)
     return images
 
 
@@ -280,7 +281,7 @@ def block(positives: int, negatives: int, first: int = 0, patients: int | None =
 
 def sexes(*parts: list[Image]) -> set[str]:
     study = made_study(["sex"], targets=1)
-    return {cells[0] for cells in the_told(study, told_by(study, sum(parts, []))[0], "sex", 0)}
+    return {cells[0] for cells in the_told(study, told_by(study, list(itertools.chain(*parts)))[0], "sex", 0)}
 
 
 def test_ten_of_everything_are_told_and_nine_of_anything_are_not() -> None:
@@ -300,6 +301,14 @@ def test_the_smallest_group_is_kept_back_beside_one_that_is_too_small() -> None:
     assert sexes(women, others, men, block(6, 7, 300)) == {"F"}
     assert sexes(women, others, men, block(7, 6, 300)) == {"F"}
     assert sexes(women, others) == {"F", "O"}
+
+
+def test_unknown_images_that_are_kept_back_anyway_are_company_enough_for_a_small_group() -> None:
+    women, others, men, unknown = (
+        block(15 + n, 15 + n, 100 * n, sex=sex) for n, sex in enumerate(["F", "O", "M", None])
+    )
+    assert sexes(women, others, men, unknown) == {"F", "O", "M"}
+    assert sexes(women, others, men[:1], unknown) == {"F", "O"}
 
 
 def test_one_patient_in_two_groups_that_are_kept_back_is_one_patient() -> None:

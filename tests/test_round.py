@@ -463,7 +463,7 @@ def test_a_site_that_drops_out_is_named_and_the_quorum_goes_on(tmp_path: Path) -
     patch.setattr("fl_server.sums.timeout_of", lambda study: 0.3)
     folder = federation.run(grid)
     patch.undo()
-    assert read_facts(folder)["label"] == "partial (1 of 2, south missing since round 2)"
+    assert read_facts(folder)["label"] == "partial (1 of 2, south missing since round 2: timeout)"
 
 
 def test_a_round_below_quorum_fails_by_name_and_is_continued_later(federation: Federation) -> None:
