@@ -22,6 +22,7 @@ from models.sections import (
 
 HALVING, HALVING_LEAST = ("densenet121", "densenet169", "efficientnet_b0"), 32
 VIT_PATCH = 16
+SCAFFOLD_BITS_MIN = 32
 
 
 class Settings(Protocol):
@@ -45,6 +46,8 @@ class Settings(Protocol):
     def participation(self) -> Participation: ...
     @property
     def evaluation(self) -> Evaluation: ...
+    @property
+    def encoding_bits(self) -> int: ...
 
 
 def of(study: Settings) -> list[str]:
@@ -72,6 +75,8 @@ def _of_strategy(study: Settings) -> list[str]:
     ]
     if plan.name == "fedprox" and study.privacy != "none":
         found.append("strategy: fedprox holds ordinary training near the common model; private steps have no such term")
+    if plan.steered:
+        found += _of_scaffold(study)
     if not plan.robust:
         return found
     if study.protection == "masked":
@@ -86,6 +91,20 @@ def _of_strategy(study: Settings) -> list[str]:
     least = 3 if plan.name == "median" else math.ceil(round(1 / (plan.trimmed_share or 1), 9))
     if part.quorum < least:
         found.append(f"strategy: {plan.name} leaves nobody out of a quorum of {part.quorum}; it needs {least}")
+    return found
+
+
+def _of_scaffold(study: Settings) -> list[str]:
+    found = []
+    if study.privacy != "none":
+        found.append("strategy: scaffold sends a mean of gradients beside the update, which no noise of privacy covers")
+    if study.training.optimizer != "sgd":
+        found.append("strategy: scaffold corrects plain steps along gradients; say training.optimizer: sgd")
+    if study.encoding_bits < SCAFFOLD_BITS_MIN:
+        found.append(
+            f"strategy: scaffold needs encoding_bits of {SCAFFOLD_BITS_MIN} or 64: an update shares its scale with "
+            "gradients, which are larger"
+        )
     return found
 
 
