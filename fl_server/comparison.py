@@ -71,8 +71,8 @@ class Pooled:
 
 def check(study: Study) -> None:
     """Raise StudyConflict if a study cannot be compared; asked before anything is trained."""
-    if study.task.kind == "counting":
-        raise StudyConflict("a study that counts trains nothing to compare", remedy="Leave --compare out.")
+    if study.task.kind == "counting" or not study.training.rounds:
+        raise StudyConflict("a study that trains nothing has nothing to compare", remedy="Leave --compare out.")
     if study.privacy != "none" and study.privacy.mode == "distributed":
         raise StudyConflict(
             "a site alone has nobody to share its noise with",
