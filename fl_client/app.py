@@ -15,6 +15,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from fl_client import variates
 from fl_client.cohort import Cohort, Split
 from fl_client.counting import UNTOLD_S, carry_out_count, countable
 from fl_client.ingest import Index
@@ -35,7 +36,7 @@ from models.contributions import (
     values_of,
 )
 from models.labels import LabelTable
-from models.learning import Turn
+from models.learning import Control, Turn
 from models.metrics import ScoreHistogram
 from models.questions import Counting
 from models.study import Study
@@ -146,13 +147,21 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
     cohort = cohorts["train"]
     # What the sum of an earlier attempt at this round held must not be sent again under other masks.
     repeat = site.repeats(order) if study.protection == "masked" else 0
-    net = desk.net(study, order)
+    model, common = halves(study, order)
+    net = desk.net(study, replace(order, model=model))
     sending = desk.vault.begin(site, study, order, order.model.size)
     hold = site.reserve(study, order, cohort.identities)
     validation = cohorts["validation"]
     sheet = release(study, sheet_of(score(net, validation), validation, study))
     if study.privacy == "none":
-        update = learning.learn(net, cohort, study, round_number=order.round, repeat=repeat)
+        number = order.round
+        if common is None:
+            update = learning.learn(net, cohort, study, round_number=number, repeat=repeat)
+        else:
+            control = Control(net, variates.before(site, order, common.size), common)
+            update = learning.learn_steered(net, cohort, study, control, round_number=number, repeat=repeat)
+            variates.keep(site, order, control.variate)
+            update = replace(update, delta=np.concatenate([update.delta, control.variate]))
     else:
         engine = desk.engine(net, study)
         update = learning.learn_privately(engine, net, cohort, study, Turn(order.round, cohort.public_size))
@@ -170,6 +179,16 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
         vouch=vouch,
         keys=sending.keys,
     )
+
+
+def halves(study: Study, order: TrainOrder) -> tuple[Float32, Float32 | None]:
+    """The model (P,), and the common control variate (P,) that a SCAFFOLD study has behind it; raises MessageMalformed."""
+    if not study.strategy.steered:
+        return order.model, None
+    if order.model.size % 2:
+        raise MessageMalformed("the order holds no model with a control variate of the same length behind it")
+    model, common = np.split(order.model, 2)
+    return model, common
 
 
 def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: EvaluateOrder) -> EvaluateReport:

@@ -393,7 +393,8 @@ def _seen_by(study: Study) -> str:
 def _leaving(study: Study) -> str:
     """What leaves in a round, beside released figures."""
     if study.privacy == "none":
-        return "model updates, losses, numbers of patients and images, histograms of scores by label"
+        updates = "model updates, mean gradients" if study.strategy.steered else "model updates"
+        return f"{updates}, losses, numbers of patients and images, histograms of scores by label"
     what = "sums of gradients" if study.privacy.mode == "distributed" else "model updates"
     return (
         f"{what} with noise, your number of training patients in tens; histograms of scores by label, number and mean loss of "

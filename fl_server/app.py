@@ -65,7 +65,7 @@ def carry_on(home: Home, run: Run, grid: Grid) -> None:
         run.model = first_model(home, run)
     for number in run.remaining():
         began = time.monotonic()
-        total = desk.train(run.model, number)
+        total = desk.train(strategies.sent(run.study, run.model, run.state), number)
         desk.score(total)
         model, state = strategy.step(run.model, desk.combine(total), run.state)
         run.commit(desk.summary(number, began, total), model, state)
@@ -106,7 +106,7 @@ class Desk:
         return {name: nodes[name] for name in named if name in nodes and name in keep}
 
     def train(self, model: Float32, number: int) -> Total:
-        """One round's sum: the validation of `model` and the mean of what the sites learned from it."""
+        """One round's sum: validation of `model` (`strategies.sent` gives it) and the mean of what the sites learned from it."""
         if self.run.scale is None:
             self.run.scale = sums.first_scale(self.run.study)
         quorum = self.run.study.participation.quorum

@@ -17,9 +17,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -31,6 +31,7 @@ STATES = ("contributed", "missing", "not asked")
 
 _STATE_COLOURS = ("#2a6f97", "#E69F00", "#eef1f5")
 _BLUE, _GREY, _INK, _FAINT = "#0072B2", "#8a8f98", "#1d2530", "#d5dae1"
+_ORANGE = "#E69F00"
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,65 @@ def _chance(axes: Axes, values: Sequence[float]) -> None:
         fontsize=8, color=_GREY,
     )  # fmt: skip
     axes.set_ylim(min(0.45, *(value - 0.03 for value in values)) if values else 0.45, 1.01)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of a matrix: an AUROC with the ends of its interval, None where there is none; `home`: it gets a frame."""
+
+    auroc: float | None
+    low: float | None = None
+    high: float | None = None
+    home: bool = False
+
+
+def matrix(panels: Mapping[str, Mapping[str, Sequence[Cell]]], columns: Sequence[str]) -> Figure:
+    """Models (rows) by where they are tested (columns), a panel for each target; darker is higher, every cell has its numbers.
+
+    One hue from light to dark, so that a grey print keeps the order. The last column, all sites together, stands apart.
+    """
+    rows = max(len(models) for models in panels.values())
+    longest = max(len(name) for models in panels.values() for name in models)
+    width, height = 1.3 + 0.075 * longest + 0.95 * len(columns), (0.95 + 0.46 * rows) * len(panels)
+    figure, grid = _canvas(1, max(4.2, width), height, len(panels))
+    hues = ["#f4f8fb", "#9fc3da", "#1f5f8b", "#0b2f4a"]
+    shades = LinearSegmentedColormap.from_list("light to dark", hues)
+    for axes, (target, models) in zip(grid, panels.items(), strict=True):
+        values = [[math.nan if cell.auroc is None else cell.auroc for cell in cells] for cells in models.values()]
+        axes.imshow(np.ma.masked_invalid(values), cmap=shades, vmin=0.5, vmax=1.0, aspect="auto", interpolation="none")
+        for row, cells in enumerate(models.values()):
+            for column, cell in enumerate(cells):
+                _matrix_cell(axes, (column, row), cell)
+        for edge in range(1, len(columns)):
+            last = edge == len(columns) - 1
+            axes.axvline(edge - 0.5, color="white", linewidth=5 if last else 1.5)
+        for edge in range(1, len(models)):
+            axes.axhline(edge - 0.5, color="white", linewidth=1.5)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(models)), list(models))
+        axes.xaxis.tick_top()
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        if len(panels) > 1:
+            axes.set_title(target, fontsize=10, color=_INK)
+    return figure
+
+
+def _matrix_cell(axes: Axes, place: tuple[int, int], cell: Cell) -> None:
+    column, row = place
+    if cell.auroc is None:
+        axes.text(column, row, "–", ha="center", va="center", fontsize=9, color=_GREY)
+        return
+    ink = "white" if cell.auroc > 0.78 else _INK  # where the shade is dark
+    told = cell.low is not None and cell.high is not None
+    axes.text(column, row - (0.14 if told else 0), f"{cell.auroc:.3f}", ha="center", va="center", fontsize=9, color=ink)
+    if told:
+        span = f"{cell.low:.2f} to {cell.high:.2f}"
+        axes.text(column, row + 0.24, span, ha="center", va="center", fontsize=6.5, color=ink)
+    if cell.home:
+        frame = Rectangle((column - 0.46, row - 0.45), 0.92, 0.9, fill=False, edgecolor=_ORANGE, linewidth=2)
+        axes.add_patch(frame)
 
 
 def _grid(panels: int, width: float, height: float | None = None) -> tuple[Figure, list[Axes]]:

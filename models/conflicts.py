@@ -26,6 +26,7 @@ from models.sections import (
 GROUP_COUNTS_MAX = 4_000_000  # 16 MB in words of 32 bits, once in a run
 HALVING, HALVING_LEAST = ("densenet121", "densenet169", "efficientnet_b0"), 32
 VIT_PATCH = 16
+SCAFFOLD_BITS_MIN = 32
 
 
 class Settings(Protocol):
@@ -51,6 +52,8 @@ class Settings(Protocol):
     def evaluation(self) -> Evaluation: ...
     @property
     def relation(self) -> Relation: ...
+    @property
+    def encoding_bits(self) -> int: ...
 
 
 def of(study: Settings) -> list[str]:
@@ -78,6 +81,8 @@ def _of_strategy(study: Settings) -> list[str]:
     ]
     if plan.name == "fedprox" and study.privacy != "none":
         found.append("strategy: fedprox holds ordinary training near the common model; private steps have no such term")
+    if plan.steered:
+        found += _of_scaffold(study)
     if not plan.robust:
         return found
     if study.protection == "masked":
@@ -92,6 +97,20 @@ def _of_strategy(study: Settings) -> list[str]:
     least = 3 if plan.name == "median" else math.ceil(round(1 / (plan.trimmed_share or 1), 9))
     if part.quorum < least:
         found.append(f"strategy: {plan.name} leaves nobody out of a quorum of {part.quorum}; it needs {least}")
+    return found
+
+
+def _of_scaffold(study: Settings) -> list[str]:
+    found = []
+    if study.privacy != "none":
+        found.append("strategy: scaffold sends a mean of gradients beside the update, which no noise of privacy covers")
+    if study.training.optimizer != "sgd":
+        found.append("strategy: scaffold corrects plain steps along gradients; say training.optimizer: sgd")
+    if study.encoding_bits < SCAFFOLD_BITS_MIN:
+        found.append(
+            f"strategy: scaffold needs encoding_bits of {SCAFFOLD_BITS_MIN} or 64: an update shares its scale with "
+            "gradients, which are larger"
+        )
     return found
 
 

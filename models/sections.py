@@ -221,10 +221,13 @@ class Training(Document):
         return self.learning_rate * warm * (1 + math.cos(math.pi * min(passed, 1.0))) / 2
 
 
-StrategyName = Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedsgd", "median", "trimmed_mean", "krum"]
+StrategyName = Literal[
+    "fedavg", "fedprox", "scaffold", "fedavgm", "fedadam", "fedyogi", "fedsgd", "median", "trimmed_mean", "krum"
+]
 STRATEGY_PARAMETERS: dict[str, dict[str, float]] = {
     "fedavg": {},
     "fedprox": {"proximal_mu": 0.01},
+    "scaffold": {},
     "fedavgm": {"server_rate": 1.0, "momentum": 0.9},
     "fedadam": {"server_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
     "fedyogi": {"server_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
@@ -242,15 +245,17 @@ ROBUST_SITES_MAX = 64  # all updates are in the coordinator's memory at once: 1.
 class Strategy(Document):
     """How what the sites send becomes the next model.
 
-    Averages, weighted by cases: FedAvg and FedSGD (McMahan et al. 2017), FedProx (Li et al. 2020), FedAvgM (Hsu et al. 2019),
-    FedAdam and FedYogi (Reddi et al. 2021). Robust, each site counting the same and seen by itself: median and trimmed mean of
-    each weight (Yin et al. 2018), Krum (Blanchard et al. 2017). A parameter that is left out gets the value of
-    STRATEGY_PARAMETERS, so that it is part of what is signed; `check` refuses one that the strategy has no use for.
+    Averages, weighted by cases: FedAvg and FedSGD (McMahan et al. 2017), FedProx (Li et al. 2020), SCAFFOLD (Karimireddy et al.
+    2020), FedAvgM (Hsu et al. 2019), FedAdam and FedYogi (Reddi et al. 2021). Robust, each site counting the same and seen by
+    itself: median and trimmed mean of each weight (Yin et al. 2018), Krum (Blanchard et al. 2017). A parameter that is left out
+    gets the value of STRATEGY_PARAMETERS, so that it is part of what is signed; `check` refuses one that the
+    strategy has no use for.
     """
 
     name: StrategyName = Field(
         default="fedavg",
-        description="fedavg: mean of updates; fedprox: the same, sites held near the common model; fedavgm, fedadam, fedyogi: "
+        description="fedavg: mean of updates; fedprox: the same, sites held near the common model; "
+        "scaffold: the same, each step corrected by what the site's gradients differ from all sites'; fedavgm, fedadam, fedyogi: "
         "momentum or adaptive steps at the coordinator; fedsgd: mean of gradients, for `privacy.mode: distributed`; median, "
         "trimmed_mean, krum: withstand hostile or broken sites, for protection sealed or plain",
     )
@@ -315,6 +320,11 @@ class Strategy(Document):
     def robust(self) -> bool:
         """Whether it needs each site's update by itself."""
         return self.name in ROBUST
+
+    @property
+    def steered(self) -> bool:
+        """Whether a round brings control variates as well: a second half of the model that is sent, and of the update."""
+        return self.name == "scaffold"
 
     @property
     def parameters(self) -> dict[str, float]:

@@ -32,6 +32,7 @@ MAY_IMPORT_OURS = {
 # Flower does with an app, so that no import crosses the door.
 MEETING_PLACES = {
     "fl_server/simulation.py",
+    "fl_server/comparison.py",  # trains on what the first left behind
     "fl_server/evidence.py",  # attacks what the first left behind
     "fl_server/release_cli.py",  # scores a folder of DICOM, which only the site's half can read
 }
@@ -73,6 +74,7 @@ TORCH_FREE = {
     "fl_server/cli.py",
     "fl_server/consortium.py",
     "fl_server/figures.py",
+    "fl_server/matrix.py",
     "fl_server/release_cli.py",
     "fl_server/report.py",
     "fl_server/results.py",

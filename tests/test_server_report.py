@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
-from fl_server import figures, measures, report, research, simulation
+from fl_server import comparison, figures, matrix, measures, report, research
 from fl_server.results import REMEDY, canonical
 from models.metrics import ScoreHistogram
 from models.study import Study, parse
@@ -448,22 +448,30 @@ def test_the_screen_shows_the_figures_and_why_some_are_not_there(written: Path, 
     assert " ".join(rows["west"]) == "west - not released: fewer than 10 images or 2 patients of a class - -"
 
 
-def test_the_comparison_has_a_column_for_each_site_that_released_a_figure(
+def test_a_row_of_the_comparison_has_what_each_site_released_and_the_whole(
     good: dict[str, Any], raw: Raw, screen: Callable[[], str]
 ) -> None:
-    federated = simulation.test_auroc(good)
-    assert list(federated) == ["east", "north", "south", "west", "pooled"]
-    assert federated["north"] == roc_auc_score(raw["north"][1], raw["north"][0])
-    assert federated["west"] is None
+    study = report.check(good).study
+    target = study.task.targets[0]
+    federated = comparison.model_of("federated", None, good, study)
+    tested = federated.results[target]
+    assert list(tested.sites) == study.all_sites
+    assert tested.sites["north"] is not None and tested.pooled is not None
+    assert tested.sites["north"].auroc == roc_auc_score(raw["north"][1], raw["north"][0])
+    assert tested.sites["west"] is None
     pooled = roc_auc_score(*(np.concatenate([raw[site][part] for site in SITES]) for part in (1, 0)))
-    assert federated["pooled"] == pytest.approx(pooled, abs=0.01)
-    assert simulation.test_auroc(good | {"test": None}) == {"pooled": None}
-    assert simulation.test_auroc(good | {"figures": {}})["north"] is None
-    research._say_matrix({"federated": federated, "north": {"north": 0.75, "west": None, "pooled": None}})
-    lines = [line.split() for line in screen().splitlines()[1:]]
-    assert " ".join(lines[0]) == "trained at on east on north on south on pooled"
-    assert lines[1] == ["federated", *(f"{federated[s]:.3f}" for s in ("east", "north", "south", "pooled"))]
-    assert lines[2] == ["north", "-", "0.750", "-", "-"]
+    assert tested.pooled.auroc == pytest.approx(pooled, abs=0.01)
+    silent = comparison.model_of("local", "north", good | {"test": None, "figures": {}}, study)
+    assert silent.results[target].pooled is None and set(silent.results[target].sites.values()) == {None}
+    found = matrix.Comparison(
+        study="s", digest="0" * 64, targets=study.task.targets, sites=study.all_sites, models=[federated, silent]
+    )
+    research._say_matrix(found, Path("comparison.png"))
+    lines = [line.split() for line in screen().splitlines()]
+    assert lines[2][: len(study.all_sites) + 1] == [
+        "federated", *("-" if cell is None else f"{cell.auroc:.3f}" for cell in tested.sites.values())
+    ]  # fmt: skip
+    assert lines[3] == ["north", "alone", *["-"] * (len(study.all_sites) + 1)]
 
 
 def put(path: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a report says of use and of groups: fixed thresholds, calibration, subgroups, grades, and documents that lie about them."""
+"""What a report says of use and of groups: fixed thresholds, calibration, subgroups, grades, and documents that lie."""
 
 from pathlib import Path
 from typing import Any
