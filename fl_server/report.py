@@ -18,14 +18,17 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure as Picture
 
-from fl_server import figures
+from fl_server import figures, matrix
+from fl_server.matrix import Comparison
 from fl_server.measures import measure, testing_of
 from fl_server.results import Evaluation, Results, Round, check
 from models.sections import RELEASE_MIN
 
 
-def write(results: dict[str, Any], folder: Path) -> Path:
+def write(results: dict[str, Any], folder: Path, compared: Comparison | None = None) -> Path:
     """Write the report of one run into `folder` (made if absent) and return the path of report.html, written last.
+
+    `compared`: other models of the same study, shown beside it; their figures stand in comparison.json, not in metrics.json.
 
     Raises MessageMalformed, before anything is written, if `results` is not a results document or contradicts itself.
     """
@@ -33,7 +36,9 @@ def write(results: dict[str, Any], folder: Path) -> Path:
     metrics = measure(evaluation)
     drawn = _draw(evaluation, metrics)
     images = {name: figures.png(figure) for name, figure in drawn.items()}
-    page = _render(evaluation, metrics, images)
+    if compared is not None:
+        images["comparison"] = matrix.draw(compared)
+    page = _render(evaluation, metrics, images, compared)
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         _replace(folder / f"{name}.png", images[name])
@@ -158,7 +163,9 @@ def _state(entry: Round, site: str) -> int:
     return 0 if site in entry.contributors else 1 if site in entry.missing else 2
 
 
-def _render(evaluation: Evaluation, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
+def _render(
+    evaluation: Evaluation, metrics: dict[str, Any], images: dict[str, bytes], compared: Comparison | None
+) -> str:
     """The page. Every value is escaped by jinja2; a name that the template does not get is an error, not a blank."""
     here = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     shelf = jinja2.Environment(
@@ -176,6 +183,8 @@ def _render(evaluation: Evaluation, metrics: dict[str, Any], images: dict[str, b
         work={site: _work(site, results.rounds) for site in study.all_sites},
         gaps=_gaps(results),
         together=_together(evaluation),
+        compared=compared,
+        compared_rows={target: list(matrix.lines(compared, target)) for target in compared.targets} if compared else {},
         testing=_testing(evaluation),
         retried=_ranges(_retried(results.rounds)),
         clipped=_ranges([entry.round for entry in results.rounds if entry.clipped]),

@@ -407,7 +407,7 @@ def simulate(  # noqa: PLR0913, PLR0917  each parameter is one option
     study = _read_study(file)
     homes = dict(_pair(text) for text in site or [])
     if compare:
-        from fl_server import comparison, matrix
+        from fl_server import comparison, matrix, report
 
         comparison.check(study)
     out.mkdir(parents=True, exist_ok=True)
@@ -423,6 +423,7 @@ def simulate(  # noqa: PLR0913, PLR0917  each parameter is one option
     if compare:
         found = comparison.compare(study, outcome, progress)
         matrix.write(found, out)
+        report.write(outcome.results, out, found)
     say_report(outcome.page, as_json)
     if found is not None and not as_json:
         _say_matrix(found, out / "comparison.png")

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import average_precision_score, brier_score_loss, cohen_kappa_score, roc_auc_score
 from test_server_report import SITES, Raw, histogram, metrics_in, put, raw_scores, results_of, study_of, words_of
 
-from fl_server import report
+from fl_server import matrix, report
 from privacy.errors import MessageMalformed
 
 
@@ -93,6 +93,23 @@ def test_grades_are_told_with_kappa_over_the_whole_scale(raw: Raw, tmp_path: Pat
     assert found["mae"] == pytest.approx(np.abs(truth - called).mean())
     assert found["interval"][0] < found["kappa"] < found["interval"][1]
     assert f"Quadratic-weighted kappa {found['kappa']:.3f}" in said
+
+
+def test_other_models_of_the_study_stand_beside_it_in_the_order_of_the_comparison(raw: Raw, tmp_path: Path) -> None:
+    here = {site: matrix.Cell(auroc=0.5 + n / 8, low=0.4, high=0.95) for n, site in enumerate(SITES[:3])}
+    tested = matrix.Tested(sites={**here, "west": None}, pooled=None)
+    models = [
+        matrix.Model(kind="federated", site=None, note="", results={"opacity": tested}),
+        matrix.Model(kind="centralised", site=None, note="<b>all</b>", results={"opacity": tested}),
+    ]
+    study = study_of()
+    found = matrix.Comparison(
+        study=study.name, digest=study.digest, targets=["opacity"], sites=list(SITES), models=models
+    )
+    page = report.write(results_of(study, raw), tmp_path, found).read_text()
+    said = words_of(page)
+    assert "federated 0.500 0.625 0.750 - - centralised 0.500" in said
+    assert "<b>all" not in page and page.count("data:image/png;base64,") == 9
 
 
 DIVIDED_LIES: dict[str, tuple[Any, str]] = {
