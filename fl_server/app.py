@@ -19,7 +19,7 @@ from fl_server.sums import Nodes, Task, Total
 from models import questions
 from models.contributions import read_figures
 from models.questions import Counting
-from privacy.errors import CertificateRevoked, IsocenterError, MessageMalformed
+from privacy.errors import CertificateRevoked, IsocenterError, MessageMalformed, RunStopped
 from privacy.wire import COHORT, EvaluateOrder, TrainOrder
 
 app = ServerApp()
@@ -41,6 +41,7 @@ def main(grid: Grid, context: Context) -> None:
         if run.model is None:
             run.model = first_model(home, run)
         for number in run.remaining():
+            run.heed()
             began = time.monotonic()
             total = desk.train(run.model, number)
             desk.score(total)
@@ -49,6 +50,8 @@ def main(grid: Grid, context: Context) -> None:
         desk.score(desk.evaluate(run.model, len(run.history), "validation"))
         run.save()
         run.finish(desk.test(run.best if run.best is not None else run.model))
+    except RunStopped:
+        run.stop()
     except IsocenterError as error:
         # The researcher reads this sentence; where the coordinator keeps its files is nobody else's business.
         run.fail(error.code, str(error).replace(str(home.root), "HOME"))
