@@ -19,7 +19,7 @@ from fl_server.sums import Nodes, Task, Total
 from models import questions
 from models.contributions import read_figures
 from models.questions import Counting
-from privacy.errors import CertificateRevoked, DiskUnusable, DocumentError, IsocenterError, MessageMalformed
+from privacy.errors import CertificateRevoked, DiskUnusable, DocumentError, IsocenterError, MessageMalformed, RunStopped
 from privacy.wire import COHORT, EvaluateOrder, TrainOrder
 
 app = ServerApp()
@@ -44,6 +44,8 @@ def main(grid: Grid, context: Context) -> None:
         carry_on(home, run, grid)
     except DiskUnusable:
         raise
+    except RunStopped:
+        run.stop()
     except IsocenterError as error:
         # The researcher reads this sentence; where the coordinator keeps its files is nobody else's business.
         run.fail(error.code, str(error).replace(str(home.root), "HOME"))
@@ -64,6 +66,7 @@ def carry_on(home: Home, run: Run, grid: Grid) -> None:
     if run.model is None:
         run.model = first_model(home, run)
     for number in run.remaining():
+        run.heed()
         began = time.monotonic()
         total = desk.train(strategies.sent(run.study, run.model, run.state), number)
         desk.score(total)

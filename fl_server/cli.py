@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fl_server import weights_cli
+from fl_server import runs_cli, weights_cli
 from fl_server.roster import Home, Party, ServerFile
 from models.study import parse
 from privacy import console, heads, journal_cli, keys
@@ -212,19 +212,7 @@ def accept(
         raise typer.Exit(1)
 
 
-@app.command()
-def runs(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
-    """List the training runs and their state."""
-    from fl_server.consortium import run_records
-
-    found = run_records(Home.open(home))
-    if as_json:
-        typer.echo(json.dumps({"runs": [vars(run) for run in found]}, indent=2))
-        return
-    table = _table("run", "study", "state", "label", "digest")
-    for run in found:
-        table.add_row(run.run_id, run.study, run.state, run.label, run.digest[:12])
-    _show(table, "No runs yet. A researcher starts one with `fl-study run`.")
+runs_cli.add_to(app)
 
 
 @app.command()

@@ -24,6 +24,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from fl_server import authority, weights
 from fl_server.roster import Home, Offered, Party
+from fl_server.run import ENDED
 from models.study import Study
 from privacy import consortium_pb2 as pb
 from privacy import consortium_pb2_grpc, heads, keys
@@ -67,7 +68,6 @@ CHUNK_BYTES = 256 * 1024
 POLL_SECONDS = 0.2  # how often a watched file is looked at
 GRACE_SECONDS = 2.0  # a run notes its end in run.json before it writes its last event
 RECORD_BYTES_MAX = 4 * 1024 * 1024
-ENDED = ("complete", "partial", "failed", "stopped")
 RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 
 CALLERS: dict[str, tuple[PartyRole, ...]] = {
@@ -341,7 +341,7 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
         if not self._watchers.acquire(blocking=False):
             raise RunError("too many runs are being watched", remedy="Try again in a minute.")
         try:
-            for number, text in _follow(folder, context.is_active):
+            for number, text in follow(folder, context.is_active):
                 if number >= request.first:
                     yield pb.Event(number=number, text=text)
         finally:
@@ -440,7 +440,7 @@ def _record(folder: Path) -> RunRecord:
     return RunRecord(folder.name, digest, study, state, label)
 
 
-def _follow(folder: Path, active: Callable[[], bool]) -> Iterator[tuple[int, str]]:
+def follow(folder: Path, active: Callable[[], bool]) -> Iterator[tuple[int, str]]:
     """(number, line) of events.jsonl as whole lines appear, until an ending event, or the run ended without one."""
     path, number, rest, idle_after_end_s = folder / "events.jsonl", 0, b"", 0.0
     while active() and not path.exists() and _record(folder).state not in ENDED:
@@ -468,7 +468,7 @@ def _ends(line: bytes) -> bool:
         event = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(event, dict) and event.get("event") in ("finished", "failed")
+    return isinstance(event, dict) and event.get("event") in ("finished", "failed", "stopped")
 
 
 def _chunks(path: Path) -> Iterator[pb.Chunk]:

@@ -1,7 +1,8 @@
 """The process that carries out runs: it takes Flower's ServerApp task itself and runs `fl_server.app` of this installation.
 
 `python -m fl_server.executor HOME PORT`, started by `fl_server.link`, with the SuperExec secret on standard input. A run left
-in state running by a process that died is simply carried on: a new Flower run, the next round that is not committed.
+in state running by a process that died is simply carried on: a new Flower run, the next round that is not committed. Runs wait
+for each other: a node answers one order at a time, so two at once would only make each other's rounds longer.
 """
 
 import logging
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 from flwr.cli.build import build_fab_from_files
@@ -28,13 +30,14 @@ from fl_server.app import app
 from fl_server.link import LOOPBACK, control
 from fl_server.mailbox import Mailbox
 from fl_server.roster import Home
-from fl_server.run import list_runs
+from fl_server.run import heed_stop, holding, list_runs, mark_stopped, read_facts, stop_asked
 from privacy.deidentify import guarded
 from privacy.errors import IsocenterError, RunError
 
 LOOK_S = 0.2  # between two looks for queued runs: one stat of a folder
 log = logging.getLogger("isocenter.executor")
 LOOK_MOST_S = 30.0  # after something went wrong
+WAITING = ("queued", "running")
 BUNDLE = """
 [project]
 name = "isocenter-study"
@@ -54,16 +57,26 @@ def execute(root: Path, port: int, secret: bytes) -> None:
     runs = Home.open(root).runs
     pause = LOOK_S
     while True:
-        waiting = [str(facts["run_id"]) for facts in list_runs(runs) if facts["state"] in ("queued", "running")]
+        waiting = [str(facts["run_id"]) for facts in list_runs(runs) if facts["state"] in WAITING]
         went = [attempt(root, run_id, port, secret) for run_id in waiting]
         pause = LOOK_S if all(went) else min(pause * 2, LOOK_MOST_S)
         time.sleep(pause)
 
 
 def attempt(root: Path, run_id: str, port: int, secret: bytes) -> bool:
-    """`carry_out`; whether it came to its end. Whatever went wrong is in the log, and the other runs have their turn."""
+    """`carry_out`; whether it came to its end. Whatever went wrong is in the log, and the other runs have their turn.
+
+    Not a run that was stopped while it waited, nor one that another process holds.
+    """
+    folder = root / "runs" / run_id
     try:
-        carry_out(root, run_id, port, secret)
+        with holding(folder) as held:
+            if not held or read_facts(folder)["state"] not in WAITING:
+                return held
+            if stop_asked(folder):
+                mark_stopped(folder)
+            else:
+                carry_out(root, run_id, port, secret)
     except IsocenterError as error:
         log.error("run %s: %s %s", run_id, error, error.remedy)
     except Exception:
@@ -77,7 +90,7 @@ def carry_out(root: Path, run_id: str, port: int, secret: bytes) -> None:
     """One run from where it stands to its end, as one Flower run."""
     flower_run = _start_flower_run(root / "runs" / run_id, port)
     token = _acquire(flower_run, port, secret)
-    grid = Mailbox(f"{LOOPBACK}:{port}", token)
+    grid = Mailbox(f"{LOOPBACK}:{port}", token, partial(heed_stop, root / "runs" / run_id))
     client = grid._runtime_client  # the grid's own connection: Flower has no public door to its task calls
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()

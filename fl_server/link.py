@@ -39,7 +39,7 @@ from fl_server.roster import Home
 from fl_server.run import Run, list_runs
 from models.study import Study
 from privacy import keys
-from privacy.errors import IsocenterError, RunError
+from privacy.errors import IsocenterError, RunError, RunStopped
 from privacy.syslog import Forwarder
 
 LOOPBACK = "127.0.0.1"
@@ -170,6 +170,8 @@ def hooks(home: Home, port: int) -> consortium.Hooks:
                     f"run {facts['run_id']} of this study is {facts['label']}",
                     remedy="Watch it with `fl-study run --watch`.",
                 )
+            if facts["digest"] == digest and facts["state"] == "stopped":
+                raise RunStopped(f"run {facts['run_id']} of this study was stopped by the coordinator")
             if facts["digest"] == digest and facts["state"] == "failed":
                 run = Run.open(home.runs / facts["run_id"])
                 run.facts["sites"] = home.roster.approvals(digest)

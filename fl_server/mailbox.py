@@ -5,7 +5,7 @@ two hours and at first a whole second, and for nothing else; a node that dies in
 round for everyone. Here each look takes what is there, and what is not yet is looked for again at the next.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -38,14 +38,25 @@ class Arriving:
 
 
 class Mailbox(HttpGrid):
-    """HttpGrid whose `pull_messages` returns the replies that are complete, and never waits for one that is not."""
+    """HttpGrid whose `pull_messages` returns the replies that are complete, and never waits for one that is not.
 
-    def __init__(self, address: str, token: str) -> None:
+    `heed` is called with False at each look at who is online, which a run takes before every stage and while it waits for its
+    quorum, and with True at each look for replies. What it raises ends the run there.
+    """
+
+    def __init__(self, address: str, token: str, heed: Callable[[bool], None] = lambda within_stage: None) -> None:
         super().__init__(address, insecure=True, token=token)  # loopback: the SuperLink listens nowhere else
+        self.heed = heed
         self.arriving: dict[str, Arriving] = {}
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of the nodes that are online."""
+        self.heed(False)
+        return super().get_node_ids()
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Complete replies to the orders of these ids; a Flower error in place of one whose objects will not come any more."""
+        self.heed(True)
         asked = list(message_ids)
         # Replies to orders that nobody waits for any more are late: forgotten, with whatever they had sent.
         self.arriving = {name: reply for name, reply in self.arriving.items() if reply.reply_to in asked}

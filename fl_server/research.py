@@ -20,7 +20,7 @@ from models.study import Study, read
 from privacy import calls
 from privacy.console import run as run_command
 from privacy.console import show_version
-from privacy.errors import DocumentError, RunError, RunUnknown, StudyConflict
+from privacy.errors import DocumentError, RunError, RunStopped, RunUnknown, StudyConflict
 
 if TYPE_CHECKING:
     from fl_server.matrix import Comparison
@@ -629,6 +629,9 @@ class _Teller:
         style = "green" if event["label"] == "complete" else "yellow"
         auroc = f", test AUROC {event['auroc']:.3f}" if event["auroc"] is not None else ""
         console.print(f"Run finished: {event['label']}{auroc}", style=style, highlight=False, markup=False)
+
+    def _stopped(self, event: dict[str, Any]) -> None:
+        raise RunStopped(f"the run was stopped by the coordinator after round {event['round']}")
 
     def _failed(self, event: dict[str, Any]) -> None:
         raise RunError(

@@ -6,13 +6,17 @@
       checkpoint-N.safetensors  model, best model, strategy state, history of all committed rounds; the last two rounds N are kept
                               (`fl_server.checkpoint`); one atomic rename a round
       events.jsonl            what happened, a line each; for progress bars, never read back for state
+      stop.json               somebody asked the run to stop; heeded before the next stage, or at once
+      lock                    held by whoever carries the run out
       results.json, model.safetensors, card.json   written by `finish`; of a study that counts, results.json by `conclude`
 
 The attempt counts launches and sums that had to be tried again. It is part of every order and of every mask, so nothing of a
 later attempt repeats anything of an earlier one.
 """
 
+import contextlib
 import datetime
+import fcntl
 import json
 import logging
 import os
@@ -32,11 +36,13 @@ from models.metrics import ScoreHistogram
 from models.questions import Answer
 from models.study import Study
 from privacy import disk, keys
-from privacy.errors import DocumentError, MessageMalformed, RunError, RunUnknown
+from privacy.errors import DocumentError, MessageMalformed, RunError, RunStopped, RunUnknown
 
-State = Literal["queued", "running", "complete", "partial", "failed"]
+State = Literal["queued", "running", "complete", "partial", "failed", "stopped"]
+ENDED = ("complete", "partial", "failed", "stopped")
 Float32 = npt.NDArray[np.float32]
 VERSION = 1  # of run.json
+STOP = "stop.json"
 log = logging.getLogger("isocenter.run")
 
 
@@ -296,11 +302,20 @@ class Run:
         self._save_facts()
         self.event("failed", code=code, message=sentence)
 
+    def heed(self) -> None:
+        """Raise RunStopped if somebody asked this run to stop. Asked between two rounds; see `heed_stop` for the stages."""
+        heed_stop(self.folder, within_stage=False)
+
+    def stop(self) -> None:
+        """End a run that was asked to stop: state stopped, until it is launched again."""
+        self.facts = mark_stopped(self.folder)
+
     def requeue(self) -> None:
-        """A failed run, launched again: it goes on at the first round that is not committed. Its events start anew."""
+        """A failed or stopped run, launched again: it goes on at the first round that is not committed. Its events start anew."""
         events = self.folder / "events.jsonl"
         if events.exists():
             events.rename(self.folder / f"events-{self.attempt}.jsonl")
+        (self.folder / STOP).unlink(missing_ok=True)
         self.facts |= {"state": "queued", "label": "queued"}
         self._save_facts()
 
@@ -341,6 +356,53 @@ def give_up(folder: Path, code: str) -> None:
     facts = read_facts(folder)
     facts |= {"state": "failed", "label": f"failed after round {facts['round']}: {code}"}
     keys.write_private(folder / "run.json", json.dumps(facts, indent=1).encode())
+
+
+def ask_to_stop(folder: Path, *, at_once: bool) -> None:
+    """Ask the run to stop before its next stage or, `at_once`, in the middle of one; durable when this returns."""
+    keys.write_private(folder / STOP, json.dumps({"version": 1, "at": now(), "now": at_once}).encode())
+
+
+def stop_asked(folder: Path) -> Literal["", "after-stage", "now"]:
+    """Whether the run was asked to stop, and how soon. A damaged request counts as one: asking again for a run is easy."""
+    try:
+        asked = json.loads((folder / STOP).read_bytes())
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError):
+        return "after-stage"
+    return "now" if isinstance(asked, dict) and asked.get("now") is True else "after-stage"
+
+
+def heed_stop(folder: Path, within_stage: bool) -> None:
+    """Raise RunStopped if the run was asked to stop; within a stage only if that was asked for."""
+    asked = stop_asked(folder)
+    if asked == "now" or (asked and not within_stage):
+        raise RunStopped(f"run {folder.name} was stopped by the coordinator")
+
+
+def mark_stopped(folder: Path) -> dict[str, Any]:
+    """Note that the run has stopped; the new facts. Works on a run whose checkpoint cannot be opened as well."""
+    facts = read_facts(folder)
+    facts |= {"state": "stopped", "label": f"stopped after round {facts.get('round', 0)}"}
+    keys.write_private(folder / "run.json", json.dumps(facts, indent=1).encode())
+    line = json.dumps({"at": now(), "event": "stopped", "round": facts.get("round", 0)}) + "\n"
+    with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line)
+    (folder / STOP).unlink(missing_ok=True)
+    return facts
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[bool]:
+    """Whether nobody else holds the run; then it is this process's alone while this is entered, however others end."""
+    with (folder / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def _auroc(sheet: dict[str, Any]) -> float | None:

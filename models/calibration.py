@@ -106,12 +106,13 @@ def _slope(negative: Float64, positive: Float64, middle: Float64) -> tuple[float
         information = design.T @ (design * (weight * p * (1 - p))[:, None])
         if np.linalg.cond(information) > 1e12:
             return None
-        step = np.linalg.solve(information, design.T @ (hits - weight * p))
+        uphill = design.T @ (hits - weight * p)
+        step = np.linalg.solve(information, uphill)
         if np.abs(step).max() < 1e-10 * (1 + np.abs(beta).max()):
             value, error = float(beta[1]) / spread, math.sqrt(np.linalg.inv(information)[1, 1]) / spread
             return value, value - Z_95 * error, value + Z_95 * error
-        # A full step may lead far away from the top; the likelihood is concave, so a short enough one leads up.
-        while np.abs(step).max() > 1e-12 and likelihood(beta + step) < likelihood(beta) - 1e-9:
+        # A full step may lead far beyond the top; it is halved until it gains a quarter of what the ascent at its foot promises.
+        while np.abs(step).max() > 1e-12 and likelihood(beta + step) < likelihood(beta) + uphill @ step / 4 - 1e-9:
             step = step / 2
         beta = beta + step
     return None

@@ -31,6 +31,7 @@
     ├── RunError
     │   ├── TooFewApprovals       fewer sites approved than the study's quorum
     │   ├── QuorumLost            a round ended with fewer reports than the quorum
+    │   ├── RunStopped            the coordinator stopped the run; what was committed stays
     │   └── RunUnknown            no such run or study here
     ├── ProtectionError           how updates are protected on their way into the sum
     │   ├── StepRefused           a step of secure aggregation out of turn, twice, or against its rules
@@ -239,6 +240,11 @@ class TooFewApprovals(RunError):
 class QuorumLost(RunError):
     code = "quorum-lost"
     remedy = "Find out why the sites named above did not report, then launch the run again; it goes on at this round."
+
+
+class RunStopped(RunError):
+    code = "run-stopped"
+    remedy = "Ask the coordinator why; `fl-server resume RUN` carries it on where it stopped."
 
 
 class RunUnknown(RunError):

@@ -78,6 +78,7 @@ TORCH_FREE = {
     "fl_server/release_cli.py",
     "fl_server/report.py",
     "fl_server/results.py",
+    "fl_server/progress.py",
     "fl_server/research.py",
     "fl_server/roster.py",
     "fl_server/rounds.py",
@@ -132,6 +133,7 @@ SPEAKS_TO_PEOPLE = {
     "fl_server/counting.py",
     "fl_server/research.py",
     "fl_server/release_cli.py",
+    "fl_server/runs_cli.py",
     "privacy/console.py",
 }
 

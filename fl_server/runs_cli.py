@@ -1,0 +1,279 @@
+"""`fl-server runs`, `show`, `watch`, `stop` and `resume`: the coordinator's commands about training runs."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fl_server.progress import STAGES, Onlooker, Progress, duration, find, printable, queue, remedy_of
+from fl_server.roster import Home
+from fl_server.run import Run, ask_to_stop, holding, list_runs, mark_stopped, read_facts, stop_asked
+from models.study import Study
+from privacy.errors import MessageMalformed, RunError, TooFewApprovals
+
+EXIT_CODES = {"complete": 0, "failed": 1, "partial": 3, "stopped": 4}
+"""Of `watch`. 2 is the exit code of a command line that is not understood."""
+LOOK_S = 0.5
+
+HomeOption = Annotated[
+    Path,
+    typer.Option(
+        "--home", "-H", help="Folder of the consortium, made by `fl-server init`. Default: the current folder."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Id of a run; its beginning is enough. See `fl-server runs`.")
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command in (runs, show, watch, stop, resume):
+        app.command()(command)
+
+
+def runs(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
+    """List the training runs and their state. Runs are carried out one after the other, oldest first."""
+    from fl_server.consortium import run_records
+
+    opened = Home.open(home)
+    found, facts = run_records(opened), {str(each["run_id"]): each for each in list_runs(opened.runs)}
+    waiting = queue(list(facts.values()))
+    if as_json:
+        more = ("researcher", "created", "started", "finished", "round", "rounds", "attempt", "sites")
+        rows = [vars(run) | {key: facts.get(run.run_id, {}).get(key) for key in more} for run in found]
+        for row in rows:
+            row["stopping"] = stop_asked(opened.runs / row["run_id"]) or None
+            row["before_it"] = waiting.index(row["run_id"]) if row["run_id"] in waiting else None
+        typer.echo(json.dumps({"runs": rows}, indent=2))
+        return
+    table = _table("run", "study", "state", "round", "label", "digest")
+    for run in found:
+        each = facts.get(run.run_id, {})
+        rounds = f"{each.get('round', '?')} of {each.get('rounds', '?')}"
+        label = _label(opened.runs / run.run_id, run.label, waiting)
+        table.add_row(run.run_id, printable(run.study), printable(run.state, 20), rounds, label, run.digest[:12])
+    if table.row_count:
+        _screen().print(table)
+    else:
+        typer.echo("No runs yet. A researcher starts one with `fl-study run`.")
+
+
+def show(run: RunArgument, home: HomeOption = Path(), as_json: JsonOption = False) -> None:
+    """Show one run: its rounds, who is at which stage, who is missing and what helps, losses, and how long it will take."""
+    opened = Home.open(home)
+    folder = find(opened.runs, run)
+    progress, ahead = Onlooker(folder).look(), _ahead(opened, folder.name)
+    if as_json:
+        typer.echo(json.dumps(progress.to_json() | {"before_it": ahead}, indent=2))
+        return
+    for name, text in _head(progress, ahead):
+        _screen().print(f"{name:<10} {text}", soft_wrap=True)
+    _screen().print()
+    _screen().print(_sites_table(progress))
+    for reason in sorted({part.reason for part in progress.sites.values() if part.reason}):
+        _screen().print(f"{reason}: {remedy_of(reason)}", soft_wrap=True)
+    if progress.rounds:
+        _screen().print()
+        _screen().print(_rounds_table(progress))
+    for note in progress.notes:
+        _screen().print(f"{note.at[:16].replace('T', ' ')} {note.sentence}", soft_wrap=True)
+
+
+def watch(
+    run: RunArgument,
+    home: HomeOption = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as one line of JSON.")] = False,
+) -> None:
+    """Watch a run until it ends. Exit code: 0 complete, 1 failed, 3 partial, 4 stopped."""
+    from fl_server import consortium, research
+
+    opened = Home.open(home)
+    folder = find(opened.runs, run)
+    if not as_json and (ahead := _ahead(opened, folder.name)):
+        _screen().print(f"queued; {_runs(ahead)} before it")
+    lines = (text for _, text in consortium.follow(folder, lambda: True))
+    try:
+        if as_json:
+            for line in lines:
+                typer.echo(line)
+        else:
+            research.follow(_known(lines))
+    except RunError as error:
+        if not as_json:
+            _screen().print(str(error), soft_wrap=True)
+    except KeyboardInterrupt:
+        typer.echo("The run goes on; nobody watches it now.", err=True)
+        raise typer.Exit(130) from None
+    raise typer.Exit(EXIT_CODES.get(_ended_as(folder), 1))
+
+
+def stop(
+    run: RunArgument,
+    home: HomeOption = Path(),
+    at_once: Annotated[
+        bool, typer.Option("--now", help="Give up the stage that is under way; what the sites spent on it stays spent.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Stop a run cleanly after the stage that is under way. Committed rounds stay; `fl-server resume` carries it on."""
+    opened = Home.open(home)
+    folder = find(opened.runs, run)
+    state = str(read_facts(folder).get("state"))
+    if state not in ("queued", "running"):
+        raise RunError(f"run {folder.name} is {state} already", remedy="Nothing to do.")
+    ask_to_stop(folder, at_once=at_once)  # first: whoever takes the run from here on heeds it
+    opened.journal.append("stop-asked", run=folder.name)
+    with holding(folder) as free:
+        # Nobody carries it out: it waits in the queue, or the coordinator is down.
+        if free and read_facts(folder).get("state") in ("queued", "running"):
+            mark_stopped(folder)
+            opened.journal.append("run-ended", run=folder.name, state="stopped")
+    progress = Onlooker(folder).look()
+    if as_json:
+        typer.echo(json.dumps({"run_id": folder.name, "state": progress.state, "stopping": progress.stopping or None}))
+        return
+    typer.echo(f"{folder.name}: {progress.label}")
+    if progress.stopping:
+        typer.echo(f"Wait for it: fl-server watch {folder.name}")
+
+
+def resume(run: RunArgument, home: HomeOption = Path(), as_json: JsonOption = False) -> None:
+    """Queue a stopped or failed run again; it goes on at the first round that is not committed."""
+    opened = Home.open(home)
+    folder = find(opened.runs, run)
+    with holding(folder) as free:
+        state = str(read_facts(folder).get("state"))
+        if not free or state not in ("stopped", "failed"):
+            raise RunError(
+                f"run {folder.name} is {state}{' and is being carried out' if not free else ''}",
+                remedy="Only a stopped or failed run is resumed; `fl-server show RUN` says where it stands.",
+            )
+        stopped = Run.open(folder)
+        approved = opened.roster.approvals(stopped.study.digest)
+        _require_quorum(stopped.study, approved)
+        stopped.facts["sites"] = approved
+        stopped.requeue()
+        opened.journal.append("run-resumed", run=folder.name, sites=approved)
+    ahead = _ahead(opened, folder.name)
+    if as_json:
+        typer.echo(json.dumps({"run_id": folder.name, "state": "queued", "before_it": ahead}))
+    else:
+        typer.echo(f"{folder.name}: queued{f'; {_runs(ahead)} before it' if ahead else ''}")
+
+
+def _require_quorum(study: Study, approved: list[str]) -> None:
+    here = [site for site in study.participation.sites if site in approved]
+    if len(here) < study.participation.quorum:
+        raise TooFewApprovals(
+            f"{len(here)} training sites approve {study.name} now; its quorum is {study.participation.quorum}"
+        )
+
+
+def _known(lines: Iterator[str]) -> Iterator[str]:
+    """The lines that are events: one that was torn by a crash must not end the watching."""
+    for line in lines:
+        try:
+            if isinstance(json.loads(line), dict):
+                yield line
+        except ValueError:
+            continue
+
+
+def _ended_as(folder: Path) -> str:
+    """The state of a run whose last event was seen; run.json may be a moment behind it."""
+    for _ in range(10):
+        try:
+            state = str(read_facts(folder).get("state"))
+        except MessageMalformed:
+            return "unreadable"
+        if state in EXIT_CODES:
+            return state
+        time.sleep(LOOK_S)
+    return "running"
+
+
+def _ahead(home: Home, run_id: str) -> int | None:
+    """How many runs have their turn before this one; None if it does not wait."""
+    waiting = queue(list_runs(home.runs))
+    return waiting.index(run_id) if run_id in waiting else None
+
+
+def _runs(count: int | None) -> str:
+    return f"{count} run{'' if count == 1 else 's'}"
+
+
+def _label(folder: Path, label: str, waiting: list[str]) -> str:
+    if asked := stop_asked(folder):
+        return "stopping" if asked == "now" else "stopping after the present stage"
+    if label == "queued" and folder.name in waiting:
+        ahead = waiting.index(folder.name)
+        return f"queued, {_runs(ahead)} before it" if ahead else "queued, next"
+    return printable(label)
+
+
+def _head(progress: Progress, ahead: int | None) -> Iterator[tuple[str, str]]:
+    facts = progress.facts
+    yield "Run", printable(facts.get("run_id", ""))
+    yield "Study", printable(f"{facts.get('study')} ({str(facts.get('digest'))[:12]}), by {facts.get('researcher')}")
+    more = f"; {_runs(ahead)} before it" if ahead and progress.state == "queued" else ""
+    yield "State", f"{progress.label}{more}"
+    if progress.state == "running":
+        yield "Now", progress.sentence()
+    if progress.failure[0]:
+        yield "Failure", f"{progress.failure[1]} ({progress.failure[0]})"
+    attempt = facts.get("attempt", 0)
+    yield "Rounds", f"{progress.done} of {progress.planned} committed; attempt {attempt}, launch {progress.launches}"
+    began = printable(facts.get("started", "not yet"), 19).replace("T", " ")
+    remaining, median = progress.remaining_s(), progress.median_seconds
+    told = [f"started {began}"]
+    told += [f"median round {duration(median)}"] if median is not None else []
+    told += [f"about {duration(remaining)} left until the test"] if remaining is not None else []
+    yield "Time", "; ".join(told)
+    if progress.test_auroc is not None:
+        yield "Test", f"AUROC {progress.test_auroc:.3f}"
+
+
+def _sites_table(progress: Progress) -> Table:
+    table = _table("site", "now", "rounds", "seconds", "was missing")
+    for name, part in sorted(progress.sites.items()):
+        stage = STAGES.get(part.stage, part.stage)
+        now = {"working": stage, "done": f"done: {stage}", "missing": f"missing: {part.reason}"}.get(part.doing, "-")
+        was = ", ".join(f"{reason} ({count}x)" for reason, count in sorted(part.refusals.items()))
+        table.add_row(
+            name, now, f"{part.rounds} of {progress.done}", f"{part.seconds:.1f}" if part.seconds else "", was
+        )
+    return table
+
+
+def _rounds_table(progress: Progress) -> Table:
+    table = _table("round", "seconds", "training loss", "validation loss", "AUROC", "contributors", "missing")
+    for each in progress.rounds:
+        odd = ", ".join(f"{name}: {why}" for name, why in each.missing.items())
+        table.add_row(
+            str(each.round), f"{each.seconds:.1f}", _figure(each.train_loss), _figure(each.loss), _figure(each.auroc),
+            ", ".join(each.contributors), odd,
+        )  # fmt: skip
+    return table
+
+
+def _screen() -> Console:
+    """The terminal of this moment, on which names and sentences are no markup."""
+    return Console(markup=False, highlight=False)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
