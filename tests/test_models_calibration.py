@@ -14,7 +14,7 @@ from sklearn.metrics import brier_score_loss
 from models.calibration import GROUPS, Calibration, calibration
 from models.metrics import ScoreHistogram, bin_of, score_of
 
-UNHURRIED = settings(max_examples=80, deadline=None)
+UNHURRIED = settings(max_examples=50, deadline=None)
 
 Float = NDArray[np.float64]
 SPREADS = [0.01, 0.1, 1.0, 3.0, 6.0, 30.0]

@@ -14,7 +14,7 @@ from sklearn.metrics import confusion_matrix
 from models.metrics import ScoreHistogram, bin_of, score_of
 from models.operating import DECISION_THRESHOLDS, RULES, WORDS, Confusion, Rate, Rule, net_benefit, thresholds
 
-UNHURRIED = settings(max_examples=120, deadline=None)
+UNHURRIED = settings(max_examples=80, deadline=None)
 
 BINS = 12
 Int = NDArray[np.int64]

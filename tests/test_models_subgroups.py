@@ -19,7 +19,7 @@ from models.study import Study
 from models.subgroups import Group, Groups, Scored, groups, size, suppressed
 from privacy.errors import MessageMalformed
 
-UNHURRIED = settings(max_examples=100, deadline=None)
+UNHURRIED = settings(max_examples=50, deadline=None)
 
 BINS = 10
 LEAST = 10
