@@ -15,7 +15,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
 from fl_server import consortium
+from fl_server.door import listen
 from fl_server.doorbell import Doorbell
 from fl_server.gateway import Gateway, Limits, Refusals, Standing, gateway_context
 from fl_server.roster import Home
@@ -61,9 +61,9 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
         logging.WARNING
     )  # a line per node and message is for -v, not for a service's log
     settings, secret = home.settings, secrets.token_bytes(32)
-    inner = _listen(LOOPBACK, 0)
+    inner = listen(LOOPBACK, 0)
     port = inner.getsockname()[1]
-    outer = _listen(settings.listen, settings.gateway_port)
+    outer = listen(settings.listen, settings.gateway_port)
     superlink = Doorbell(superlink_app(home.root / "superlink" / "superlink.sqlite", port, secret))
     server = _Server(uvicorn.Config(superlink, log_config=None, access_log=False))
     gateway = Gateway(superlink, keys.load_certificate(home.ca_pem), roster_of(home), home.journal.append, limits)
@@ -251,22 +251,3 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Any:
         yield
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a port in use is our error with a remedy and not a line in a log."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named, asyncio switches Nagle's algorithm off. Without, each answer in two pieces takes 40 ms more.
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise IsocenterError(
-            f"cannot listen on {host}:{port}: {error.strerror}",
-            remedy="Stop what uses the port, or change the port in server.yaml.",
-        ) from None
-    bound.listen(1024)
-    bound.setblocking(False)
-    return bound
