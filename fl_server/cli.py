@@ -13,6 +13,7 @@ from fl_server.roster import Home, Party, ServerFile
 from models.study import parse
 from privacy import console, heads, journal_cli, keys
 from privacy.deidentify import guarded
+from privacy.errors import RunError
 from privacy.journal_cli import Book
 
 if TYPE_CHECKING:
@@ -223,6 +224,25 @@ def start(home: HomeOption = Path()) -> None:
 
     with guarded(opened.root):
         link.serve(opened)
+
+
+@app.command()
+def notify(home: HomeOption = Path()) -> None:
+    """Send a test notification to every target that server.yaml names; exit code 1 if one did not take it."""
+    from fl_server.notify import trial
+
+    settings, failed = Home.open(home).settings, False
+    if not settings.notify:
+        typer.echo("server.yaml names nobody to notify; see notify in docs/configuration.md.")
+    for target in settings.notify:
+        try:
+            target.deliver(trial(settings.name))
+            typer.echo(f"{target.name}: told")
+        except RunError as error:
+            failed = True
+            typer.echo(f"{target.name}: {error}", err=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()

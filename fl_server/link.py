@@ -17,7 +17,9 @@ import secrets
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,11 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
-from fl_server import consortium
+from fl_server import consortium, notify
 from fl_server.door import listen
 from fl_server.doorbell import Doorbell
 from fl_server.gateway import Gateway, Limits, Refusals, Standing, gateway_context
+from fl_server.overview import ENDING_SHARE
 from fl_server.roster import Home
 from fl_server.run import Run, list_runs
 from models.study import Study
@@ -83,6 +86,9 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
     forwarder = Forwarder(home.journal.path, settings.syslog, home.root / "syslog.json") if settings.syslog else None
     if forwarder:
         forwarder.start()
+    notifier = notify.Notifier(home.root, settings.name, settings.notify, partial(ending_certificates, home))
+    if settings.notify:
+        notifier.start()
     background = [
         outside,
         asyncio.create_task(_keep_executor(home, port, secret)),
@@ -107,6 +113,7 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
         await refusals.write(loop.time(), everything=True)
         if forwarder:
             await asyncio.to_thread(forwarder.stop)
+        await asyncio.to_thread(notifier.stop)
     if not outside.cancelled():
         outside.result()
 
@@ -180,6 +187,18 @@ def hooks(home: Home, port: int) -> consortium.Hooks:
         return Run.create(home.runs, study, researcher, home.roster.approvals(digest)).run_id
 
     return consortium.Hooks(enrolled=enrolled, launch=launch)
+
+
+def ending_certificates(home: Home) -> dict[str, str]:
+    """Name -> end of every certificate in its last sixth: renewals begin in the last third, so they fail."""
+    now, period = time.time(), home.settings.certificate_days * 86_400
+    parties = [party for party in (*home.roster.sites(), *home.roster.researchers()) if not party.revoked]
+    ends = {party.name: party.certificate.not_valid_after_utc for party in parties}
+    return {
+        name: end.strftime("%Y-%m-%dT%H:%M:%SZ")
+        for name, end in ends.items()
+        if end.timestamp() - now < period / ENDING_SHARE
+    }
 
 
 @contextlib.contextmanager
