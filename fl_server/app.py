@@ -41,7 +41,6 @@ def main(grid: Grid, context: Context) -> None:
         if run.model is None:
             run.model = first_model(home, run)
         for number in run.remaining():
-            run.heed()
             began = time.monotonic()
             total = desk.train(run.model, number)
             desk.score(total)
