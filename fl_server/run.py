@@ -302,9 +302,7 @@ class Run:
         self._save_facts()
 
     def event(self, kind: str, **facts: Any) -> None:
-        line = json.dumps({"at": now(), "event": kind} | facts) + "\n"
-        with (self.folder / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line)
+        add_event(self.folder, kind, facts)
 
     def _save_facts(self) -> None:
         keys.write_private(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
@@ -327,6 +325,13 @@ class Run:
         self.state = {name.removeprefix("state."): a for name, a in arrays.items() if name.startswith("state.")}
         self.history = [Round(**entry) for entry in progress["history"]]
         self.initial, self.scale = progress["initial"], progress["scale"]
+
+
+def add_event(folder: Path, kind: str, facts: dict[str, Any]) -> None:
+    """One more line of events.jsonl."""
+    line = json.dumps({"at": now(), "event": kind} | facts) + "\n"
+    with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line)
 
 
 def ask_to_stop(folder: Path, *, at_once: bool) -> None:
@@ -357,9 +362,7 @@ def mark_stopped(folder: Path) -> dict[str, Any]:
     facts = read_facts(folder)
     facts |= {"state": "stopped", "label": f"stopped after round {facts.get('round', 0)}"}
     keys.write_private(folder / "run.json", json.dumps(facts, indent=1).encode())
-    line = json.dumps({"at": now(), "event": "stopped", "round": facts.get("round", 0)}) + "\n"
-    with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line)
+    add_event(folder, "stopped", {"round": facts.get("round", 0)})
     (folder / STOP).unlink(missing_ok=True)
     return facts
 

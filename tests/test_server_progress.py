@@ -104,6 +104,16 @@ def test_an_onlooker_reads_only_what_is_new_and_starts_anew_with_a_new_launch(tm
     assert both[0] == both[1]
 
 
+def test_a_round_that_was_lost_with_its_checkpoint_is_not_counted_twice(tmp_path: Path) -> None:
+    run = played(tmp_path)
+    run.event("checkpoint_damaged", round=2, goes_on_after=1)
+    found = Onlooker(run.folder).look()
+    assert [each.round for each in found.rounds] == [1]
+    assert found.notes[-1].sentence == "the checkpoint of round 2 was damaged; going on after round 1"
+    run.event("flagged", round=2, site="west", why="frozen", norm=0.0)
+    assert Onlooker(run.folder).look().notes[-1].sentence == "round 2: the update of west is frozen"
+
+
 @given(st.binary(max_size=300))
 def test_damaged_events_are_left_out(noise: bytes) -> None:
     found = Progress({"state": "running", "sites": ["north"]})
