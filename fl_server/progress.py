@@ -243,6 +243,8 @@ class Progress:
     def _on_checkpoint_damaged(self, event: Mapping[str, Any]) -> None:
         again = int(event["goes_on_after"])
         self.rounds = [each for each in self.rounds if each.round <= again]
+        for name, part in self.sites.items():
+            part.rounds = sum(name in each.contributors for each in self.rounds)
         self._note(event, f"the checkpoint of round {int(event['round'])} was damaged; going on after round {again}")
 
     def _on_finished(self, event: Mapping[str, Any]) -> None:
