@@ -16,6 +16,8 @@ from typing import NoReturn
 
 from stage import BIN, Stage, StageError
 
+from fl_server import matrix
+
 DEMO = Path("demo")
 HOSPITALS = {"alpine": "aurora", "bayside": "boreal", "central": "cirrus"}
 """Site -> whose devices it has. The vendors differ in polarity, bit depth, spacing, contrast, and in what misleads a model."""
@@ -76,9 +78,10 @@ def live(stage: Stage, *words: str) -> None:
 
 def summary(seconds: float) -> None:
     metrics = json.loads((DEMO / "report" / "metrics.json").read_text())
-    matrix = json.loads((DEMO / "comparison" / "comparison.json").read_text())
-    own = _mean(matrix[name][name] for name in HOSPITALS)
-    away = _mean(matrix[name][other] for name in HOSPITALS for other in HOSPITALS if other != name)
+    compared = matrix.read(json.loads((DEMO / "comparison" / "comparison.json").read_text()))
+    alone = {row.site: dict(zip(compared.sites, row.cells, strict=True)) for row in matrix.rows(compared) if row.site}
+    own = _mean(alone[name][name] for name in HOSPITALS)
+    away = _mean(alone[name][other] for name in HOSPITALS for other in HOSPITALS if other != name)
     federated = ", ".join(f"{name} {_figure(metrics['sites'][name]['auroc'])}" for name in HOSPITALS)
     print(
         f"\nFederated model ({metrics['label']}): test AUROC {metrics['pooled']['auroc']:.3f} pooled over 3 hospitals"
@@ -89,9 +92,9 @@ def summary(seconds: float) -> None:
     )
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def _mean(cells: Iterable[matrix.Cell | None]) -> float | None:
     """Over the hospitals that released theirs."""
-    released = [value for value in values if value is not None]
+    released = [cell.auroc for cell in cells if cell is not None]
     return sum(released) / len(released) if released else None
 
 

@@ -8,7 +8,6 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -16,29 +15,32 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from fl_client.cohort import Cohort
+from fl_client import variates
+from fl_client.cohort import Cohort, Split
 from fl_client.counting import UNTOLD_S, carry_out_count, countable
 from fl_client.ingest import Index
 from fl_client.orders import answer
 from fl_client.protection import Vault
 from fl_client.site import Site
-from models import learning, networks
+from models import learning, networks, subgroups
 from models.contributions import (
     Contribution,
     Float32,
     Sheet,
     empty_sheet,
     figures,
+    grades_told,
     noised,
     noises_figures,
     suppressed,
     values_of,
 )
 from models.labels import LabelTable
-from models.learning import Turn
+from models.learning import Control, Turn
 from models.metrics import ScoreHistogram
 from models.questions import Counting
 from models.study import Study
+from models.subgroups import Scored
 from privacy import dpsgd, noise
 from privacy.errors import CohortTooSmall, MessageMalformed, StepRefused
 from privacy.wire import (
@@ -55,8 +57,6 @@ from privacy.wire import (
     UnmaskReport,
     WorkOrder,
 )
-
-Split = Literal["train", "validation", "test"]
 
 
 @dataclass
@@ -108,9 +108,10 @@ class Desk:
         """The splits that this site has a part in. All must be large enough: a site whose evaluation would be refused must
         not train either, because its patients would count and its scores would not.
         """
-        splits: tuple[Split, ...] = ("train", "validation", "test")
-        trains = site.name in study.participation.sites
-        return {split: self.cohort(site, study, split) for split in (splits if trains else ("test",))}
+        splits: tuple[Split, ...] = ("train", "validation", "test") if study.training.rounds else ("validation", "test")
+        if site.name not in study.participation.sites:
+            splits = (test_split_of(site, study),)
+        return {split: self.cohort(site, study, split) for split in splits}
 
 
 def make_app() -> ClientApp:
@@ -146,12 +147,21 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
     cohort = cohorts["train"]
     # What the sum of an earlier attempt at this round held must not be sent again under other masks.
     repeat = site.repeats(order) if study.protection == "masked" else 0
-    net = desk.net(study, order)
+    model, common = halves(study, order)
+    net = desk.net(study, replace(order, model=model))
     sending = desk.vault.begin(site, study, order, order.model.size)
     hold = site.reserve(study, order, cohort.identities)
-    sheet = release(study, evaluate_on(net, cohorts["validation"], study))
+    validation = cohorts["validation"]
+    sheet = release(study, sheet_of(score(net, validation), validation, study))
     if study.privacy == "none":
-        update = learning.learn(net, cohort, study, round_number=order.round, repeat=repeat)
+        number = order.round
+        if common is None:
+            update = learning.learn(net, cohort, study, round_number=number, repeat=repeat)
+        else:
+            control = Control(net, variates.before(site, order, common.size), common)
+            update = learning.learn_steered(net, cohort, study, control, round_number=number, repeat=repeat)
+            variates.keep(site, order, control.variate)
+            update = replace(update, delta=np.concatenate([update.delta, control.variate]))
     else:
         engine = desk.engine(net, study)
         update = learning.learn_privately(engine, net, cohort, study, Turn(order.round, cohort.public_size))
@@ -171,16 +181,30 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
     )
 
 
+def halves(study: Study, order: TrainOrder) -> tuple[Float32, Float32 | None]:
+    """The model (P,), and the common control variate (P,) that a SCAFFOLD study has behind it; raises MessageMalformed."""
+    if not study.strategy.steered:
+        return order.model, None
+    if order.model.size % 2:
+        raise MessageMalformed("the order holds no model with a control variate of the same length behind it")
+    model, common = np.split(order.model, 2)
+    return model, common
+
+
 def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: EvaluateOrder) -> EvaluateReport:
     """Evaluate the ordered model on the ordered split; of the test split alone, release the figures that the study asks for."""
     began = time.monotonic()
     if order.split == COHORT:
         raise StepRefused("the study asks no questions that could be counted")
-    cohort = desk.cohort(site, study, "test" if order.split == "test" else "validation")
+    cohort = desk.cohort(site, study, test_split_of(site, study) if order.split == "test" else "validation")
     net = desk.net(study, order)
     sending = desk.vault.begin(site, study, order, order.model.size)
-    sheet = evaluate_on(net, cohort, study)
-    contribution = Contribution(_archive(study, cohort.ingested), release(study, sheet))
+    scored = score(net, cohort)
+    sheet = release(study, sheet_of(scored, cohort, study))
+    contribution = Contribution(_archive(study, cohort.ingested), sheet)
+    if order.split == "test":
+        groups = subgroups.suppressed(study, scored, cohort.observed, sheet.histogram)
+        contribution = replace(contribution, groups=groups, grades=grades_told(study, scored))
     if noises_figures(study):
         contribution = replace(contribution, update=noisy_figures(site, study, order, net, cohort), summed=True)
     vector, vouch = sending.protect(contribution)
@@ -192,7 +216,7 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: EvaluateOr
         vouch=vouch,
         keys=sending.keys,
         split=order.split,
-        figures=figures(study, sheet.histogram, release=site.may_release(order)),
+        figures=figures(study, scored, release=site.may_release(order)),
     )
 
 
@@ -217,12 +241,23 @@ def carry_out_step(desk: Desk, site: Site, study: Study, order: Order) -> KeysRe
     return KeysReport(**order.naming(), site=site.name, seconds=seconds, keys=made)
 
 
-def evaluate_on(net: nn.Module, cohort: Cohort, study: Study) -> Sheet:
-    """What `net` scores on `cohort`, as counts."""
+def test_split_of(site: Site, study: Study) -> Split:
+    """The patients that a model is tested on here: all of them where none was trained on, unless the study says otherwise."""
+    trains = site.name in study.participation.sites
+    return "test" if trains or study.evaluation.external == "test_split" else "external"
+
+
+def score(net: nn.Module, cohort: Cohort) -> Scored:
+    """The scores of every image of `cohort`; they stay here."""
     scores = learning.predict(net, cohort)
-    histogram = ScoreHistogram.of(scores, cohort.targets.numpy(), cohort.known.numpy(), bins=study.evaluation.bins)
-    counted = cohort.counts
-    return Sheet(counted.patients, counted.images, learning.evaluation_loss(scores, cohort), histogram)
+    return Scored(scores, cohort.targets.numpy(), cohort.known.numpy(), cohort.patients.numpy())
+
+
+def sheet_of(scored: Scored, cohort: Cohort, study: Study) -> Sheet:
+    """The scores of `cohort` as counts."""
+    histogram = ScoreHistogram.of(scored.scores, scored.targets, scored.known, bins=study.evaluation.bins)
+    counted, loss = cohort.counts, learning.evaluation_loss(scored.scores, cohort)
+    return Sheet(counted.patients, counted.images, loss, histogram)
 
 
 def release(study: Study, sheet: Sheet) -> Sheet:

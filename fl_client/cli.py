@@ -316,7 +316,7 @@ def _own_numbers(study: Study, task: Counting, site: Site) -> str:
 
 def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[str, str]]:
     """What a study trains, and what leaves for it."""
-    plan, part = study.training, study.participation
+    part = study.participation
     trains = site.name in part.sites
     masked = "masked, as parts of sums: " if study.protection == "masked" else ""
     lines = [
@@ -326,7 +326,7 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
         ),
         (
             "Here",
-            f"{plan.rounds} rounds of training on your labelled images" if trains else "evaluation only, no training",
+            _asked_of(study, trains=trains),
         ),
         (
             "Network",
@@ -340,13 +340,30 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
         lines.append(
             (
                 "Figures",
-                "your own test AUROC with its interval and class counts in tens, if both classes have 10 images",
+                "your own test AUROC with its intervals and class counts in tens, if both classes have 10 images",
             )
         )
     else:
         lines.append(("Figures", "none of your site alone; test results are released over all sites together"))
+    if study.evaluation.subgroups:
+        lines.append(
+            (
+                "Groups",
+                f"test histograms by {', '.join(study.evaluation.subgroups)} of your images as well, in the same sum; none of "
+                "a group with fewer than 10 patients or 10 images of a class, nor one that gives such a group away",
+            )
+        )
+    if study.relation == "ordered" and study.privacy == "none":
+        lines.append(("Grades", "how many test images of each grade are called which grade, in the same sum"))
     lines.append(("Seen by", f"{_seen_by(study)} (protection: {study.protection})"))
     return lines + _privacy_lines(study, site)
+
+
+def _asked_of(study: Study, *, trains: bool) -> str:
+    if trains and study.training.rounds:
+        return f"{study.training.rounds} rounds of training on your labelled images"
+    whole = not trains and study.evaluation.external == "all"
+    return f"evaluation only, no training{', on all your labelled images' if whole else ''}"
 
 
 def _others(study: Study, peers: list[enrol.Peer]) -> str:
@@ -376,7 +393,8 @@ def _seen_by(study: Study) -> str:
 def _leaving(study: Study) -> str:
     """What leaves in a round, beside released figures."""
     if study.privacy == "none":
-        return "model updates, losses, numbers of patients and images, histograms of scores by label"
+        updates = "model updates, mean gradients" if study.strategy.steered else "model updates"
+        return f"{updates}, losses, numbers of patients and images, histograms of scores by label"
     what = "sums of gradients" if study.privacy.mode == "distributed" else "model updates"
     return (
         f"{what} with noise, your number of training patients in tens; histograms of scores by label, number and mean loss of "

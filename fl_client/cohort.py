@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +24,18 @@ from torch.utils.data import Dataset
 
 from fl_client.cache import content_of
 from fl_client.index import Index, IndexedImage
+from fl_client.observed import observe
 from models.imaging import to_grid
 from models.labels import Label, LabelTable
-from models.questions import Counting
+from models.questions import Counting, Observed, agreed
 from models.study import Evaluation, Study
 from models.volumes import to_volume_grid
-from privacy import keys
+from privacy import disk, keys
 from privacy.errors import CohortTooSmall, DataError, LabelTableError, PatientInTwoSplits
 
-Split = Literal["train", "validation", "test"]
+Split = Literal["train", "validation", "test", "external"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+"""Of a site that trains. One that only evaluates has no split: all its patients are `external`."""
 PINS_VERSION = 1
 PUBLIC_STEP = 10  # patients; a private study's sums are divided by such a rounded number, never by who is there
 PINS_BYTES_MAX = 256 * 1024 * 1024  # three million patients
@@ -77,7 +79,8 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     `images` float32 (N, 1, S, S) or (N, 1, D, H, W) in 0..1, memory-mapped; `targets` float32 (N, T), 0 where missing;
     `known` float32 (N, T), 1 where labelled; `patients` int64 (N,), numbers from 0 that mean nothing outside this object.
     `identities[n]`: by what patient n is known again (number and images, hashed), whatever study, folder or name it comes back
-    under. `public_size`: patients of the training split in tens, as they were when the study began here.
+    under. `public_size`: patients of the training split in tens, as they were when the study began here. `observed[i]`: what is
+    known of image i, for the subgroups that the study names; empty if it names none.
     """
 
     def __init__(self, members: list[Member], images: torch.Tensor, names: list[str]) -> None:
@@ -93,6 +96,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         self.ingested = 0
         self.public_size = 0
         self.left_out = LeftOut(0, 0)
+        self.observed: list[Observed] = []
 
     @classmethod
     def open(cls, index: Index, labels: LabelTable, study: Study, split: Split, pins: Path) -> "Cohort":
@@ -109,10 +113,12 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
                 f"none of the study's targets ({', '.join(names)}) is in data.labels.targets ({mapped})"
             )
         members, left_out = join(index, labels, study)
-        placed = _pinned(pins, members, study)
-        mine = [member for member in members if placed.splits[member.token] == split]
+        placed = Pins({}, {}) if split == "external" else _pinned(pins, members, study)
+        mine = [member for member in members if split in ("external", placed.splits.get(member.token))]
         cohort = cls(mine, _grid(index, study, split, mine), names)
         cohort.ingested, cohort.left_out, cohort.public_size = index.taken, left_out, placed.public_size
+        if study.evaluation.subgroups:
+            cohort.observed = agreed([observe(member.image, labels) for member in mine])
         patients, least = cohort.counts.patients, study.participation.minimum_patients
         if patients < least:
             raise CohortTooSmall(f"the {split} split has {patients} labelled patients and the study asks for {least}")
@@ -220,7 +226,7 @@ def placed(members: list[Member], study: Study, known: Pins) -> Pins:
     if study.privacy == "none":
         for stratum in (True, False):
             tokens = [token for token, positive in strata.items() if positive == stratum]
-            _place(tokens, found.splits, study.evaluation)
+            _place(tokens, found.splits, _shares(study))
         return found
     _place_each(strata, found.splits, study.evaluation)
     if not found.public_size:
@@ -258,10 +264,16 @@ def _pin_images(members: list[Member], placed: Pins) -> None:
             raise PatientInTwoSplits("an image came back under another patient, who is on another side of the split")
 
 
-def _place(tokens: list[str], placed: dict[str, Split], evaluation: Evaluation) -> None:
+def _shares(study: Study) -> dict[Split, float]:
+    """Which share of the patients goes where. Where nothing is trained, what training would have had is tested."""
+    test, validation = study.evaluation.test, study.evaluation.validation
+    if study.training.rounds == 0:
+        test = 1 - validation
+    return {"test": test, "validation": validation, "train": 1 - test - validation}
+
+
+def _place(tokens: list[str], placed: dict[str, Split], share: Mapping[Split, float]) -> None:
     """Put each new patient of one stratum, in token order, into the split that lacks most; nobody is moved."""
-    share = {"test": evaluation.test, "validation": evaluation.validation}
-    share["train"] = 1 - share["test"] - share["validation"]
     lacking = {split: share[split] * len(tokens) for split in SPLITS}
     new = []
     for token in sorted(tokens):
@@ -286,6 +298,7 @@ def read_pins(pins: Path) -> Pins:
         if pins.stat().st_size > PINS_BYTES_MAX:
             raise ValueError
         document = json.loads(pins.read_text(encoding="ascii"))
+        disk.require_known(pins, document["version"], PINS_VERSION)
         read = Pins(document["splits"], document.get("images", {}), document.get("public_size", 0))
         good = document == read.document() | {"version": PINS_VERSION} and type(read.public_size) is int
         good &= all(isinstance(part, dict) and set(part.values()) <= set(SPLITS) for part in (read.splits, read.images))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from models.study import Study
-from privacy import keys
+from privacy import disk, keys
 from privacy.calls import Decision, Statement
-from privacy.errors import DocumentError, IsocenterError, OrderForged, SignatureInvalid, StudyNotApproved
+from privacy.errors import DocumentError, IsocenterError, NewerVersion, OrderForged, SignatureInvalid, StudyNotApproved
 
 VERSION = 1
 FILE_BYTES_MAX = 2 * 1024 * 1024  # a study is at most 256 KiB; the rest is signatures
@@ -70,6 +70,7 @@ class Consent:
         try:
             with path.open("rb") as file:
                 content = json.loads(file.read(FILE_BYTES_MAX))
+            disk.require_known(path, content["version"], VERSION)
             statement = Statement.read(content["statement"].encode())
             offer = Offer(
                 study=Study.from_canonical(content["study"].encode()),
@@ -84,6 +85,8 @@ class Consent:
             fits = content["version"] == VERSION and digest == offer.digest == statement.digest
         except FileNotFoundError:
             return None
+        except NewerVersion:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IsocenterError):
             fits = False
         if not fits:

@@ -28,7 +28,7 @@ RELEASE = "release"
 """Kind of the line that tells norm and ε of an update before it is protected; the report of the same order tells that it left."""
 STAYS = frozenset(
     {"settings", "paused", "resumed", "offer-refused", "budget", "worker-replaced", "torn-line-set-aside"}
-    | {"head-witnessed", "head-contradicted", RELEASE}
+    | {"head-witnessed", "head-contradicted", "variate-absent", RELEASE}
 )
 """Kinds of lines about what stayed here."""
 
@@ -46,7 +46,8 @@ def _part(facts: Facts, what: str) -> str:
 
 
 def _trained(facts: Facts) -> str:
-    return _part(facts, f"model update, losses, counts and score histograms of round {facts['round']}")
+    what = "model update (with SCAFFOLD also a mean gradient), losses, counts and score histograms"
+    return _part(facts, f"{what} of round {facts['round']}")
 
 
 def _evaluated(facts: Facts) -> str:

@@ -34,7 +34,7 @@ from pydicom.dataset import Dataset
 from fl_client.ingest import Index, IndexedImage
 from fl_client.site import Site
 from models import burned_in
-from privacy import annex_e, keys
+from privacy import annex_e, disk, keys
 from privacy.errors import CacheLost, DataError, ImageLeftOut
 
 VERSION = "isocenter/v1/export"
@@ -382,7 +382,7 @@ class _Folder:
 
     def name(self) -> None:
         self.part.rename(self.out)
-        keys.flush_folder(self.out.parent)
+        disk.flush_folder(self.out.parent)
 
 
 def _name_of(file: dict[str, Any]) -> str:

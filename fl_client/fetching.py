@@ -36,7 +36,7 @@ from fl_client.archive import (
     Select,
 )
 from fl_client.landing import Landing
-from privacy import keys
+from privacy import disk, keys
 from privacy.errors import DataError
 
 ASKED = b"isocenter/v1/asked"
@@ -87,6 +87,7 @@ CREATE TABLE IF NOT EXISTS question (
     found INTEGER NOT NULL) STRICT;
 PRAGMA user_version = 1;
 """
+VERSION = 1  # as above
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ class Plan:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
             path.chmod(0o600)
         with closing(sqlite3.connect(path or ":memory:", timeout=30, isolation_level=None)) as memory, _named(path):
-            memory.execute("PRAGMA synchronous = FULL")
+            memory.execute("PRAGMA synchronous = EXTRA")  # the folder too
+            disk.require_known(path or Path(), memory.execute("PRAGMA user_version").fetchone()[0], VERSION)
             memory.executescript(_SCHEMA)
             yield cls(memory, selection)
 

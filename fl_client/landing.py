@@ -24,7 +24,7 @@ from pydicom.tag import BaseTag, Tag
 
 from fl_client.archive import SOP_CLASSES, NotFetched, Reason
 from fl_client.sources import FILE_BYTES_MAX
-from privacy import keys
+from privacy import disk
 from privacy.errors import DataError
 
 NAME = b"isocenter/v1/fetched"  # changes whenever the same image would get another name
@@ -93,9 +93,9 @@ class Landing:
             path = self.path(study, instance)
             if not path.parent.is_dir():
                 path.parent.mkdir(mode=0o700)
-                keys.flush_folder(self.folder)
+                disk.flush_folder(self.folder)
             part.replace(path)
-            keys.flush_folder(path.parent)
+            disk.flush_folder(path.parent)
         finally:
             part.unlink(missing_ok=True)
 

@@ -56,6 +56,7 @@ from privacy import keys
 from privacy.errors import (
     CertificateExpired,
     CertificateRevoked,
+    DiskUnusable,
     DocumentError,
     MessageMalformed,
     NodeRunning,
@@ -244,6 +245,7 @@ class _Fleet(FleetHttpClient):
 
 def serve(home: Path, tell: Tell, metrics_port: int | None = None) -> None:
     """Answer orders until KeyboardInterrupt. A broken link is retried for ever; a finished reply is kept and sent again.
+    So is a disk that cannot be written: as long as the journal takes no line, no answer leaves.
 
     `metrics_port`: where on loopback to answer the hospital's monitoring; nowhere without it. `tell` gets short sentences for
     people. Raises what no retry can mend: NotEnrolled, WrongAuthority, NodeRunning, AuditFailed.
@@ -287,7 +289,8 @@ def _serve(site: Site, tell: Tell, vitals: Vitals) -> None:
                     pause, vitals.connected = RETRY_FIRST_S, True
                     reply = vitals.counting(partial(answer, site=site, worker=worker), _outcome)
                     _answer_orders(connection, reply, unsent, tell, fresh)
-            except Unreachable as error:
+            except (Unreachable, DiskUnusable) as error:
+                # Without a line in the journal nothing leaves, so an order that came meanwhile stays without an answer.
                 vitals.connected = False
                 tell(f"{error}; trying again in {pause:g} s")
                 time.sleep(pause)

@@ -15,12 +15,13 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from models.sections import NETWORKS, NetworkName
 from models.study import PROTECTIONS, Document, Name, Protection, Study
-from privacy import keys
-from privacy.errors import DocumentError
+from privacy import disk, keys
+from privacy.errors import DocumentError, NewerVersion
 
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 TaskKind = Literal["classification", "counting"]
+PAUSE_VERSION = 1  # of paused.json
 SECONDS_MOST = 2**36  # of a moment that can be shown, in the year 4147; what is beyond is no time
 
 
@@ -204,12 +205,15 @@ class Pause:
         """The pause that holds at `now_s`, None if there is none. Raises DocumentError for a damaged file: no work."""
         try:
             found = json.loads(cls.path(home).read_bytes())
+            disk.require_known(cls.path(home), found.get("version"), PAUSE_VERSION)
             pause = cls(float(found["since_s"]), None if found["until_s"] is None else float(found["until_s"]))
             if not 0 <= (pause.until_s or 0) <= SECONDS_MOST:  # nor what is not a number
                 raise ValueError("no time")
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        except NewerVersion:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             raise DocumentError(
                 f"{cls.path(home)} is damaged, so this site does no work",
                 remedy="Run `fl-client resume`, or pause it anew.",
@@ -217,7 +221,7 @@ class Pause:
         return None if pause.until_s is not None and now_s >= pause.until_s else pause
 
     def store(self, home: Path) -> None:
-        content = {"version": 1, "since_s": self.since_s, "until_s": self.until_s}
+        content = {"version": PAUSE_VERSION, "since_s": self.since_s, "until_s": self.until_s}
         keys.write_private(self.path(home), json.dumps(content).encode())
 
     def __str__(self) -> str:

@@ -21,7 +21,7 @@ from privacy.errors import MaskKeysLost, MessageMalformed, SignatureRefused, Ste
 from privacy.noise import GRID_BITS
 from privacy.secagg import SIGNATURE_BYTES, Bundle, Member, Place, Signer
 from privacy.sharing import Encoding
-from privacy.wire import KeysOrder, Order, TrainOrder, UnmaskOrder, WorkOrder
+from privacy.wire import EvaluateOrder, KeysOrder, Order, TrainOrder, UnmaskOrder, WorkOrder
 
 RUNS_MAX = 16  # runs of a site whose keys are held; the oldest is forgotten, and takes part again with fresh keys
 OPEN_MAX = 2  # sums of a run whose keys are held: the one that is open, and the next
@@ -209,4 +209,7 @@ def keys_number(order: KeysOrder | WorkOrder) -> int:
 
 
 def kind_of(order: WorkOrder) -> Kind:
-    return "train" if isinstance(order, TrainOrder) else "evaluate"
+    """What a contribution in answer to `order` consists of."""
+    if isinstance(order, TrainOrder):
+        return "train"
+    return "test" if isinstance(order, EvaluateOrder) and order.split == "test" else "evaluate"

@@ -39,7 +39,7 @@ from fl_client.consent import approved
 from fl_client.policy import Pause, Policy, Rule, broken
 from models.labels import LabelMap
 from models.study import Document, Name, Study, read
-from privacy import keys
+from privacy import disk, keys
 from privacy.errors import (
     DataError,
     DeltaTooLarge,
@@ -73,6 +73,13 @@ if TYPE_CHECKING:
     from privacy.ledger import Caps, Charge, Ledger, Patients
 
 
+ORDERS_VERSION = 1  # of orders.sqlite
+_ORDERS = (
+    "CREATE TABLE IF NOT EXISTS orders (learned TEXT, run TEXT, attempt INTEGER, sum INTEGER, kind TEXT, round INTEGER,"
+    " PRIMARY KEY (run, attempt, sum, kind))",
+    "CREATE TABLE IF NOT EXISTS released (run TEXT PRIMARY KEY, model TEXT)",
+    "CREATE TABLE IF NOT EXISTS noised (study TEXT PRIMARY KEY, model TEXT, counts BLOB)",
+)
 FIGURES_ERROR = 2.0**-90  # total variation of all draws of a release: 10**6 tables' worth of 2**-110 each
 NOISE_DEVIATIONS = 14  # noise beyond is drawn with a chance of 10**-44 a value
 
@@ -228,7 +235,8 @@ class Site:
         part = study.participation
         if self.name not in (part.sites if isinstance(order, TrainOrder) else study.all_sites):
             raise StudyNotApproved(f"the study does not name {self.name} for {order.kind}")
-        if order.round > study.training.rounds:
+        # Where nothing is trained, what is evaluated is called round 1.
+        if order.round > max(1, study.training.rounds) or (isinstance(order, TrainOrder) and not study.training.rounds):
             raise PolicyForbids(f"round {order.round} of a study of {study.training.rounds} rounds")
         self._check_moment(order)
         self._remember(order, study)
@@ -374,15 +382,14 @@ class Site:
     @contextmanager
     def _answered(self) -> Iterator[sqlite3.Connection]:
         """The memory of answered orders: one transaction, on the disk when it ends."""
-        with closing(sqlite3.connect(self.home / "orders.sqlite", timeout=30)) as memory, memory:
-            memory.execute("PRAGMA synchronous=FULL")
-            memory.execute(
-                "CREATE TABLE IF NOT EXISTS orders (learned TEXT, run TEXT, attempt INTEGER, sum INTEGER, kind TEXT,"
-                " round INTEGER, PRIMARY KEY (run, attempt, sum, kind))"
-            )
-            memory.execute("CREATE TABLE IF NOT EXISTS released (run TEXT PRIMARY KEY, model TEXT)")
-            memory.execute("CREATE TABLE IF NOT EXISTS noised (study TEXT PRIMARY KEY, model TEXT, counts BLOB)")
-            yield memory
+        path = self.home / "orders.sqlite"
+        with disk.sqlite_faults_named(path), closing(sqlite3.connect(path, timeout=disk.BUSY_S)) as memory:
+            # The folder too: a journal of SQLite that comes back after a power loss would take back what was answered.
+            memory.execute("PRAGMA synchronous=EXTRA")
+            if (version := memory.execute("PRAGMA user_version").fetchone()[0]) != ORDERS_VERSION:
+                _bring_orders_forward(path, memory, version)
+            with memory:
+                yield memory
 
     def may_release(self, order: EvaluateOrder) -> bool:
         """Whether figures of the test split may leave in answer to `order`: for one model in a run, the first that is asked for.
@@ -449,6 +456,21 @@ class Site:
             if isinstance(report, EvaluateReport):
                 facts |= {"split": report.split, "figures": int((report.figures[:, 0] >= 0).sum())}
         self.journal.append(report.kind, **facts)
+
+
+def _bring_orders_forward(path: Path, memory: sqlite3.Connection, version: int) -> None:
+    """The tables of this version in a memory of answered orders that is new, or of release 0.1, whose layout had no number."""
+    disk.require_known(path, version, ORDERS_VERSION)
+    if memory.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+        disk.keep_copy_of_database(path, version)
+    else:
+        path.chmod(0o600)
+    with memory:
+        memory.execute("BEGIN IMMEDIATE")
+        for table in _ORDERS:
+            memory.execute(table)
+        memory.execute(f"PRAGMA user_version = {ORDERS_VERSION}")
+    disk.flush_folder(path.parent)
 
 
 @functools.cache

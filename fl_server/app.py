@@ -14,12 +14,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_server import strategies, sums, weights
 from fl_server.roster import Home
-from fl_server.run import Counted, Float32, Round, Run, Test, score_sheet
+from fl_server.run import Counted, Float32, Round, Run, Test, give_up, score_sheet
 from fl_server.sums import Nodes, Task, Total
 from models import questions
 from models.contributions import read_figures
 from models.questions import Counting
-from privacy.errors import CertificateRevoked, IsocenterError, MessageMalformed, RunStopped
+from privacy.errors import CertificateRevoked, DiskUnusable, DocumentError, IsocenterError, MessageMalformed, RunStopped
 from privacy.wire import COHORT, EvaluateOrder, TrainOrder
 
 app = ServerApp()
@@ -28,27 +28,22 @@ log = logging.getLogger("isocenter.coordinator")
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Carry the run named in the context from where it stands to its end; every failure ends as a named state."""
+    """Carry the run named in the context from where it stands to its end; every failure ends as a named state.
+
+    But for a disk that cannot be written: nothing can be said there, so the run stays as it is, and goes on when there is room.
+    """
     home = Home.open(Path(str(context.run_config["home"])))
-    run = Run.open(home.runs / str(context.run_config["run"]))
+    folder = home.runs / str(context.run_config["run"])
+    try:
+        run = Run.open(folder)
+    except DocumentError as error:
+        give_up(folder, error.code)
+        raise
     run.start()
     try:
-        desk = Desk(home, run, grid)
-        if isinstance(run.study.task, Counting):
-            run.conclude(desk.count(run.study.task))
-            return
-        strategy = strategies.build(run.study)
-        if run.model is None:
-            run.model = first_model(home, run)
-        for number in run.remaining():
-            began = time.monotonic()
-            total = desk.train(run.model, number)
-            desk.score(total)
-            model, state = strategy.step(run.model, desk.combine(total), run.state)
-            run.commit(desk.summary(number, began, total), model, state)
-        desk.score(desk.evaluate(run.model, len(run.history), "validation"))
-        run.save()
-        run.finish(desk.test(run.best if run.best is not None else run.model))
+        carry_on(home, run, grid)
+    except DiskUnusable:
+        raise
     except RunStopped:
         run.stop()
     except IsocenterError as error:
@@ -56,10 +51,34 @@ def main(grid: Grid, context: Context) -> None:
         run.fail(error.code, str(error).replace(str(home.root), "HOME"))
     except Exception:
         run.fail("internal", "the coordinator's program failed; its log has the details")
+        note_end(home, run)
         raise
-    finally:
-        told = {"run": run.run_id, "digest": run.study.digest, "state": str(run.facts["state"])}
-        home.journal.append("run-ended", rounds=len(run.history), **told)
+    note_end(home, run)
+
+
+def carry_on(home: Home, run: Run, grid: Grid) -> None:
+    """Every round that is not committed yet, then the test of the model that was selected."""
+    desk = Desk(home, run, grid)
+    if isinstance(run.study.task, Counting):
+        run.conclude(desk.count(run.study.task))
+        return
+    strategy = strategies.build(run.study)
+    if run.model is None:
+        run.model = first_model(home, run)
+    for number in run.remaining():
+        began = time.monotonic()
+        total = desk.train(strategies.sent(run.study, run.model, run.state), number)
+        desk.score(total)
+        model, state = strategy.step(run.model, desk.combine(total), run.state)
+        run.commit(desk.summary(number, began, total), model, state)
+    desk.score(desk.evaluate(run.model, max(1, len(run.history)), "validation"))
+    run.save()
+    run.finish(desk.test(run.best if run.best is not None else run.model))
+
+
+def note_end(home: Home, run: Run) -> None:
+    told = {"run": run.run_id, "digest": run.study.digest, "state": str(run.facts["state"])}
+    home.journal.append("run-ended", rounds=len(run.history), **told)
 
 
 class Desk:
@@ -89,7 +108,7 @@ class Desk:
         return {name: nodes[name] for name in named if name in nodes and name in keep}
 
     def train(self, model: Float32, number: int) -> Total:
-        """One round's sum: the validation of `model` and the mean of what the sites learned from it."""
+        """One round's sum: validation of `model` (`strategies.sent` gives it) and the mean of what the sites learned from it."""
         if self.run.scale is None:
             self.run.scale = sums.first_scale(self.run.study)
         quorum = self.run.study.participation.quorum
@@ -136,7 +155,10 @@ class Desk:
         total = self.evaluate(model, max(1, self.run.best_round), "test")
         released = {site: self._released(total, rows) for site, rows in sorted(total.figures.items())}
         sheet = score_sheet(total.contributors, total.mean.sheet)
-        return Test(sheet, self.absent(total, self.run.study.all_sites), released, total.mean.ingested)
+        groups = total.mean.groups.to_json(self.run.study) if total.mean.groups is not None else []
+        table: list[list[int]] = total.mean.grades.tolist() if total.mean.grades is not None else []
+        absent = self.absent(total, self.run.study.all_sites)
+        return Test(sheet, absent, released, groups, table, total.mean.ingested)
 
     def _released(self, total: Total, rows: Float32) -> list[dict[str, float | int] | None]:
         """What one site says of itself, target by target; nothing where it contradicts itself or the sum it is in."""

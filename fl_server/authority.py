@@ -18,7 +18,7 @@ from pathlib import Path
 from cryptography import x509
 
 from fl_server.roster import Home, Party, party_role
-from privacy import keys
+from privacy import disk, keys
 from privacy.calls import PartyRole
 from privacy.errors import AwaitingSignature, DocumentError, IsocenterError, KeyFileUnsafe, NotEnrolled, TrustError
 
@@ -187,7 +187,7 @@ def move(home: Home, folder: Path) -> None:
     keys.write_public(folder / "coordinator.pem", keys.public_pem(home.coordinator_key))
     keys.load_key(folder / "ca.key")  # it can be read again before the only other copy goes
     (home.root / "keys" / "ca.key").unlink()
-    keys.flush_folder(home.root / "keys")
+    disk.flush_folder(home.root / "keys")
     home.journal.append("authority-moved")
 
 

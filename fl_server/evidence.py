@@ -60,7 +60,9 @@ def attack(study: Study, outcome: Outcome, out: Path, tell: Tell) -> dict[str, A
         found["audit"] = _audit_facts(audit)
         seen = audit.estimate
         caption = f"estimate of ε {seen.epsilon:.2f} ({seen.low:.2f} to {seen.high:.2f}), claim {audit.claim:.2f}"
-        (out / "canaries.png").write_bytes(figures.canaries(audit.inside.tolist(), audit.outside.tolist(), caption))
+        (out / "canaries.png").write_bytes(
+            figures.png(figures.canaries(audit.inside.tolist(), audit.outside.tolist(), caption))
+        )
     tell("membership inference on the final model")
     found["membership"] = _membership(study, outcome, cohorts, out)
     tell("reconstruction of a picture from what the coordinator sees")
@@ -151,7 +153,7 @@ def _membership(study: Study, outcome: Outcome, cohorts: dict[tuple[str, str], A
     seen = attacks.membership_inference(np.array(losses["train"]), np.array(losses["test"]))
     caption = f"AUC {seen.auc:.3f} ({seen.low:.3f} to {seen.high:.3f}); 0.5 is chance"
     rates = list(zip(seen.roc[0].tolist(), seen.roc[1].tolist(), strict=True))
-    (out / "membership.png").write_bytes(figures.membership(rates, caption))
+    (out / "membership.png").write_bytes(figures.png(figures.membership(rates, caption)))
     strict = None if seen.strict is None else asdict(seen.strict)
     facts = {"members": seen.members, "others": seen.others, "auc": seen.auc, "low": seen.low, "high": seen.high}
     return facts | {"unit": "patient", "strict": strict, "least": asdict(seen.least)}
@@ -224,7 +226,7 @@ def _reconstruction(study: Study, cohorts: dict[tuple[str, str], Any], out: Path
         rows.append((prey.name, shown))
         found["psnr_db"][prey.name] = decibels
     found |= {"sites": sites, "average_db": round(_average_db(prey, cohorts, study), 1)}
-    (out / "inversion.png").write_bytes(figures.pictures(rows))
+    (out / "inversion.png").write_bytes(figures.png(figures.pictures(rows)))
     return found
 
 

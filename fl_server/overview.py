@@ -30,7 +30,7 @@ from fl_server.run import list_runs
 from models.study import Study
 from privacy import accounting, heads, keys
 from privacy.calls import SERVICE
-from privacy.errors import IsocenterError, JournalDamaged, MessageMalformed, RunUnknown, SignatureInvalid
+from privacy.errors import IsocenterError, JournalDamaged, RunUnknown, SignatureInvalid
 
 FRESH_S = 1.0  # how long a look counts
 SILENT_S = 15 * 60.0  # without a heartbeat, which come every minute, before somebody is told
@@ -221,7 +221,7 @@ class Overview:
             onlooker = self._onlookers.setdefault(run_id, Onlooker(folder))
             try:
                 yield onlooker.look()
-            except (RunUnknown, MessageMalformed, OSError) as error:
+            except (IsocenterError, OSError) as error:
                 log.error("a run cannot be looked at: %s", error)
 
 

@@ -15,10 +15,12 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from fl_server import evidence, report
+from fl_server import evidence
+from fl_server.measures import TOO_FEW, measure
 from fl_server.results import canonical, check
 from models import exporting, registry
-from models.contributions import RELEASE_DECIMALS, RELEASE_MIN
+from models.contributions import RELEASE_DECIMALS
+from models.sections import RELEASE_MIN
 from models.study import Study
 from privacy import keys
 from privacy.errors import MessageMalformed, RunUnknown
@@ -53,7 +55,7 @@ def package(folder: Path, wanted: Wanted, key: keys.PrivateKey) -> bytes:
     if (card["run_id"], card["digest"], study.digest) != (results["run_id"], results["digest"], card["digest"]):
         raise MessageMalformed("the card and the results are of different runs or studies")
     evidence.release_gate(study, wanted.attack)
-    metrics = report.measure(check(results))
+    metrics = measure(check(results))
     described = _card(study, card, metrics, wanted)
     initial = study.network.initial
     facts = {
@@ -113,7 +115,7 @@ def _target(entry: dict[str, Any]) -> dict[str, Any]:
     """Pooled figures of one target as a site would release its own: by tens, or not at all."""
     classes = {name: entry[name] // RELEASE_MIN * RELEASE_MIN for name in ("positives", "negatives")}
     if min(classes.values()) < RELEASE_MIN:
-        return {**dict.fromkeys((*classes, "auroc", "interval")), "why": report.TOO_FEW}
+        return {**dict.fromkeys((*classes, "auroc", "interval")), "why": TOO_FEW}
     interval = [round(end, RELEASE_DECIMALS) for end in entry["interval"]]
     return {**classes, "auroc": round(entry["auroc"], RELEASE_DECIMALS), "interval": interval}
 

@@ -1,4 +1,4 @@
-"""The evaluation report of a finished run: report.html (one self-contained page), metrics.json and the figures as PNG.
+"""The evaluation report of a finished run: report.html (one self-contained page), metrics.json, and the figures as PNG and SVG.
 
 Everything is computed from the results document that `fl_server.run` leaves: of every sum over sites its counts, losses
 and score histograms, and of a single site only what it released about its own test split. The document is checked as a
@@ -16,158 +16,61 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from matplotlib.figure import Figure as Picture
 
-from fl_server import figures
+from fl_server import figures, matrix
+from fl_server.matrix import Comparison
+from fl_server.measures import measure, testing_of
 from fl_server.progress import duration
-from fl_server.results import VERSION, Evaluation, Figure, Results, Round, Sample, check
-from models.contributions import RELEASE_MIN
-from models.metrics import ScoreHistogram
-from models.study import Study
-
-ONE_CLASS = "one class"
-NO_IMAGES = "no labelled images"
-NO_TEST = "no test result"
-NO_REPORT = "not in the test result"
-TOO_FEW = f"not released: fewer than {RELEASE_MIN} images of a class"
-NOT_IN_STUDY = "not released by this study"
+from fl_server.results import Evaluation, Results, Round, check
+from models.sections import RELEASE_MIN
 
 
-def write(results: dict[str, Any], folder: Path) -> Path:
+def write(results: dict[str, Any], folder: Path, compared: Comparison | None = None) -> Path:
     """Write the report of one run into `folder` (made if absent) and return the path of report.html, written last.
+
+    `compared`: other models of the same study, shown beside it; their figures stand in comparison.json, not in metrics.json.
 
     Raises MessageMalformed, before anything is written, if `results` is not a results document or contradicts itself.
     """
     evaluation = check(results)
     metrics = measure(evaluation)
-    images = _draw(evaluation, metrics)
-    page = _render(evaluation, metrics, images)
+    drawn = _draw(evaluation, metrics)
+    images = {name: figures.png(figure) for name, figure in drawn.items()}
+    if compared is not None:
+        images["comparison"] = matrix.draw(compared)
+    page = _render(evaluation, metrics, images, compared)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, png in images.items():
-        _replace(folder / f"{name}.png", png)
+    for name, figure in drawn.items():
+        _replace(folder / f"{name}.png", images[name])
+        _replace(folder / f"{name}.svg", figures.svg(figure))
     _replace(folder / "metrics.json", (json.dumps(metrics, indent=1, allow_nan=False) + "\n").encode())
     return _replace(folder / "report.html", page.encode())
 
 
-def measure(evaluation: Evaluation) -> dict[str, Any]:
-    """Everything metrics.json says, unrounded: who contributed, held-out figures pooled and per site, every round."""
-    results, study = evaluation.results, evaluation.study
-    pooled = _pooled_figures(evaluation.test, study)
-    sites = {site: _site_figures(site, evaluation) for site in study.all_sites}
-    released = [entry["auroc"] for entry in sites.values() if entry["auroc"] is not None]
-    return {
-        "version": VERSION,
-        "run_id": results.run_id,
-        "digest": results.digest,
-        "title": study.title,
-        "protection": study.protection,
-        "privacy": [statement.to_json() for statement in study.statements()],
-        "label": results.label,
-        "started": results.started.isoformat(),
-        "finished": results.finished.isoformat(),
-        "seconds": (results.finished - results.started).total_seconds(),
-        "rounds": len(results.rounds),
-        "selected_round": results.selected_round,
-        "contributors": {str(entry.round): entry.contributors for entry in results.rounds},
-        "test_missing": results.test_missing,
-        "ingested_images": results.ingested,
-        "pooled": pooled,
-        "macro": {
-            "auroc_over_sites": _mean(released),
-            "sites": len(released),
-            "auroc_over_targets": pooled["macro_auroc"],
-        },
-        "sites": sites,
-        "initial": _brief(evaluation.validation[0]),
-        "history": [_history(entry, evaluation.validation[entry.round]) for entry in results.rounds],
+def _draw(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, Picture]:
+    """The figures, by the stem of their file name; only those that there is something to show on."""
+    study, results = evaluation.study, evaluation.results
+    pooled = metrics["pooled"]["targets"]
+    drawn = {
+        "roc": figures.roc(_roc_panels(evaluation, metrics)),
+        "forest": figures.forest({name: list(_estimates(evaluation, metrics, name)) for name in study.task.targets}),
     }
+    if any(entry["average_precision"] is not None for entry in pooled.values()):
+        drawn["precision_recall"] = figures.precision_recall(_recall_panels(evaluation, metrics))
+    if any(entry["calibration"] for entry in pooled.values()):
+        drawn["reliability"] = figures.reliability({name: _groups(entry) for name, entry in pooled.items()})
+        drawn["decision"] = figures.decision({name: _decision(entry) for name, entry in pooled.items()})
+    if evaluation.groups.told.any():
+        drawn["subgroups"] = figures.forest(
+            {name: list(_group_estimates(evaluation, metrics, name)) for name in study.task.targets}
+        )
+    if results.rounds:
+        drawn |= _draw_rounds(evaluation, metrics)
+    return drawn
 
 
-def _pooled_figures(test: Sample | None, study: Study) -> dict[str, Any]:
-    """The figures of all tested sites: those of the first target flat, those of every target below `targets`."""
-    absent = NO_IMAGES if test else NO_TEST
-    sample = test or Sample([], 0, 0, None, ScoreHistogram.empty(len(study.task.targets), study.evaluation.bins))
-    noise = study.figures_deviation * math.sqrt(max(1, len(sample.sites)))
-    targets = {
-        name: _target_figures(sample.histogram, place, absent, noise) for place, name in enumerate(study.task.targets)
-    }
-    return {
-        **targets[study.task.targets[0]],
-        "sites": sample.sites,
-        "patients": sample.patients,
-        "images": sample.images,
-        "loss": sample.loss,
-        "macro_auroc": _mean([entry["auroc"] for entry in targets.values() if entry["auroc"] is not None]),
-        "targets": targets,
-    }
-
-
-def _target_figures(histogram: ScoreHistogram, place: int, absent: str, noise: float) -> dict[str, Any]:
-    """AUROC with interval and binning bound; without both classes it is null and `why` says so. `noise`: of each count."""
-    interval = histogram.interval(place, noise)
-    entry: dict[str, Any] = {
-        "positives": histogram.positives(place),
-        "negatives": histogram.negatives(place),
-        "auroc": histogram.auroc(place),
-        "interval": None if interval is None else list(interval),
-        "auroc_bound": histogram.auroc_bound(place),
-    }
-    if entry["auroc"] is None:
-        entry["why"] = ONE_CLASS if entry["positives"] + entry["negatives"] else absent
-    return entry
-
-
-def _site_figures(site: str, evaluation: Evaluation) -> dict[str, Any]:
-    """What `site` released: the first target flat, every target below `targets`; null with `why` where it did not."""
-    study, test = evaluation.study, evaluation.test
-    absent = TOO_FEW if study.evaluation.site_figures else NOT_IN_STUDY
-    if test is None or site not in test.sites:
-        absent = NO_REPORT
-    row = evaluation.results.figures.get(site, [None] * len(study.task.targets))
-    targets = {name: _released(figure, absent) for name, figure in zip(study.task.targets, row, strict=True)}
-    return {**targets[study.task.targets[0]], "targets": targets}
-
-
-def _released(figure: Figure | None, absent: str) -> dict[str, Any]:
-    if figure is None:
-        return {"positives": None, "negatives": None, "auroc": None, "interval": None, "why": absent}
-    return {
-        "positives": figure.positives,
-        "negatives": figure.negatives,
-        "auroc": figure.auroc,
-        "interval": [figure.low, figure.high],
-    }
-
-
-def _history(entry: Round, validation: Sample | None) -> dict[str, Any]:
-    facts = ("round", "attempt", "seconds", "contributors", "missing", "cases", "train_loss", "site_seconds")
-    return {
-        **{name: getattr(entry, name) for name in (*facts, "clipped", "scale")},
-        "validation": _brief(validation),
-        "validation_missing": entry.validation_missing,
-    }
-
-
-def _brief(sample: Sample | None) -> dict[str, Any] | None:
-    """The figures of one round: those of the test without intervals, which nobody reads per round."""
-    if sample is None:
-        return None
-    aurocs = [sample.histogram.auroc(place) for place in range(sample.histogram.targets)]
-    return {
-        "sites": sample.sites,
-        "patients": sample.patients,
-        "images": sample.images,
-        "loss": sample.loss,
-        "auroc": aurocs[0],
-        "macro_auroc": _mean([value for value in aurocs if value is not None]),
-    }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if values else None
-
-
-def _draw(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, bytes]:
-    """The figures, by the stem of their file name."""
+def _draw_rounds(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, Picture]:
     study, results = evaluation.study, evaluation.results
     word = "AUROC" if len(study.task.targets) == 1 else f"AUROC, mean of {len(study.task.targets)} targets"
     training = [(e.round, math.nan if e.train_loss is None else e.train_loss) for e in results.rounds]
@@ -179,8 +82,6 @@ def _draw(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, bytes]:
         "auroc": figures.per_round(
             [_curve(metrics, "macro_auroc")], f"{word}, validation split", results.selected_round
         ),
-        "roc": figures.roc(_roc_panels(evaluation, metrics)),
-        "forest": figures.forest({name: list(_estimates(evaluation, metrics, name)) for name in study.task.targets}),
         "participation": figures.participation(states, [entry.round for entry in results.rounds]),
     }
 
@@ -205,6 +106,46 @@ def _roc_panels(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, fi
     return panels
 
 
+def _recall_panels(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, tuple[figures.Curve, float] | None]:
+    panels: dict[str, tuple[figures.Curve, float] | None] = {}
+    for place, target in enumerate(evaluation.study.task.targets):
+        curve = evaluation.test.histogram.precision_recall(place) if evaluation.test else None
+        entry = metrics["pooled"]["targets"][target]
+        if curve is None:
+            panels[target] = None
+            continue
+        name = f"{_together(evaluation)} {entry['average_precision']:.3f}"
+        points = [(0.0, float(curve[1][0])), *zip(curve[0].tolist(), curve[1].tolist(), strict=True)]
+        panels[target] = figures.Curve(name, points), entry["prevalence"]
+    return panels
+
+
+def _groups(entry: dict[str, Any]) -> list[figures.Group]:
+    rows = entry["calibration"]["table"] if entry["calibration"] else []
+    return [
+        figures.Group(row["score"], row["observed"], row["interval"][0], row["interval"][1], row["images"])
+        for row in rows
+    ]
+
+
+def _decision(entry: dict[str, Any]) -> tuple[figures.Curve, figures.Curve] | None:
+    rows = entry["decision_curve"]
+    if not rows:
+        return None
+    model, everybody = ([(row["threshold"], row[key]) for row in rows] for key in ("model", "all"))
+    return figures.Curve("by the model", model), figures.Curve("everybody", everybody)
+
+
+def _group_estimates(evaluation: Evaluation, metrics: dict[str, Any], target: str) -> Iterable[figures.Estimate]:
+    """The rows of the subgroup figure: all images, then each group that any site told of, division by division."""
+    whole = metrics["pooled"]["targets"][target]
+    yield figures.Estimate("all images", whole["auroc"], *(whole["interval"] or (None, None)))
+    for division in metrics["subgroups"][target].values():
+        for name, entry in division["groups"].items():
+            if entry["auroc"] is not None:
+                yield figures.Estimate(name, entry["auroc"], *(entry["interval"] or (None, None)))
+
+
 def _together(evaluation: Evaluation) -> str:
     """What the tested sites together are called: a part of the sites never passes for all of them."""
     tested, everyone = len(evaluation.test.sites) if evaluation.test else 0, len(evaluation.study.all_sites)
@@ -223,13 +164,16 @@ def _state(entry: Round, site: str) -> int:
     return 0 if site in entry.contributors else 1 if site in entry.missing else 2
 
 
-def _render(evaluation: Evaluation, metrics: dict[str, Any], images: dict[str, bytes]) -> str:
+def _render(
+    evaluation: Evaluation, metrics: dict[str, Any], images: dict[str, bytes], compared: Comparison | None
+) -> str:
     """The page. Every value is escaped by jinja2; a name that the template does not get is an error, not a blank."""
     here = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     shelf = jinja2.Environment(
         loader=here, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     shelf.filters["auroc"] = lambda value: "–" if value is None else f"{value:.3f}"
+    shelf.filters["rate"] = _rate
     shelf.filters["number"] = lambda value: f"{value:,}".replace(",", "\u202f")
     study, results = evaluation.study, evaluation.results
     return shelf.get_template("report.html").render(
@@ -240,6 +184,9 @@ def _render(evaluation: Evaluation, metrics: dict[str, Any], images: dict[str, b
         work={site: _work(site, results.rounds) for site in study.all_sites},
         gaps=_gaps(results),
         together=_together(evaluation),
+        compared=compared,
+        compared_rows={target: list(matrix.lines(compared, target)) for target in compared.targets} if compared else {},
+        testing=_testing(evaluation),
         retried=_ranges(_retried(results.rounds)),
         clipped=_ranges([entry.round for entry in results.rounds if entry.clipped]),
         release_min=RELEASE_MIN,
@@ -248,6 +195,22 @@ def _render(evaluation: Evaluation, metrics: dict[str, Any], images: dict[str, b
         canonical=study.canonical().decode(),
         duration=duration(metrics["seconds"]),
     )
+
+
+def _testing(evaluation: Evaluation) -> str:
+    """What CLAIM 2024 calls the test: internal, external, or of both kinds of sites."""
+    kinds = {testing_of(evaluation.study, site) for site in evaluation.study.all_sites}
+    return " and ".join(kind for kind in ("internal", "external") if kind in kinds)
+
+
+def _rate(found: dict[str, Any] | None, decimals: int = 2) -> str:
+    """ "0.81 (0.77 – 0.85)" of a value with its interval; a dash where there is none."""
+    if found is None or found["value"] is None:
+        return "–"
+    if found["interval"] is None:
+        return f"{found['value']:.{decimals}f}"
+    low, high = (f"{end:.{decimals}f}" for end in found["interval"])
+    return f"{found['value']:.{decimals}f} ({low} – {high})"
 
 
 def _work(site: str, rounds: Sequence[Round]) -> dict[str, Any]:

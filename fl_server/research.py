@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from privacy import calls
 from privacy.console import run as run_command
 from privacy.console import show_version
 from privacy.errors import DocumentError, RunError, RunStopped, RunUnknown, StudyConflict
+
+if TYPE_CHECKING:
+    from fl_server.matrix import Comparison
 
 app = typer.Typer(
     help="Write, rehearse, submit and evaluate a federated study.",
@@ -389,7 +392,11 @@ def simulate(  # noqa: PLR0913, PLR0917  each parameter is one option
     patients: Phantoms = 120,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("simulation"),
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also train at each site alone and evaluate everywhere.")
+        bool,
+        typer.Option(
+            "--compare",
+            help="Also train at each site alone, on all images together, and on at each site; draw the matrix.",
+        ),
     ] = False,
     weights: StartingWeights = None,
     as_json: AsJson = False,
@@ -398,40 +405,44 @@ def simulate(  # noqa: PLR0913, PLR0917  each parameter is one option
     from fl_server import simulation
 
     study = _read_study(file)
-    if compare and isinstance(study.task, Counting):
-        raise StudyConflict("a study that counts trains nothing to compare", remedy="Leave --compare out.")
     homes = dict(_pair(text) for text in site or [])
+    if compare:
+        from fl_server import comparison, matrix, report
+
+        comparison.check(study)
     out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=out / "simulate.log", level=logging.WARNING)
     with progress() as tell:
         outcome = simulation.simulate(study, homes, patients, out, tell, weights)
-    matrix = None
-    if compare:
-        matrix = {"federated": simulation.test_auroc(outcome.results)}
-        for name in study.participation.sites:
-            with progress() as tell:
-                matrix[name] = simulation.test_auroc(simulation.alone(study, name, outcome, tell))
-        (out / "comparison.json").write_text(json.dumps(matrix, indent=1), encoding="utf-8")
     if isinstance(study.task, Counting):
         from fl_server import counting
 
         counting.say(counting.Found.of(outcome.results), None, as_json)
         return
+    found = None
+    if compare:
+        found = comparison.compare(study, outcome, progress)
+        matrix.write(found, out)
+        report.write(outcome.results, out, found)
     say_report(outcome.page, as_json)
-    if matrix is not None and not as_json:
-        _say_matrix(matrix)
+    if found is not None and not as_json:
+        _say_matrix(found, out / "comparison.png")
 
 
-def _say_matrix(matrix: dict[str, dict[str, float | None]]) -> None:
+def _say_matrix(found: "Comparison", picture: Path) -> None:
     """The AUROC of each model at each site that released one, and pooled."""
-    names = list(dict.fromkeys(name for row in matrix.values() for name in row if name != "pooled"))
-    columns = [name for name in names if any(row.get(name) is not None for row in matrix.values())] + ["pooled"]
-    table = Table("trained at", *(f"on {name}" for name in columns), box=None, header_style="bold")
-    for trained, row in matrix.items():
-        values = (row.get(name) for name in columns)
-        table.add_row(trained, *("-" if value is None else f"{value:.3f}" for value in values))
-    console.print("Test AUROC by where the model was trained and where it is evaluated:")
-    console.print(table)
+    from fl_server import matrix
+
+    for target in found.targets:
+        table = Table("model", *(f"on {name}" for name in found.sites), "all sites", box=None, header_style="bold")
+        for line in matrix.lines(found, target):
+            table.add_row(*line)
+        console.print(f"Test AUROC of {target} by model and by where it is tested:", highlight=False)
+        console.print(table)
+    for model in found.models:
+        if model.kind in ("centralised", "personalised"):
+            _line(f"{model.kind}: {model.note}")
+    _line(f"Written: {picture} and comparison.json")
 
 
 @app.command()
@@ -572,6 +583,12 @@ class _Teller:
     def _left_out(self, event: dict[str, Any]) -> None:
         _line(f"round {event['round']}: the strategy left out {', '.join(event['sites'])}")
 
+    def _flagged(self, event: dict[str, Any]) -> None:
+        _line(f"round {event['round']}: the update of {event['site']} is {event['why']} (norm {event['norm']:g})")
+
+    def _checkpoint_damaged(self, event: dict[str, Any]) -> None:
+        _line(f"the checkpoint of round {event['round']} was damaged; going on after round {event['goes_on_after']}")
+
     def _void(self, event: dict[str, Any]) -> None:
         when = f"round {event['round']}, attempt {event['attempt']}"
         _line(f"{when}: the sum was not opened ({event['reason']}); trying again")
@@ -631,7 +648,10 @@ def follow(lines: Iterator[str]) -> bool:
     counted = False
     with progress() as tell:
         for line in lines:
-            event = json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # a line in which the coordinator's process ended
             counted |= event["event"] == "counted"
             tell(event)
     return counted

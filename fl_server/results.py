@@ -9,14 +9,19 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, StringConstraints, ValidationError
 
-from models.contributions import RELEASE_MIN
+from models import grades
+from models.contributions import grade_count
 from models.metrics import ScoreHistogram
+from models.sections import RELEASE_MIN
 from models.study import MASKED_SITES_MIN, Document, Name, Study
+from models.subgroups import Groups, groups
 from privacy.errors import DocumentError, MessageMalformed
 
-VERSION = 2
+VERSION = 3
 REMEDY = "Fetch the results of the run again; a results document is never edited by hand."
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -39,13 +44,26 @@ class Scores(Document):
 
 
 class Figure(Document):
-    """What one site released about its test split and one target: AUROC, 95 % interval, images of each class."""
+    """What one site released about its test split and one target: AUROC, its 95 % intervals by DeLong's variance and by
+    bootstrap, both over patients, and images of each class.
+    """
 
     auroc: Share
     low: Share
     high: Share
+    bootstrap_low: Share
+    bootstrap_high: Share
     negatives: Released
     positives: Released
+
+
+class GroupCounts(Document):
+    """Of one subgroup of the test split, target by target: how many sites told of it, and a `ScoreHistogram.to_json`."""
+
+    division: str
+    name: str
+    sites: list[Count]
+    counts: Any
 
 
 class Round(Document):
@@ -69,9 +87,11 @@ class Round(Document):
 
 
 class Results(Document):
-    """The results document of a run, version 2. `ingested`: images in the archives of the sites of `test`."""
+    """The results document of a run, version 3. `ingested`: images in the archives of the sites of `test`; `grades`: images of
+    the test split by reference grade and called grade (`models.grades`), of a task without grades empty.
+    """
 
-    version: Annotated[int, Field(ge=VERSION, le=VERSION)]  # Literal[2] would take 2.0 for 2
+    version: Annotated[int, Field(ge=VERSION, le=VERSION)]  # Literal[3] would take 3.0 for 3
     run_id: Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
     digest: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
     study: dict[str, Any]
@@ -80,10 +100,12 @@ class Results(Document):
     finished: datetime
     selected_round: int
     initial: Scores | None
-    rounds: Annotated[list[Round], Field(min_length=1, max_length=10_000)]
+    rounds: Annotated[list[Round], Field(max_length=10_000)]
     test: Scores | None
     test_missing: dict[Name, Reason]
     figures: dict[Name, list[Figure | None]]
+    groups: Annotated[list[GroupCounts], Field(max_length=10_000)]
+    grades: Annotated[list[list[Count]], Field(max_length=33)]
     ingested: Count
 
 
@@ -100,12 +122,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A checked results document with its study and its histograms decoded. `validation[0]` is of the initial model."""
+    """A checked results document with its study and its histograms decoded. `validation[0]` is of the initial model; `groups` are
+    those of `models.subgroups.groups`, and `grades` a table of `models.grades`.
+    """
 
     results: Results
     study: Study
     validation: Mapping[int, Sample | None]
     test: Sample | None
+    groups: Groups
+    grades: NDArray[np.int64]
 
 
 def check(results: dict[str, Any]) -> Evaluation:
@@ -126,7 +152,11 @@ def check(results: dict[str, Any]) -> Evaluation:
     validation = {e.round: _sample(e.validation, study, f"round {e.round}, validation") for e in document.rounds}
     for wrong in _contradictions_in_figures(document, study, test):
         raise MessageMalformed(f"results: {wrong}", remedy=REMEDY)
-    return Evaluation(document, study, {0: initial} | validation, test)
+    try:
+        told, table = _groups(document, study, test), _grades(document, study, test)
+    except MessageMalformed as error:
+        raise MessageMalformed(f"results: {error}", remedy=REMEDY) from None
+    return Evaluation(document, study, {0: initial} | validation, test, told, table)
 
 
 def _contradictions(document: Results, study: Study) -> Iterable[str]:
@@ -139,7 +169,9 @@ def _contradictions(document: Results, study: Study) -> Iterable[str]:
         yield "rounds do not follow each other"
     if attempts != sorted(attempts):
         yield "a later round has a smaller attempt"
-    if document.selected_round not in numbers:
+    if (len(numbers) > 0) != (study.training.rounds > 0):
+        yield "rounds were committed in a study without training, or none in one with it"
+    if document.selected_round not in (numbers or [0]):
         yield f"selected_round {document.selected_round} is not among the rounds"
     for entry in document.rounds:
         yield from (f"round {entry.round}: {wrong}" for wrong in _contradictions_in(entry, study))
@@ -192,7 +224,7 @@ def _contradictions_in_figures(document: Results, study: Study, test: Sample | N
         for figure in (figure for figure in row if figure is not None):
             if not study.evaluation.site_figures:
                 yield f"figures: {site}: a figure was released, and the study releases none"
-            if not figure.low <= figure.auroc <= figure.high:
+            if not figure.low <= figure.auroc <= figure.high or figure.bootstrap_low > figure.bootstrap_high:
                 yield f"figures: {site}: the AUROC does not lie in its interval"
     for place, target in enumerate(study.task.targets):
         parts = [row[place] for row in document.figures.values() if place < len(row)]
@@ -200,6 +232,30 @@ def _contradictions_in_figures(document: Results, study: Study, test: Sample | N
         positives = sum(part.positives for part in parts if part is not None)
         if test and (negatives > test.histogram.negatives(place) or positives > test.histogram.positives(place)):
             yield f"figures: {target}: the sites count more images of a class than all sites together"
+
+
+def _groups(document: Results, study: Study, test: Sample | None) -> Groups:
+    """The subgroups, decoded and held to the study and to the whole they are part of."""
+    found, names = Groups.empty(study), [(group.division, group.name) for group in groups(study)]
+    for entry in document.groups:
+        if (entry.division, entry.name) not in names or test is None:
+            raise MessageMalformed(f"groups: {entry.name!r} of {entry.division!r} is no group of the study's test")
+        place = names.index((entry.division, entry.name))
+        histogram = ScoreHistogram.from_json(entry.counts)
+        if histogram.counts.shape != found.counts[place].shape or len(entry.sites) != len(study.task.targets):
+            raise MessageMalformed(f"groups: {entry.name}: counts of another shape than the study's")
+        if found.told[place].any() or max(entry.sites) > len(test.sites):
+            raise MessageMalformed(f"groups: {entry.name} stands twice, or is told by more sites than were tested")
+        found.counts[place], found.told[place] = histogram.counts, entry.sites
+    whole = test.histogram if test else ScoreHistogram.empty(len(study.task.targets), study.evaluation.bins)
+    return Groups.read(study, found.numbers(), whole)
+
+
+def _grades(document: Results, study: Study, test: Sample | None) -> NDArray[np.int64]:
+    size = grade_count(study) if test else 0
+    if [len(row) for row in document.grades] != [size] * size:
+        raise MessageMalformed(f"grades: a table of {size} rows and columns was expected")
+    return grades.read(size, np.array(document.grades, np.int64).ravel(), test.images if test else 0)
 
 
 def _sample(scores: Scores | None, study: Study, where: str) -> Sample | None:

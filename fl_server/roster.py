@@ -35,10 +35,11 @@ from pydantic import Field, field_validator
 
 from fl_server.notify import Target
 from models.study import Document, Name, Study, read
-from privacy import keys
+from privacy import disk, keys
 from privacy.calls import Decision, InvitationLine, PartyRole, Statement, token_hash
 from privacy.errors import (
     CertificateRevoked,
+    DiskUnusable,
     DocumentError,
     InvitationRefused,
     IsocenterError,
@@ -52,6 +53,7 @@ from privacy.errors import (
 from privacy.journal import Journal
 from privacy.syslog import TargetText
 
+VERSION = 2  # SQLite's user_version of roster.sqlite
 SECONDS_BUSY = 20.0  # how long a writer waits for another process's transaction
 NONCES_PER_PARTY = 20_000  # of the last minutes: more than 80 calls a second from one party is no honest use
 _HOST = re.compile(r"(?=.*[a-z.])[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
@@ -303,17 +305,16 @@ class Roster:
         self.path = path
         if not path.exists():
             path.touch(mode=0o600)
+            disk.flush_folder(path.parent)
         with self._transaction() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, 1, 2):
-                raise DocumentError(
-                    f"{path} was written by a newer version of Isocenter", remedy="Upgrade this installation."
-                )
+            disk.require_known(path, version, VERSION)
             if version == 1:
+                disk.keep_copy_of_database(path, version)
                 db.execute("ALTER TABLE parties ADD COLUMN revoked TEXT")
             for statement in _TABLES.split(";"):
                 db.execute(statement)
-            db.execute("PRAGMA user_version = 2")
+            db.execute(f"PRAGMA user_version = {VERSION}")
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -321,7 +322,7 @@ class Roster:
         try:
             db = sqlite3.connect(self.path, timeout=SECONDS_BUSY, isolation_level=None)
         except sqlite3.Error as error:
-            raise IsocenterError(f"{self.path} cannot be opened ({error})") from None
+            raise DiskUnusable(f"{self.path} cannot be opened ({error})") from None
         try:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
@@ -334,6 +335,8 @@ class Roster:
                 raise
             db.execute("COMMIT")
         except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in disk.SQLITE_UNUSABLE:
+                raise DiskUnusable(f"{self.path} cannot be written ({error})") from None
             raise IsocenterError(
                 f"{self.path} could not be used ({error})",
                 remedy="Check disk space; restore it from a backup if damaged.",

@@ -3,6 +3,7 @@
 Orders go to the sites in `nodes` (consenting sites) and to nobody else; Flower's strategies would send to every connected node.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from privacy.errors import MessageMalformed, QuorumLost
-from privacy.wire import REPORTS, EvaluateOrder, EvaluateReport, Order, Refusal, Report, decode
+from privacy.wire import REPORTS, EvaluateOrder, EvaluateReport, Order, Refusal, Report, UnmaskOrder, decode
 
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.02, 0.1
 """Between two looks for reports; the SuperLink itself holds a look that finds nothing (`fl_server.doorbell`)."""
@@ -62,17 +63,19 @@ def choose(
 
 @dataclass(frozen=True)
 class Call:
-    """One order to one site's node."""
+    """One order to one site's node. `limit_s`: how long its report is waited for, where that is less than the round's timeout."""
 
     order: Order
     node: int
+    limit_s: float = math.inf
 
 
 class Gathering:
     """Orders on their way, one to each site. Iterate `reports()` once; then `missing` says who did not report, and why.
 
     With `enough`, the sites that are still missing LINGER_S after it became true are not waited for; nor are those that
-    `gone` names meanwhile, with its code as the reason.
+    `gone` names meanwhile, with its code as the reason; nor, where no images are needed, those that are offline for GRACE_S.
+    `took`: seconds from the orders to each report.
     """
 
     def __init__(
@@ -87,10 +90,14 @@ class Gathering:
         self.grid, self.calls, self.timeout_s, self.tell, self.enough = grid, calls, timeout_s, tell, enough
         self.gone = gone
         self.missing: dict[str, str] = {}
+        self.took: dict[str, float] = {}
+        self.offline_since: dict[str, float] = {}
 
     def reports(self) -> Iterator[tuple[str, Report]]:
         """(site, report) in the order of arrival. Each report is dropped here once the caller has taken it."""
-        ends, pause, look = time.monotonic() + self.timeout_s, PAUSE_FIRST_S, time.monotonic() + GONE_LOOK_S
+        began, pause = time.monotonic(), PAUSE_FIRST_S
+        look = began + GONE_LOOK_S
+        ends = {site: began + min(self.timeout_s, call.limit_s) for site, call in self.calls.items()}
         waiting = self._send()
         while waiting:
             arrived = list(self.grid.pull_messages(list(waiting)))
@@ -101,24 +108,30 @@ class Gathering:
                 if site is None:
                     continue  # a second reply to the same order: the first one counted
                 if (report := self._accept(site, message)) is not None:
+                    self.took[site] = time.monotonic() - began
                     yield site, report
+            now = time.monotonic()
             if self.enough is not None and self.enough():
-                ends, self.enough = min(ends, time.monotonic() + LINGER_S), None
-            if waiting and time.monotonic() > look:
-                look = time.monotonic() + GONE_LOOK_S
-                waiting = self._without_gone(waiting)
-            if waiting and time.monotonic() > ends:
-                for site in waiting.values():
-                    self.drop(site, "timeout")
-                break
+                ends, self.enough = {site: min(end, now + LINGER_S) for site, end in ends.items()}, None
+            if waiting and now > look:
+                look = now + GONE_LOOK_S
+                waiting = self._without(waiting, {**self._left(waiting.values(), now), **self.gone()})
+            waiting = self._without(waiting, {site: "timeout" for site in waiting.values() if now > ends[site]})
             if waiting:
                 time.sleep(pause)
 
-    def _without_gone(self, waiting: dict[str, str]) -> dict[str, str]:
-        gone = self.gone()
-        for site in {*gone} & {*waiting.values()}:
+    def _without(self, waiting: dict[str, str], gone: Mapping[str, str]) -> dict[str, str]:
+        for site in sorted({*gone} & {*waiting.values()}):
             self.drop(site, gone[site])
         return {message_id: site for message_id, site in waiting.items() if site not in gone}
+
+    def _left(self, waiting: Iterable[str], now: float) -> dict[str, str]:
+        """Who of `waiting` has a step to do that takes milliseconds, and has been offline for GRACE_S."""
+        quick = {site: self.calls[site].node for site in waiting if isinstance(self.calls[site].order, UnmaskOrder)}
+        online = set(self.grid.get_node_ids()) if quick else set()
+        since = self.offline_since
+        self.offline_since = {site: since.get(site, now) for site, node in quick.items() if node not in online}
+        return {site: "offline" for site, began in self.offline_since.items() if now - began > GRACE_S}
 
     def drop(self, site: str, reason: str) -> None:
         """Note why `site` has no part in what follows; also for a report that the caller found wanting."""

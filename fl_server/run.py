@@ -3,7 +3,8 @@
     RUNS/<run id>/
       study.json              canonical study; its digest is checked whenever the run is opened
       run.json                who launched it, state, label, attempt; small, replaced atomically
-      checkpoint.safetensors  model, best model, strategy state, history of all committed rounds; one atomic rename a round
+      checkpoint-N.safetensors  model, best model, strategy state, history of all committed rounds; the last two rounds N are kept
+                              (`fl_server.checkpoint`); one atomic rename a round
       events.jsonl            what happened, a line each; for progress bars, never read back for state
       stop.json               somebody asked the run to stop; heeded before the next stage, or at once
       lock                    held by whoever carries the run out
@@ -18,6 +19,7 @@ import datetime
 import fcntl
 import json
 import logging
+import os
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,19 +28,20 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fl_server import checkpoint
 from models.contributions import Sheet
 from models.metrics import ScoreHistogram
 from models.questions import Answer
 from models.study import Study
-from privacy import keys
+from privacy import disk, keys
 from privacy.errors import DocumentError, MessageMalformed, RunError, RunStopped, RunUnknown
 
 State = Literal["queued", "running", "complete", "partial", "failed", "stopped"]
 ENDED = ("complete", "partial", "failed", "stopped")
 Float32 = npt.NDArray[np.float32]
+VERSION = 1  # of run.json
 STOP = "stop.json"
 log = logging.getLogger("isocenter.run")
 
@@ -78,11 +81,15 @@ def score_sheet(sites: list[str], sheet: Sheet) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Test:
-    """The test evaluation of the selected model. `figures`: site -> what it released for each target, or None."""
+    """The test evaluation of the selected model. `figures`: site -> what it released for each target, or None; `groups`: the sums
+    of subgroups, as `models.subgroups.Groups.to_json` writes them; `grades`: the table of `models.grades`, or nothing.
+    """
 
     sheet: dict[str, Any]
     missing: dict[str, str]
     figures: dict[str, list[dict[str, float | int] | None]]
+    groups: list[dict[str, Any]]
+    grades: list[list[int]]
     ingested: int
 
 
@@ -108,6 +115,7 @@ class Run:
         self.history: list[Round] = []
         self.initial: dict[str, Any] | None = None  # validation of the initial model
         self.scale: int | None = None  # of the next round's encoding
+        self.lost: list[int] = []  # rounds whose checkpoints were damaged, so that they have to be trained again
 
     @classmethod
     def create(cls, runs: Path, study: Study, researcher: str, sites: list[str]) -> "Run":
@@ -115,10 +123,10 @@ class Run:
         stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
         run_id = f"{study.name.replace('_', '-')}-{stamp}-{secrets.token_hex(3)}"
         folder = runs / run_id
-        folder.mkdir(mode=0o700, parents=True)
+        disk.make_folder(folder)
         keys.write_private(folder / "study.json", study.canonical())
         facts = {
-            "version": 1,
+            "version": VERSION,
             "run_id": run_id,
             "digest": study.digest,
             "study": study.name,
@@ -137,7 +145,10 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path) -> "Run":
-        """The run in `folder` with everything committed so far; raises RunUnknown or, for damage, DocumentError."""
+        """The run in `folder` with everything committed so far; raises RunUnknown or, for damage, DocumentError.
+
+        Where the last checkpoint is damaged, the run stands at the one before; `start` says so.
+        """
         facts = read_facts(folder)
         study = Study.from_canonical((folder / "study.json").read_bytes())
         if study.digest != facts["digest"]:
@@ -155,10 +166,17 @@ class Run:
         return int(self.facts["attempt"])
 
     def start(self) -> None:
-        """Mark this launch, under a new attempt."""
-        self.facts |= {"state": "running", "label": "running"}
+        """Mark this launch, under a new attempt. Rounds lost with a damaged checkpoint are named: label, event and log."""
+        disk.sweep(self.folder, "checkpoint-*")
+        checkpoint.set_aside(self.folder, self.lost)
         self.facts.setdefault("started", now())
+        self.facts["lost"] = [*self.facts.get("lost", []), *self.lost]
+        self.facts |= {"state": "running", "round": len(self.history), "label": self._labelled("running")}
         self.next_attempt()
+        for number in self.lost:
+            log.error("run %s: the checkpoint of round %d was damaged and is set aside", self.run_id, number)
+            self.event("checkpoint_damaged", round=number, goes_on_after=len(self.history))
+        self.lost = []
         self.event("started", attempt=self.attempt, round=len(self.history), rounds=self.study.training.rounds)
 
     def next_attempt(self) -> None:
@@ -185,7 +203,8 @@ class Run:
         self.model, self.state = model, state
         self.history.append(done)
         self.save()
-        self.facts |= {"round": done.round, "label": f"running, round {done.round} of {self.study.training.rounds}"}
+        label = self._labelled(f"running, round {done.round} of {self.study.training.rounds}")
+        self.facts |= {"round": done.round, "label": label}
         self._save_facts()
         self.event(
             "round_done",
@@ -205,17 +224,13 @@ class Run:
         if self.best is not None:
             arrays["best"] = self.best
         progress = {
-            "version": 2,
             "digest": self.study.digest,
             "best_round": self.best_round,
             "history": [vars(r) for r in self.history],
             "initial": self.initial,
             "scale": self.scale,
         }
-        keys.write_private(
-            self.folder / "checkpoint.safetensors",
-            save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata={"progress": json.dumps(progress)}),
-        )
+        checkpoint.write(self.folder, len(self.history), arrays, progress)
 
     def _is_better(self, loss: float | None) -> bool:
         """Whether the present model, with this validation loss, replaces the best one so far."""
@@ -228,9 +243,10 @@ class Run:
         """Write results, the released model and its card; the state becomes complete or partial."""
         test_missing = test.missing
         label = participation_label(self.study, self.history, test_missing)
-        self.facts |= {"state": "complete" if label == "complete" else "partial", "label": label, "finished": now()}
+        state = "complete" if label == "complete" else "partial"
+        self.facts |= {"state": state, "label": self._labelled(label), "finished": now()}
         results = {
-            "version": 2,
+            "version": 3,
             "run_id": self.run_id,
             "digest": self.study.digest,
             "study": self.study.model_dump(mode="json"),
@@ -243,6 +259,8 @@ class Run:
             "test": test.sheet,
             "test_missing": test.missing,
             "figures": test.figures,
+            "groups": test.groups,
+            "grades": test.grades,
             "ingested": test.ingested,
         }
         model = self.best if self.best is not None else self.model
@@ -307,20 +325,19 @@ class Run:
     def _save_facts(self) -> None:
         keys.write_private(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
 
+    def _labelled(self, label: str) -> str:
+        """`label`, and which rounds were trained a second time because their checkpoints were damaged."""
+        lost = sorted(set(self.facts.get("lost", [])))
+        told = f"; the checkpoint of round {', '.join(map(str, lost))} was damaged, and the round trained again"
+        return label + told if lost else label
+
     def _load_checkpoint(self) -> None:
-        path = self.folder / "checkpoint.safetensors"
-        if not path.exists():
+        committed = 0 if self.study.task.kind == "counting" else int(self.facts["round"])
+        found = checkpoint.read(self.folder, self.study.digest, committed)
+        self.lost = found.lost
+        if not found.progress:
             return
-        try:
-            with safe_open(path, framework="numpy") as file:
-                progress = json.loads((file.metadata() or {})["progress"])
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a mapping
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise DocumentError(f"{path}: damaged checkpoint ({error})", remedy="Restore it from a backup.") from None
-        if progress["version"] != 2:
-            raise DocumentError(f"{path}: written by another version of Isocenter", remedy="Launch the study anew.")
-        if progress["digest"] != self.study.digest:
-            raise DocumentError(f"{path}: belongs to another study")
+        arrays, progress = found.arrays, found.progress
         self.model, self.best, self.best_round = arrays["model"], arrays.get("best"), progress["best_round"]
         self.state = {name.removeprefix("state."): a for name, a in arrays.items() if name.startswith("state.")}
         self.history = [Round(**entry) for entry in progress["history"]]
@@ -328,10 +345,21 @@ class Run:
 
 
 def add_event(folder: Path, kind: str, facts: dict[str, Any]) -> None:
-    """One more line of events.jsonl."""
-    line = json.dumps({"at": now(), "event": kind} | facts) + "\n"
-    with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
+    """One more line of events.jsonl; after a line in which a process died, on a line of its own. Raises DiskUnusable."""
+    path = folder / "events.jsonl"
+    line = json.dumps({"at": now(), "event": kind} | facts).encode() + b"\n"
+    with disk.faults_named(path), path.open("ab+", buffering=0) as file:
+        if end := file.seek(0, os.SEEK_END):
+            file.seek(end - 1)
+            line = line if file.read(1) == b"\n" else b"\n" + line
         file.write(line)
+
+
+def give_up(folder: Path, code: str) -> None:
+    """Mark a run that cannot be opened as failed, so that nobody waits for it. Its files stay as they are."""
+    facts = read_facts(folder)
+    facts |= {"state": "failed", "label": f"failed after round {facts['round']}: {code}"}
+    keys.write_private(folder / "run.json", json.dumps(facts, indent=1).encode())
 
 
 def ask_to_stop(folder: Path, *, at_once: bool) -> None:
@@ -388,9 +416,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
     """run.json of one run; raises RunUnknown if there is none."""
     try:
         facts: dict[str, Any] = json.loads((folder / "run.json").read_bytes())
+        disk.require_known(folder / "run.json", facts.get("version"), VERSION)
     except FileNotFoundError:
         raise RunUnknown(f"there is no run {folder.name!r}") from None
-    except ValueError:
+    except (ValueError, AttributeError):
         raise MessageMalformed(f"{folder}/run.json is damaged") from None
     return facts
 
@@ -400,14 +429,17 @@ def list_runs(runs: Path) -> list[dict[str, Any]]:
     found = []
     for path in runs.glob("*/run.json"):
         try:
-            found.append(read_facts(path.parent))
-        except MessageMalformed as error:
+            facts = read_facts(path.parent)
+            if not {"run_id", "state", "created"} <= facts.keys():
+                raise MessageMalformed(f"{path} is damaged")
+            found.append(facts)
+        except (MessageMalformed, DocumentError) as error:
             log.error("%s", error)
     return sorted(found, key=lambda facts: (facts["created"], facts["run_id"]))
 
 
 def participation_label(study: Study, history: list[Round], test_missing: dict[str, str]) -> str:
-    """ "complete", or "partial (3 of 4, west missing since round 6)": a subset is never reported as the whole."""
+    """ "complete", or "partial (3 of 4, west missing since round 6: timeout)": a subset is never reported as the whole."""
     sites = study.participation.sites
     last: dict[str, int] = dict.fromkeys(sites, 0)
     full = 0
@@ -419,7 +451,9 @@ def participation_label(study: Study, history: list[Round], test_missing: dict[s
     for site in study.all_sites:
         rounds_missed = site in last and any(site not in done.contributors for done in history)
         if rounds_missed and last[site] < len(history):
-            absent.append(f"{site} missing since round {last[site] + 1}" if last[site] else f"{site} never took part")
+            since = f"missing since round {last[site] + 1}" if last[site] else "never took part"
+            why = history[-1].missing.get(site)
+            absent.append(f"{site} {since}: {why}" if why else f"{site} {since}")
         elif rounds_missed:
             missed = sum(site not in done.contributors for done in history)
             absent.append(f"{site} missed {missed} of {len(history)} rounds")

@@ -4,6 +4,7 @@ Everything is the real thing (keys, signed orders, approvals, gate, cache, split
 a Grid in memory hands messages over. Nothing is trained or merged by other code than in a federation.
 """
 
+import contextlib
 import json
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -11,18 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
+from numpy.typing import NDArray
 
 from fl_server import app as coordinator
 from fl_server import authority, counting, report, weights
 from fl_server.roster import Home, ServerFile
 from fl_server.run import Run, read_facts
-from models.metrics import ScoreHistogram
 from models.study import Study
 from privacy import keys
 from privacy.errors import RunError, StudyConflict
@@ -91,32 +93,45 @@ def alone(study: Study, name: str, outcome: Outcome, tell: Tell) -> dict[str, An
     return _carry_out(single, Home.open(outcome.folder / "coordinator"), outcome.folder, tell)
 
 
-def test_auroc(results: dict[str, Any]) -> dict[str, float | None]:
-    """Test AUROC of the first target: what each tested site released (None if it did not), and pooled."""
-    test, figures = results["test"], results["figures"]
-    if test is None:
-        return {"pooled": None}
-    rows = {site: figures.get(site) or [None] for site in sorted(test["sites"])}
-    released = {site: row[0] and row[0]["auroc"] for site, row in rows.items()}
-    return released | {"pooled": ScoreHistogram.from_json(test["counts"]).auroc(0)}
+def evaluated(study: Study, model: NDArray[np.float32], outcome: Outcome) -> dict[str, Any]:
+    """The results document of a run of `study` that trains nothing and tests `model` float32 (P,) at the rehearsal's sites.
+
+    As in every run, sites test and release what they release; QuorumLost and others say why there is no test.
+    """
+    home = Home.open(outcome.folder / "coordinator")
+    run, grid = _prepared(study, home, outcome.folder, lambda event: None)
+    run.start()
+    run.model = model
+    run.finish(coordinator.Desk(home, run, grid).test(model))
+    return _results(run)
 
 
 def _carry_out(study: Study, home: Home, folder: Path, tell: Tell) -> dict[str, Any]:
     """One run from beginning to end; its results document. Raises RunError if the run failed."""
+    run, grid = _prepared(study, home, folder, tell)
+    context = Context(0, 0, {}, RecordDict(), {"home": str(home.root), "run": run.run_id})
+    coordinator.main(grid, context)
+    grid.look()
+    facts = read_facts(run.folder)
+    if facts["state"] == "failed":
+        raise RunError(f"the simulated run failed: {facts['label']}", remedy="See events.jsonl of the run above.")
+    return _results(run)
+
+
+def _prepared(study: Study, home: Home, folder: Path, tell: Tell) -> "tuple[Run, MemoryGrid]":
+    """A run of `study` that all its sites approved, and the grid that reaches them."""
     study = home.with_keys(study)
     signature = keys.sign(home.coordinator_key, keys.STUDY_OFFER, study.canonical())
     for name in study.all_sites:
         pkgutil.resolve_name(APPROVE)(folder / "sites" / name, study, signature)
     run = Run.create(home.runs, study, "simulation", study.all_sites)
     sites = {node: folder / "sites" / name for name, node in _nodes(home).items() if name in study.all_sites}
-    grid = MemoryGrid(sites, pkgutil.resolve_name(CLIENT_APP)(), _EventReader(run.folder / "events.jsonl", tell).look)
-    context = Context(0, 0, {}, RecordDict(), {"home": str(home.root), "run": run.run_id})
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # Message() refuses to be made without
-    coordinator.main(grid, context)
-    grid.look()
-    facts = read_facts(run.folder)
-    if facts["state"] == "failed":
-        raise RunError(f"the simulated run failed: {facts['label']}", remedy="See events.jsonl of the run above.")
+    events = _EventReader(run.folder / "events.jsonl", tell)
+    return run, MemoryGrid(sites, pkgutil.resolve_name(CLIENT_APP)(), events.look)
+
+
+def _results(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((run.folder / "results.json").read_bytes())
     return found
 
@@ -197,5 +212,6 @@ class _EventReader:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             for line in file:
-                self.tell(json.loads(line))
                 self.offset += len(line)
+                with contextlib.suppress(ValueError):  # a line in which a process ended
+                    self.tell(json.loads(line))

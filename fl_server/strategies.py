@@ -20,7 +20,8 @@ from privacy.errors import MessageMalformed, QuorumLost
 Float32 = NDArray[np.float32]
 State = Mapping[str, Float32]
 """What a strategy carries from round to round, by name; it is stored in the checkpoint. FedAvg carries nothing, FedSGD its
-velocity and the number of its steps, the others what their papers call momentum and second moment."""
+velocity and the number of its steps, SCAFFOLD the common control variate, the others what their papers call momentum and
+second moment."""
 BLOCK = 64 * 1024  # weights compared at a time: 64 sites' take 32 MiB as float64, whatever the model
 
 
@@ -45,6 +46,24 @@ class FedAvg:
             after = arrays + mean
         _check_array("the next model", after, arrays.shape)
         return after, dict(state)
+
+
+class Scaffold:
+    """The mean of the updates, and of the sites' control variates (Karimireddy et al. 2020, algorithm 1, global step size 1).
+
+    Both are weighted by cases, as everything is. Sites send their variates and not the changes of them: with all sites in
+    every round, c + mean(change) is mean(variates), and this sum has no memory, so a site that was missing, or lost its
+    variate, leaves no bias behind.
+    """
+
+    def step(self, arrays: Float32, mean: Float32, state: State) -> tuple[Float32, State]:
+        """The next model (P,) from `arrays` (P,) and `mean` (2P,): the updates', then the variates'.
+
+        Raises MessageMalformed as `FedAvg.step` does.
+        """
+        _check_array("the mean update and variate", mean, (2 * arrays.size,))
+        after, _ = FedAvg().step(arrays, mean[: arrays.size], {})
+        return after, {"variate": mean[arrays.size :].copy()}
 
 
 @dataclass(frozen=True)
@@ -205,12 +224,23 @@ def build(study: Study) -> Aggregation:
     name, given = study.strategy.name, study.strategy.parameters
     if name == "fedsgd" and study.privacy != "none":
         return FedSGD(study.training, study.privacy.clip_norm / study.privacy.sampling_rate, given["momentum"])
+    if study.strategy.steered:
+        return Scaffold()
     if name == "fedavgm":
         return FedAvgM(given["server_rate"], given["momentum"])
     if name in ("fedadam", "fedyogi"):
         betas = given["beta1"], given["beta2"]
         return Adaptive(given["server_rate"], *betas, given["tau"], name == "fedyogi")
     return FedAvg()
+
+
+def sent(study: Study, arrays: Float32, state: State) -> Float32:
+    """What sites are sent to train from: the model (P,); with SCAFFOLD (2P,), the common control variate behind it."""
+    if not study.strategy.steered:
+        return arrays
+    variate = state.get("variate", np.zeros_like(arrays))
+    _check_array("the control variate", variate, arrays.shape)
+    return np.concatenate([arrays, variate])
 
 
 def combination(study: Study) -> Combination | None:

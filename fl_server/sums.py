@@ -11,15 +11,17 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 from flwr.serverapp import Grid
 
+from fl_server.pace import Pace
 from fl_server.roster import Home
 from fl_server.rounds import Call, Gathering, Tell, choose
 from fl_server.run import Run
+from fl_server.sightings import Sightings
 from models import contributions
 from models.contributions import Contribution, Float32, Kind
 from models.study import Study
@@ -27,11 +29,13 @@ from privacy import keys
 from privacy.errors import (
     CertificateRevoked,
     IsocenterError,
+    MaskKeysLost,
     MessageMalformed,
     ProtectionError,
     QuorumLost,
     ShareInvalid,
     TooFewSurvivors,
+    WorkerDied,
 )
 from privacy.noise import GRID_BITS
 from privacy.secagg import Aggregator, Place
@@ -53,12 +57,15 @@ from privacy.wire import (
 Kinds = TypeVar("Kinds", bound=Order)
 ROBUST_ROOM = 8  # times the largest value of the middle site, which others may reach: sites differ in their cases
 ATTEMPTS_MAX = 3  # at one sum, before the run ends by name; each is a whole training
+COMES_BACK = {"timeout", "offline", "unavailable", "joining", MaskKeysLost.code, WorkerDied.code}
+"""Reasons for which a site is missing that may be over in a minute; a refusal of the site's own is not."""
 JOURNALED = {
     "asked": "orders-sent",
     "site_missing": "site-missing",
     "wrong_share": "share-wrong",
     "void": "sum-void",
     "left_out": "updates-left-out",
+    "flagged": "update-flagged",
 }
 Nodes = dict[str, int]
 
@@ -78,7 +85,9 @@ class Task:
 
     @property
     def name(self) -> Kind:
-        return "train" if self.kind is TrainOrder else "evaluate"
+        if self.kind is TrainOrder:
+            return "train"
+        return "test" if self.more.get("split") == "test" else "evaluate"
 
 
 @dataclass
@@ -124,6 +133,14 @@ class Heeding:
         return self.grid.get_node_ids()
 
 
+class SitesAway(Exception):
+    """Too few sites reported, and with `sites`, who may come back, there would be enough."""
+
+    def __init__(self, message: str, sites: list[str]) -> None:
+        super().__init__(message)
+        self.sites = sites
+
+
 class Summing:
     """The sums of one run, one after the other. Subclasses say what one attempt at a sum is."""
 
@@ -134,6 +151,8 @@ class Summing:
         self.number = 0  # of the last sum; counted anew in each attempt
         self.offline: dict[str, str] = {}
         self.timeout_s = timeout_of(run.study)
+        self.pace = Pace(self.timeout_s)
+        self.exchange: Gathering | None = None  # the last one
 
     def tell(self, kind: str, **facts: Any) -> None:
         """An event of the run; orders, and who did not answer them well, are lines of the coordinator's journal too."""
@@ -142,16 +161,22 @@ class Summing:
             self.journal.append(JOURNALED[kind], **{"run": self.run.run_id, "attempt": self.run.attempt, **facts})
 
     def carry_out(self, task: Task) -> Total:
-        """The total of `task`. A void sum is tried again under a new attempt; raises QuorumLost if none can be opened."""
+        """The total of `task`. A void sum, or one below the quorum whose sites may come back, is tried again under a new attempt.
+
+        Raises QuorumLost if none can be opened, or if sites refuse that are needed.
+        """
         why = ""
         for _ in range(ATTEMPTS_MAX):
             try:
                 return self._attempt(task)
+            except SitesAway as away:
+                self.tell("waiting", sites=away.sites)
+                why, reason = str(away), QuorumLost.code
             except (ProtectionError, MessageMalformed) as error:
-                why = str(error)
-                self.tell("void", round=task.round, attempt=self.run.attempt, reason=error.code)
-                self.run.next_attempt()
-                self._begin_anew()
+                why, reason = str(error), error.code
+            self.tell("void", round=task.round, attempt=self.run.attempt, reason=reason)
+            self.run.next_attempt()
+            self._begin_anew()
         raise QuorumLost(f"no sum of round {task.round} could be opened in {ATTEMPTS_MAX} attempts: {why}")
 
     def _attempt(self, task: Task) -> Total:
@@ -167,11 +192,19 @@ class Summing:
             Heeding(self.grid, self.run), usable, task.least, self.timeout_s, self.tell, frozenset(self.offline)
         )
         self.offline = {name: "offline" for name in usable if name not in ready}
+        for name in self.offline:
+            self.pace.forget(name)
         return ready
 
     def _gather(self, calls: dict[str, Call], stage: str, enough: Callable[[], bool] | None = None) -> Gathering:
+        """Send `calls`; each site is waited for as long as its own speed says, as far as the exchanges before told it."""
+        if self.exchange is not None:
+            before = self.exchange
+            self.pace.note({site: call.order for site, call in before.calls.items()}, before.took, before.missing)
         self.tell("asked", stage=stage, round=next(iter(calls.values())).order.round, sites=list(calls))
-        return Gathering(self.grid, calls, self.timeout_s, self.tell, enough, self._gone)
+        timed = {site: replace(call, limit_s=self.pace.limit_s(site, call.order)) for site, call in calls.items()}
+        self.exchange = Gathering(self.grid, timed, self.timeout_s, self.tell, enough, self._gone)
+        return self.exchange
 
     def _gone(self) -> dict[str, str]:
         return dict.fromkeys(self.parties.revoked(), CertificateRevoked.code)
@@ -200,9 +233,12 @@ class Summing:
         return Encoding(values=values, counts=counts, bits=self.study.encoding_bits, scale=task.scale, sites=sites)
 
     def _require(self, here: Collection[str], least: int, missing: Mapping[str, str]) -> None:
+        """Raise SitesAway, or QuorumLost where waiting is no use, if fewer than `least` sites are `here`."""
         if len(here) < least:
             reasons = ", ".join(f"{site}: {reason}" for site, reason in sorted(missing.items()))
-            raise QuorumLost(f"{len(here)} of {least} needed sites reported ({reasons})")
+            sentence = f"{len(here)} of {least} needed sites reported ({reasons})"
+            away = sorted(site for site, reason in missing.items() if reason in COMES_BACK)
+            raise SitesAway(sentence, away) if len(here) + len(away) >= least else QuorumLost(sentence)
 
     def _total(
         self, task: Task, encoding: Encoding, opened: Vector, arrivals: Arrivals, missing: dict[str, str]
@@ -221,6 +257,10 @@ class OpenSumming(Summing):
     It keeps none of them, but for a robust strategy, until the round is done: 4 bytes for each weight and site.
     """
 
+    def __init__(self, grid: Grid, run: Run, home: Home) -> None:
+        super().__init__(grid, run, home)
+        self.sightings = Sightings()
+
     def _attempt(self, task: Task) -> Total:
         ready, arrivals = self._choose(task), Arrivals()
         self.number += 1
@@ -234,12 +274,18 @@ class OpenSumming(Summing):
                 with _dropping(gathering, site):
                     words, its = self._checked(task, encoding, order, report)
                     total.add(words)
+                    if task.name == "train":
+                        self.sightings.see(site, task.round, its.update)
                     if self.study.strategy.robust and task.name == "train":
                         alone[site] = its
                     arrivals.add(site, report, self.tell)
         missing = self.offline | gathering.missing
+        for odd in self.sightings.judge():
+            self.tell("flagged", **odd)
         self._require(arrivals.seconds, task.least, missing)
         opened = self._total(task, encoding, total, arrivals, missing)
+        if task.name == "train":
+            self.sightings.close(opened.mean.update)
         if alone:
             opened.updates = {site: its.update for site, its in alone.items()}
             # Of the middle site: the largest of all would let one site coarsen everybody's words, round after round.
@@ -445,7 +491,7 @@ def _fitting(study: Study, largest: float) -> int:
 
 
 def timeout_of(study: Study) -> float:
-    """Seconds after which a stage of a round goes on without the sites that have not reported."""
+    """Most seconds after which a stage of a round goes on without the sites that have not reported (`fl_server.pace`)."""
     return float(study.participation.round_timeout_s)
 
 

@@ -6,6 +6,8 @@ What privacy and questions forbid stands in `models.study`, beside what they pro
 import math
 from typing import Protocol
 
+from models import subgroups
+from models.questions import Counting
 from models.sections import (
     ROBUST_SITES_MAX,
     STRATEGY_PARAMETERS,
@@ -15,13 +17,16 @@ from models.sections import (
     Participation,
     PrivacyOrNone,
     Protection,
+    Relation,
     Strategy,
     TaskOrQuestions,
     Training,
 )
 
+GROUP_COUNTS_MAX = 4_000_000  # 16 MB in words of 32 bits, once in a run
 HALVING, HALVING_LEAST = ("densenet121", "densenet169", "efficientnet_b0"), 32
 VIT_PATCH = 16
+SCAFFOLD_BITS_MIN = 32
 
 
 class Settings(Protocol):
@@ -45,11 +50,15 @@ class Settings(Protocol):
     def participation(self) -> Participation: ...
     @property
     def evaluation(self) -> Evaluation: ...
+    @property
+    def relation(self) -> Relation: ...
+    @property
+    def encoding_bits(self) -> int: ...
 
 
 def of(study: Settings) -> list[str]:
     """One sentence for each contradiction."""
-    return _of_network(study) + _of_strategy(study)
+    return _of_network(study) + _of_strategy(study) + _of_evaluation(study)
 
 
 def _of_network(study: Settings) -> list[str]:
@@ -72,6 +81,8 @@ def _of_strategy(study: Settings) -> list[str]:
     ]
     if plan.name == "fedprox" and study.privacy != "none":
         found.append("strategy: fedprox holds ordinary training near the common model; private steps have no such term")
+    if plan.steered:
+        found += _of_scaffold(study)
     if not plan.robust:
         return found
     if study.protection == "masked":
@@ -86,6 +97,20 @@ def _of_strategy(study: Settings) -> list[str]:
     least = 3 if plan.name == "median" else math.ceil(round(1 / (plan.trimmed_share or 1), 9))
     if part.quorum < least:
         found.append(f"strategy: {plan.name} leaves nobody out of a quorum of {part.quorum}; it needs {least}")
+    return found
+
+
+def _of_scaffold(study: Settings) -> list[str]:
+    found = []
+    if study.privacy != "none":
+        found.append("strategy: scaffold sends a mean of gradients beside the update, which no noise of privacy covers")
+    if study.training.optimizer != "sgd":
+        found.append("strategy: scaffold corrects plain steps along gradients; say training.optimizer: sgd")
+    if study.encoding_bits < SCAFFOLD_BITS_MIN:
+        found.append(
+            f"strategy: scaffold needs encoding_bits of {SCAFFOLD_BITS_MIN} or 64: an update shares its scale with "
+            "gradients, which are larger"
+        )
     return found
 
 
@@ -104,4 +129,20 @@ def _of_krum(study: Settings, byzantine: int, selected: int) -> list[str]:
             "strategy.selected: 1 hands one site's update to all others as the next model, and protection: sealed promises that "
             "the coordinator alone sees it; say 2 or more, or plain"
         )
+    return found
+
+
+def _of_evaluation(study: Settings) -> list[str]:
+    found, counts = [], subgroups.size(study)
+    if counts > GROUP_COUNTS_MAX:
+        found.append(
+            f"evaluation.subgroups asks for {counts} counts, and {GROUP_COUNTS_MAX} are the most: name fewer, or fewer bins"
+        )
+    if study.training.rounds == 0 and not isinstance(study.task, Counting):
+        if study.network.initial is None:
+            found.append("training.rounds: 0 evaluates given weights, and network.initial names none")
+        if study.privacy != "none" or study.strategy != Strategy():
+            found.append("training.rounds: 0 trains nothing, so privacy is none, and strategy is left out")
+    if study.privacy != "none" and study.privacy.figures == "noised" and study.evaluation.subgroups:
+        found.append("privacy.figures: noised and evaluation.subgroups, whose counts have no noise")
     return found

@@ -2,37 +2,43 @@
 
     values  float32 (P,)   what training changed; summed with the site's cases as weight. Empty for an evaluation, but for the
                            noisy counts of a study with `privacy.figures: noised`
-    counts  int64          whole numbers that are summed as they are: cases, images, patients, losses, score histograms
+    counts  int64          whole numbers that are summed as they are: cases, images, patients, losses, score histograms; of the
+                           test split also those of the study's subgroups (`models.subgroups`)
 
 Everything a coordinator learns of a round stands in the sum of these. Beside it, and only if the study says so, a site
 releases figures of its own test split, and only for targets of which both classes have RELEASE_MIN images.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from models import questions
+from models import grades, intervals, questions, subgroups
 from models.metrics import ScoreHistogram
 from models.questions import Counting
+from models.sections import RELEASE_MIN
 from models.study import Study
+from models.subgroups import Groups, Scored
 from privacy import noise
 from privacy.errors import MessageMalformed
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
-Kind = Literal["train", "evaluate"]
+Kind = Literal["train", "evaluate", "test"]
+"""Training with the validation of the model before it, an evaluation of the validation split, and that of the test split."""
 
 LOSS_UNIT = 2.0**-20
 """Losses are summed over images in steps of this: a millionth, far below what a loss means."""
 LOSS_MAX = 1e3  # of one image; one of float32 scores is below 17, and 8 million such images still make a sound count
-RELEASE_MIN = 10  # images of each class, as in the house rules for released counts
 RELEASE_DECIMALS = 3
 """Counts are released rounded down to tens, the rest to three decimals: with exact ones, the pooled counts less those of the
 sites that released theirs would be the small counts of the one that did not."""
 NOT_RELEASED = -1.0
+FIGURE_COLUMNS = 7
+"""AUROC, its interval by DeLong's variance, its interval by bootstrap, negatives, positives."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class Contribution:
     update: npt.NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.float32))
     summed: bool = False
     answers: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))  # of a study that counts, in tens; all it has
+    groups: Groups | None = None  # of the test split; None elsewhere
+    grades: Int64 | None = None  # (T + 1, T + 1), of the test split of an ordered task (`models.grades`)
 
     @property
     def weight(self) -> int:
@@ -73,7 +81,12 @@ class Contribution:
         facts = [self.ingested, sheet.patients, sheet.images, _units(sheet.loss, sheet.images)]
         if kind == "train":
             facts += [self.cases, _units(self.loss, self.cases)]
-        return np.concatenate([np.array(facts, np.int64), sheet.histogram.to_array().astype(np.int64).ravel()])
+        parts = [np.array(facts, np.int64), sheet.histogram.to_array().astype(np.int64).ravel()]
+        if kind == "test" and self.groups is not None:
+            parts.append(self.groups.numbers())
+        if kind == "test" and self.grades is not None:
+            parts.append(self.grades.ravel())
+        return np.concatenate(parts)
 
 
 def suppressed(study: Study, sheet: Sheet) -> Sheet:
@@ -126,7 +139,21 @@ def count_of(study: Study, kind: Kind) -> int:
     """How many counts a contribution of this kind has."""
     if isinstance(study.task, Counting):
         return study.task.size
-    return (6 if kind == "train" else 4) + len(study.task.targets) * 2 * study.evaluation.bins
+    whole = (6 if kind == "train" else 4) + len(study.task.targets) * 2 * study.evaluation.bins
+    return whole + (subgroups.size(study) + grade_count(study) ** 2 if kind == "test" else 0)
+
+
+def grade_count(study: Study) -> int:
+    """Grades of an ordered task, the lowest included; 0 of another."""
+    return len(study.task.targets) + 1 if study.relation == "ordered" else 0
+
+
+def grades_told(study: Study, scored: Scored) -> Int64:
+    """The table of grades (`models.grades`) that goes into the sum: all zero under differential privacy, where its small cells
+    would be told, and of no cells for a task without grades.
+    """
+    told = grade_count(study) > 0 and study.privacy == "none"
+    return grades.table_of(scored) if told else np.zeros((grade_count(study), grade_count(study)), np.int64)
 
 
 def read(study: Study, kind: Kind, values: npt.NDArray[np.float64], counts: Int64) -> Contribution:
@@ -141,12 +168,19 @@ def read(study: Study, kind: Kind, values: npt.NDArray[np.float64], counts: Int6
         return Contribution(0, empty_sheet(study), answers=counts)
     head = [int(n) for n in counts[: 6 if kind == "train" else 4]]
     ingested, patients, images, loss = head[:4]
-    histogram = ScoreHistogram(counts[len(head) :].reshape(len(study.task.targets), 2, study.evaluation.bins))
+    shape = (len(study.task.targets), 2, study.evaluation.bins)
+    end = len(head) + math.prod(shape)
+    histogram = ScoreHistogram(counts[len(head) : end].reshape(shape))
     if patients > images or int(histogram.counts.sum(axis=(1, 2)).max()) > images:
         raise MessageMalformed("the summed counts of patients, images and scores contradict each other")
     sheet = Sheet(patients, images, _mean(loss, images), histogram)
-    if kind == "evaluate":
-        return Contribution(ingested, _sheet_of(study, values) if noises_figures(study) and values.any() else sheet)
+    if kind != "train":
+        sheet = _sheet_of(study, values) if noises_figures(study) and values.any() else sheet
+        if kind == "evaluate":
+            return Contribution(ingested, sheet)
+        ends = end + subgroups.size(study)
+        table = grades.read(grade_count(study), counts[ends:], images)
+        return Contribution(ingested, sheet, groups=Groups.read(study, counts[end:ends], histogram), grades=table)
     cases, train_loss = head[4:]
     if cases < 1:
         raise MessageMalformed("the sum of the updates rests on no cases")
@@ -160,34 +194,49 @@ def _sheet_of(study: Study, noisy: npt.NDArray[np.float64]) -> Sheet:
     return Sheet(images, images, histogram.cross_entropy() or 0.0, histogram)
 
 
-def figures(study: Study, histogram: ScoreHistogram, *, release: bool) -> Float32:
-    """float32 (targets, 5): AUROC, its 95 % interval, negatives, positives, all rounded; NOT_RELEASED in rows that stay.
+def figures(study: Study, scored: Scored, *, release: bool) -> Float32:
+    """float32 (targets, FIGURE_COLUMNS) of the raw scores, all rounded; NOT_RELEASED in rows that stay.
 
-    `release`: whether figures of this evaluation may leave at all; the study has to ask for them as well.
+    `release`: whether figures of this evaluation may leave at all; the study has to ask for them as well. A row leaves if both
+    classes have RELEASE_MIN images, and both intervals exist: two patients of each class are needed for that.
     """
-    rows = np.full((len(study.task.targets), 5), NOT_RELEASED, np.float32)
+    rows = np.full((len(study.task.targets), FIGURE_COLUMNS), NOT_RELEASED, np.float32)
     for target in range(len(rows) if release and study.evaluation.site_figures else 0):
-        negatives, positives = histogram.negatives(target), histogram.positives(target)
-        auroc, interval = histogram.auroc(target), histogram.interval(target)
-        if min(negatives, positives) >= RELEASE_MIN and auroc is not None and interval is not None:
-            rounded = [round(value, RELEASE_DECIMALS) for value in (auroc, *interval)]
+        known = scored.known[:, target] != 0
+        scores = scored.scores[known, target].astype(np.float64)
+        labels, patients = scored.targets[known, target].astype(np.float64), scored.patients[known]
+        positives = int((labels == 1).sum())
+        negatives = len(labels) - positives
+        if min(negatives, positives) < RELEASE_MIN:
+            continue
+        found = intervals.clustered_auroc(scores, labels, patients)
+        delong = intervals.clustered_interval(scores, labels, patients)
+        drawn = intervals.bootstrap_interval(scores, labels, patients, study.training.seed)
+        if found is not None and delong is not None and drawn is not None:
+            numbers = (found[0], *delong, *drawn)
+            rounded = [round(value, RELEASE_DECIMALS) for value in numbers]
             rows[target] = (*rounded, _tens(negatives), _tens(positives))
     return rows
 
 
 def read_figures(study: Study, rows: Float32) -> list[dict[str, float | int] | None]:
     """What `figures` wrote, a dictionary or None for each target; raises MessageMalformed for anything else."""
-    if rows.shape != (len(study.task.targets), 5):
+    if rows.shape != (len(study.task.targets), FIGURE_COLUMNS):
         raise MessageMalformed("figures of another number of targets than the study's")
     return [None if (row == NOT_RELEASED).all() else _figure(row) for row in rows]
 
 
 def _figure(row: Float32) -> dict[str, float | int]:
-    auroc, low, high, negatives, positives = (round(float(value), RELEASE_DECIMALS) for value in row)
+    auroc, low, high, drawn_low, drawn_high, negatives, positives = (
+        round(float(value), RELEASE_DECIMALS) for value in row
+    )
     enough = all(count.is_integer() and count >= RELEASE_MIN for count in (negatives, positives))
-    if not 0 <= low <= auroc <= high <= 1 or not enough:
+    if not 0 <= low <= auroc <= high <= 1 or not 0 <= drawn_low <= drawn_high <= 1 or not enough:
         raise MessageMalformed("a released figure contradicts itself, or should not have been released")
-    return {"auroc": auroc, "low": low, "high": high, "negatives": int(negatives), "positives": int(positives)}
+    return {
+        "auroc": auroc, "low": low, "high": high, "bootstrap_low": drawn_low, "bootstrap_high": drawn_high,
+        "negatives": int(negatives), "positives": int(positives),
+    }  # fmt: skip
 
 
 def _tens(count: int) -> int:

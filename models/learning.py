@@ -28,7 +28,7 @@ from privacy.errors import CohortTooSmall, MessageMalformed, PrivacyError, Train
 SEED_LABEL = b"isocenter/v1/seed"
 SAMPLES = 4  # stand-ins for patients on which engines are compared before the first private round
 log = logging.getLogger("isocenter.privacy")
-MOMENTUM = 0.9  # of sgd, with Nesterov's correction
+MOMENTUM = 0.9  # of sgd, with Nesterov's correction; SCAFFOLD has none
 GRADIENT_NORM_MAX = 5.0  # a longer gradient is a single odd batch; ordinary ones of these losses stay below 3
 
 
@@ -73,13 +73,32 @@ def learn(
     weight is not finite, CohortTooSmall if no image has a label; the weights of `net` are then unspecified and must not
     be used.
     """
-    plan, before = study.training, networks.to_vector(net)
+    return _learn(net, cohort, study, (round_number, repeat), None, stop)
+
+
+def learn_steered(
+    net: nn.Module, cohort: TrainingCohort, study: Study, control: "Control", *, round_number: int, repeat: int = 0
+) -> Update:
+    """`learn` with SCAFFOLD: `control` corrects each step, and has the site's next variate afterwards."""
+    return _learn(net, cohort, study, (round_number, repeat), control, lambda: False)
+
+
+def _learn(
+    net: nn.Module,
+    cohort: TrainingCohort,
+    study: Study,
+    turn: tuple[int, int],
+    control: "Control | None",
+    stop: Callable[[], bool],
+) -> Update:
+    """`turn`: number of the round, and earlier trainings of it."""
+    plan, before, round_number = study.training, networks.to_vector(net), turn[0]
     labelled = torch.nonzero(cohort.known.sum(dim=1) > 0).flatten()
     if len(labelled) == 0:
         raise CohortTooSmall("no image of the training split has a known label")
-    generator, torch_seed = _randomness(study, round_number, repeat)
+    generator, torch_seed = _randomness(study, *turn)
     weights = tasks.class_weights(cohort.targets[labelled], cohort.known[labelled], balance=plan.balance)
-    optimizer = _optimizer(net, plan, plan.rate(round_number))
+    optimizer = _optimizer(net, plan, plan.rate(round_number), MOMENTUM if control is None else 0.0)
     pull = Proximal.of(net, study)
     total, steps, seen = 0.0, 0, 0
     net.train()
@@ -91,7 +110,7 @@ def learn(
             images = cohort.images[rows].to(torch.float32)
             if plan.augmentation == "light":
                 images = augment(images, generator)
-            value = _step(net, optimizer, images, (cohort.targets[rows], cohort.known[rows], weights), pull)
+            value = _step(net, optimizer, images, (cohort.targets[rows], cohort.known[rows], weights), pull, control)
             total, steps, seen = total + value * len(rows), steps + 1, seen + len(rows)
     delta = networks.to_vector(net) - before
     if not np.isfinite(delta).all():
@@ -324,12 +343,49 @@ class Proximal:
                 parameter.grad.add_(parameter.detach() - start, alpha=self.mu)
 
 
+class Control:
+    """SCAFFOLD at one site in one round (Karimireddy et al. 2020, algorithm 1, option II): y <- y - rate (g - c_i + c).
+
+    `own` is c_i, that of this site, and `common` is c, that of all sites; float32 (P,) each. Gradients are clipped before they
+    are corrected, so the site's next variate, c_i - c + (x - y) / (K rate) in the paper, is the mean of the gradients that were
+    used, and is taken as that: the quotient would divide a rounding by a rate that falls to zero. Decay is in neither.
+    """
+
+    def __init__(self, net: nn.Module, own: NDArray[np.float32], common: NDArray[np.float32]) -> None:
+        self.places = networks.trained_places(net)
+        self.shapes = [p.shape for p in net.parameters() if p.requires_grad]
+        self.correction = self._split((common - own)[self.places])
+        self.total = [torch.zeros(shape, dtype=torch.float64) for shape in self.shapes]
+        self.steps = 0
+
+    def _split(self, values: NDArray[np.float32]) -> list[Tensor]:
+        parts = torch.split(torch.from_numpy(values), [math.prod(shape) for shape in self.shapes])
+        return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+    def correct(self, net: nn.Module) -> None:
+        """Note the gradients of `net`, and correct them."""
+        trained = (p for p in net.parameters() if p.requires_grad)
+        self.steps += 1
+        for parameter, total, correction in zip(trained, self.total, self.correction, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            total.add_(parameter.grad)
+            parameter.grad.add_(correction)
+
+    @property
+    def variate(self) -> NDArray[np.float32]:
+        """float32 (P,): the site's next variate, exactly zero where nothing is trained."""
+        mean = torch.cat([total.reshape(-1) for total in self.total]) / max(1, self.steps)
+        return networks.placed(mean.numpy().astype(np.float32), self.places)
+
+
 def _step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
     truth: tuple[Tensor, Tensor, Tensor],
     pull: Proximal | None = None,
+    control: Control | None = None,
 ) -> float:
     """One optimizer step; returns the loss before it, without `pull`. Raises TrainingDiverged if that is not finite."""
     value = tasks.loss(net(images), *truth)
@@ -341,6 +397,8 @@ def _step(
     if pull is not None:
         pull.add_to_gradients(net)
     nn.utils.clip_grad_norm_(net.parameters(), GRADIENT_NORM_MAX)
+    if control is not None:
+        control.correct(net)
     optimizer.step()
     return mean
 
@@ -352,7 +410,7 @@ def _batches(labelled: Tensor, plan: Training, generator: Generator) -> Iterator
         yield from torch.split(order, plan.batch_size)
 
 
-def _optimizer(net: nn.Module, plan: Training, rate: float) -> torch.optim.Optimizer:
+def _optimizer(net: nn.Module, plan: Training, rate: float, momentum: float = MOMENTUM) -> torch.optim.Optimizer:
     """The study's optimizer of the weights that are trained; others are not even decayed.
 
     Nor are gains and biases: a norm's gain near 0 switches channels off.
@@ -361,7 +419,7 @@ def _optimizer(net: nn.Module, plan: Training, rate: float) -> torch.optim.Optim
     kernels, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
     groups = [{"params": kernels, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
     if plan.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)
+        return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=momentum > 0)
     return torch.optim.AdamW(groups, lr=rate)
 
 

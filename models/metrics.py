@@ -12,16 +12,15 @@ fifty times as fine. The map is fixed by the number of bins in the study, so it 
 round.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from models.intervals import on_logit_scale
 from privacy.errors import MessageMalformed
 
-Z_95 = 1.959963984540054  # two-sided 95 % of the standard normal distribution
 SCORE_EDGE = 2.0**-24  # float32 sigmoid is exactly 1 from here on; logits beyond +-16.6 share the outermost bins
 COUNT_MAX = 2**31 - 1  # counts cross the wire as int32
 
@@ -206,12 +205,8 @@ class ScoreHistogram:
         area, negatives, positives = self.auroc(target), self.negatives(target), self.positives(target)
         if area is None or min(negatives, positives) < 2:
             return None
-        error = math.sqrt(self._variance(target) + (self._noise_variance(target, noise) if noise else 0.0))
-        if area in (0.0, 1.0) or error == 0.0:
-            reach = 1 - 0.025 ** (1 / min(negatives, positives))
-            return max(0.0, area - reach), min(1.0, area + reach)
-        centre, width = math.log(area / (1 - area)), Z_95 * error / (area * (1 - area))
-        return _expit(centre - width), _expit(centre + width)
+        variance = self._variance(target) + (self._noise_variance(target, noise) if noise else 0.0)
+        return on_logit_scale(area, variance, min(negatives, positives))
 
     def _noise_variance(self, target: int, noise: float) -> float:
         """Of the AUROC, from independent noise of this deviation on each count: to first order in the noise."""
@@ -241,6 +236,34 @@ class ScoreHistogram:
         precision = positive.cumsum() / np.maximum(taken, 1)
         return float((precision * positive).sum() / positive.sum())
 
+    def average_precision_bound(self, target: int) -> float | None:
+        """How far `average_precision` can be from that of the raw scores: with the positives of each bin first and tied, or last
+        and one by one.
+        """
+        area = self.average_precision(target)
+        if area is None:
+            return None
+        from scipy.special import digamma  # only reports need it, and sites load this file
+
+        negative, positive = self.counts[target, :, ::-1].astype(np.float64)
+        found, taken = positive.cumsum() - positive, (negative + positive).cumsum() - negative - positive
+
+        # Last, the i-th positive of a bin has the precision (found + i) / (passed + i); first and tied, all share one.
+        passed = taken + negative
+        last = positive - (passed - found) * (digamma(passed + positive + 1) - digamma(passed + 1))
+        first = positive * (found + positive) / np.maximum(taken + positive, 1)
+        best, worst = (float(part.sum() / positive.sum()) for part in (first, last))
+        return max(best - area, area - worst, 0.0)
+
+    def precision_recall(self, target: int) -> tuple[Float64, Float64] | None:
+        """(recall, precision) at each edge with an image above it, from the highest score down; None if a class is missing."""
+        if not self.estimable(target):
+            return None
+        negative, positive = self.counts[target, :, ::-1]
+        steps = (negative + positive) > 0
+        taken, found = (negative + positive).cumsum()[steps], positive.cumsum()[steps]
+        return found / positive.sum(), found / taken
+
     def cross_entropy(self) -> float | None:
         """Mean cross-entropy over all known labels, each score at the middle of its bin; None without an image."""
         total = int(self.counts.sum())
@@ -258,7 +281,3 @@ class ScoreHistogram:
         middle = score_of((np.arange(self.bins) + 0.5) / self.bins)
         squares = self.counts[target, 0] * middle**2 + self.counts[target, 1] * (1 - middle) ** 2
         return float(squares.sum() / total)
-
-
-def _expit(z: float) -> float:
-    return 1 / (1 + math.exp(-z)) if z >= 0 else math.exp(z) / (1 + math.exp(z))

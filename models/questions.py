@@ -226,12 +226,12 @@ def _of_age(age: tuple[float, float] | None, wanted: Sequence[int] | None) -> bo
 
 def count(task: Counting, seen: Iterable[Observed]) -> dict[str, Answer]:
     """What one site has, question by question, exactly. Stays there: `tens` of it may leave."""
-    rows = _agreed(list(seen))
+    rows = agreed(list(seen))
     return {name: _answer(task, task.questions[name], rows) for name in task.names}
 
 
-def _agreed(rows: list[Observed]) -> list[Observed]:
-    """Sex, race and ethnicity belong to the person: what her images say, if they say one thing, holds for all of them."""
+def agreed(rows: list[Observed]) -> list[Observed]:
+    """The same images: sex, race and ethnicity belong to the person, so what all her images say holds for each."""
     said: dict[tuple[str, str], set[str]] = {}
     for row in rows:
         for name in ("sex", "race", "ethnicity"):
@@ -257,12 +257,12 @@ def _answer(task: Counting, question: Question, rows: list[Observed]) -> Answer:
     broken: dict[Attribute, dict[str, int]] = {name: dict.fromkeys(CELLS[name], 0) for name in task.breakdown}
     for images in fitting.values():
         for name in task.breakdown:
-            broken[name][_cell(name, images)] += 1
+            broken[name][cell_of(name, images)] += 1
     total = sum(len(images) for images in fitting.values())
     return Answer(len(fitting), total, len(open_ones - set(fitting)), broken)
 
 
-def _cell(attribute: Attribute, images: list[Observed]) -> str:
+def cell_of(attribute: Attribute, images: list[Observed]) -> str:
     """The one cell of a patient with these images."""
     if attribute == "age":
         known = [name for image in images if image.age and (name := age_bin(*image.age))]

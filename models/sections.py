@@ -10,9 +10,12 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Discriminator, Field, StringConstraints, Tag, model_validator
 
 from models.documents import Document, Name
-from models.questions import Counting
+from models.questions import CELLS, Counting
 
 WARM_UP_ROUNDS = 2  # fresh GroupNorm networks take a full first step badly: half the rate in the first round
+RELEASE_MIN = 10  # images of each class, as in the house rules for released counts
+ATTRIBUTES = tuple(CELLS)  # what test results can be divided by
+CROSS = " x "  # between two of them
 NOISED_BINS_MAX = 100  # of a histogram whose every bin gets noise
 
 Point = Annotated[str, StringConstraints(pattern=r"^0[23][0-9a-f]{64}$")]
@@ -183,7 +186,11 @@ class Network(Document):
 class Training(Document):
     """The local loop of one round at one site."""
 
-    rounds: int = Field(ge=1, le=10_000, description="rounds of the whole run")
+    rounds: int = Field(
+        ge=0,
+        le=10_000,
+        description="rounds of the whole run; 0: nothing is trained, and the weights of network.initial are evaluated",
+    )
     local_epochs: int = Field(default=1, ge=1, le=100, description="passes over a site's images in one round")
     batch_size: int = Field(default=16, ge=1, le=1024, description="images in one step")
     optimizer: Literal["sgd", "adamw"] = Field(
@@ -214,10 +221,13 @@ class Training(Document):
         return self.learning_rate * warm * (1 + math.cos(math.pi * min(passed, 1.0))) / 2
 
 
-StrategyName = Literal["fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedsgd", "median", "trimmed_mean", "krum"]
+StrategyName = Literal[
+    "fedavg", "fedprox", "scaffold", "fedavgm", "fedadam", "fedyogi", "fedsgd", "median", "trimmed_mean", "krum"
+]
 STRATEGY_PARAMETERS: dict[str, dict[str, float]] = {
     "fedavg": {},
     "fedprox": {"proximal_mu": 0.01},
+    "scaffold": {},
     "fedavgm": {"server_rate": 1.0, "momentum": 0.9},
     "fedadam": {"server_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
     "fedyogi": {"server_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
@@ -235,15 +245,17 @@ ROBUST_SITES_MAX = 64  # all updates are in the coordinator's memory at once: 1.
 class Strategy(Document):
     """How what the sites send becomes the next model.
 
-    Averages, weighted by cases: FedAvg and FedSGD (McMahan et al. 2017), FedProx (Li et al. 2020), FedAvgM (Hsu et al. 2019),
-    FedAdam and FedYogi (Reddi et al. 2021). Robust, each site counting the same and seen by itself: median and trimmed mean of
-    each weight (Yin et al. 2018), Krum (Blanchard et al. 2017). A parameter that is left out gets the value of
-    STRATEGY_PARAMETERS, so that it is part of what is signed; `check` refuses one that the strategy has no use for.
+    Averages, weighted by cases: FedAvg and FedSGD (McMahan et al. 2017), FedProx (Li et al. 2020), SCAFFOLD (Karimireddy et al.
+    2020), FedAvgM (Hsu et al. 2019), FedAdam and FedYogi (Reddi et al. 2021). Robust, each site counting the same and seen by
+    itself: median and trimmed mean of each weight (Yin et al. 2018), Krum (Blanchard et al. 2017). A parameter that is left out
+    gets the value of STRATEGY_PARAMETERS, so that it is part of what is signed; `check` refuses one that the
+    strategy has no use for.
     """
 
     name: StrategyName = Field(
         default="fedavg",
-        description="fedavg: mean of updates; fedprox: the same, sites held near the common model; fedavgm, fedadam, fedyogi: "
+        description="fedavg: mean of updates; fedprox: the same, sites held near the common model; "
+        "scaffold: the same, each step corrected by what the site's gradients differ from all sites'; fedavgm, fedadam, fedyogi: "
         "momentum or adaptive steps at the coordinator; fedsgd: mean of gradients, for `privacy.mode: distributed`; median, "
         "trimmed_mean, krum: withstand hostile or broken sites, for protection sealed or plain",
     )
@@ -308,6 +320,11 @@ class Strategy(Document):
     def robust(self) -> bool:
         """Whether it needs each site's update by itself."""
         return self.name in ROBUST
+
+    @property
+    def steered(self) -> bool:
+        """Whether a round brings control variates as well: a second half of the model that is sent, and of the update."""
+        return self.name == "scaffold"
 
     @property
     def parameters(self) -> dict[str, float]:
@@ -391,12 +408,19 @@ class Participation(Document):
     quorum: int = Field(ge=1, description="training sites whose reports a round needs")
     minimum_patients: int = Field(default=10, ge=1, description="least patients in each split of a site")
     round_timeout_s: int = Field(
-        default=3600, ge=5, le=7 * 86400, description="seconds after which a site is left out of a round, by name"
+        default=3600,
+        ge=5,
+        le=7 * 86400,
+        description="most seconds that a site is waited for in a step of a round; less where its usual speed is known",
     )
 
 
 class Evaluation(Document):
-    """Splits by patient, and the resolution of the score histograms that leave a site."""
+    """Splits by patient, and the resolution of the score histograms that leave a site.
+
+    What a later version added stays out of the canonical form while it has its default, and the default is what there was before:
+    so a study that was approved by then keeps its digest and its meaning.
+    """
 
     validation: float = Field(
         default=0.15, ge=0.05, le=0.4, description="share of a site's patients that chooses the round"
@@ -410,5 +434,29 @@ class Evaluation(Document):
     )
     site_figures: bool = Field(
         default=True,
-        description="true: each site releases its own test AUROC, interval and class counts in tens, from 10 images of each on",
+        description="true: each site releases its own test AUROC, intervals and class counts in tens, from 10 images of each on",
     )
+    external: Literal["all", "test_split"] = Field(
+        default="test_split",
+        exclude_if=lambda value: value == "test_split",
+        description="what sites of participation.evaluate_only are tested on: evaluation.test of their patients, or all of them",
+    )
+    subgroups: list[Annotated[str, StringConstraints(max_length=40)]] = Field(
+        default=[],
+        exclude_if=lambda value: not value,
+        max_length=12,
+        description="groups whose test results are added up by themselves: age, sex, race, ethnicity, modality, manufacturer, or "
+        "two of them: `sex x age`; a site adds none with fewer than 10 patients, or 10 images of either class",
+    )
+
+    @model_validator(mode="after")
+    def _known_subgroups(self) -> "Evaluation":
+        if len(set(self.subgroups)) != len(self.subgroups):
+            raise ValueError("subgroups must not name the same groups twice")
+        for name in self.subgroups:
+            parts = name.split(CROSS)
+            if len(parts) > 2 or len(set(parts)) != len(parts) or not set(parts) <= set(ATTRIBUTES):
+                raise ValueError(
+                    f"subgroups: {name!r} is none of {', '.join(ATTRIBUTES)}, nor two of them as in `sex{CROSS}age`"
+                )
+        return self

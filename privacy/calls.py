@@ -31,7 +31,7 @@ from cryptography import x509
 from OpenSSL import SSL
 
 from privacy import consortium_pb2 as pb
-from privacy import consortium_pb2_grpc, keys
+from privacy import consortium_pb2_grpc, disk, keys
 from privacy.errors import (
     AwaitingSignature,
     InvitationRefused,
@@ -54,6 +54,7 @@ LAUNCH_SECONDS = 120.0  # a launch waits for the SuperLink to accept the run
 REQUEST_BYTES_MAX = 1024 * 1024  # the largest request is a study of at most 256 KiB
 REPLY_BYTES_MAX = 32 * 1024 * 1024  # all offers of a site in one reply
 RESULT_BYTES_MAX = 16 * 1024**3  # one result file; a model of four billion float32 weights
+VERSION = 1  # of enrolment.json; release 0.1 wrote none
 RESULT_FILES = ("results.json", "model.safetensors", "card.json")
 SENTENCE_CHARACTERS_MAX = 2000  # status details travel in a header of at most 8 KiB
 REMEDY = "isocenter-remedy-bin"  # trailing metadata: what to do, where it is not what the error's class says
@@ -113,14 +114,17 @@ class Enrolment:
         path = folder / "enrolment.json"
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
+            disk.require_known(path, found.get("version"), VERSION)
             return cls(**{field: str(found[field]) for field in cls.__dataclass_fields__})  # type: ignore[arg-type]
         except FileNotFoundError:
             raise NotEnrolled(f"{folder} belongs to no consortium yet") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise NotEnrolled(f"{path} is damaged", remedy="Restore the keys folder from your backup.") from None
 
     def store(self, folder: Path) -> None:
-        keys.write_private(folder / "enrolment.json", json.dumps(asdict(self), indent=1).encode())
+        keys.write_private(
+            folder / "enrolment.json", json.dumps({"version": VERSION, **asdict(self)}, indent=1).encode()
+        )
 
 
 def join(line: str, folder: Path, role: PartyRole = "site") -> Enrolment:

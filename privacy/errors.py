@@ -2,7 +2,8 @@
 
     IsocenterError
     ├── DocumentError             a YAML file that is malformed, has an unknown key or a value out of range
-    │   └── StudyConflict         settings of a study that contradict each other
+    │   ├── StudyConflict         settings of a study that contradict each other
+    │   └── NewerVersion          a state file that a later version of Isocenter wrote
     ├── TrustError                who is speaking, and may they?
     │   ├── InvitationRefused     unknown, expired, used before, or for somebody else
     │   ├── WrongAuthority        the coordinator's certificate authority is not the invited one
@@ -56,6 +57,7 @@
     ├── Unreachable               nothing answered at the address
     ├── PackageRefused            a released model that is altered, incomplete, unsigned, or another than it says
     ├── JournalDamaged            a line of a journal was changed, removed, reordered or cut off
+    ├── DiskUnusable              a disk that is full, read-only or failing
     ├── MessageMalformed          a message or record that does not follow its schema
     ├── NodeRunning               a second node for one site's home
     ├── WorkerDied                the process that trains ended without an answer
@@ -85,6 +87,13 @@ class DocumentError(IsocenterError):
 class StudyConflict(DocumentError):
     code = "study-conflict"
     remedy = "Change one of the settings named above; `fl-study check FILE` repeats this check."
+
+
+class NewerVersion(DocumentError):
+    code = "newer-version"
+    remedy = (
+        "Upgrade Isocenter on this machine to the version that wrote the file, or a later one; nothing was changed."
+    )
 
 
 class TrustError(IsocenterError):
@@ -378,6 +387,23 @@ class PackageRefused(IsocenterError):
 class JournalDamaged(IsocenterError):
     code = "journal-damaged"
     remedy = "Keep the file as it is, find out who changed it, and restore the journal from a backup beside it."
+
+
+class DiskUnusable(IsocenterError, OSError):
+    """Is an OSError as well, so that whoever can go on without the file still does."""
+
+    code = "disk-unusable"
+    remedy = (
+        "Make room on the disk, or mount it for writing. Nothing was half written: a running node or coordinator goes on by "
+        "itself then, everything else where it stood when it is started again."
+    )
+
+    def __init__(self, message: str, number: int | None = None) -> None:
+        super().__init__(message)
+        self.errno, self.strerror = number, message
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class NodeRunning(IsocenterError):

@@ -11,6 +11,7 @@ free text, paths, DICOM UIDs and most else cannot get in by accident.
 """
 
 import datetime as dt
+import errno
 import fcntl
 import hashlib
 import json
@@ -20,13 +21,13 @@ import mmap
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privacy.disk import faults_named, flush_folder
 from privacy.errors import JournalDamaged, MessageMalformed
-from privacy.keys import flush_folder
 
 LABEL = b"isocenter/v1/journal\n"
 BEGINNING = "0" * 64
@@ -96,7 +97,10 @@ class Journal:
             return [entry["facts"] for entry in entries(self.path) if entry["kind"] == kind]
 
     def append(self, kind: str, **facts: Fact) -> str:
-        """Write one line and return its hash, after it has reached the disk. Raises MessageMalformed for free text."""
+        """Write one line and return its hash, after it has reached the disk.
+
+        Raises MessageMalformed for free text, and DiskUnusable; then the journal is as it was.
+        """
         check_facts(kind, facts)
         with self._locked() as file:
             return _write(file, self._whole(file), kind, facts).head
@@ -104,15 +108,16 @@ class Journal:
     @contextmanager
     def _locked(self) -> Iterator[int]:
         """A descriptor under an exclusive lock; a fresh one each time, so that the lock holds between threads too."""
-        created = not self.path.exists()
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if created:
-                flush_folder(self.path.parent)
-            yield file
-        finally:
-            os.close(file)  # which also gives the lock back
+        with faults_named(self.path):
+            created = not self.path.exists()
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if created:
+                    flush_folder(self.path.parent)
+                yield file
+            finally:
+                os.close(file)  # which also gives the lock back
 
     def _end(self, file: int) -> _End:
         """The last whole line, found from the end of the file, so that opening does not depend on its length."""
@@ -208,10 +213,17 @@ def _write(file: int, end: _End, kind: str, facts: dict[str, Fact]) -> _End:
     line = json.dumps({**entry, "hash": own}, separators=(",", ":")).encode() + b"\n"
     if len(line) > LINE_BYTES_MAX:
         raise MessageMalformed(f"a journal line of {len(line)} bytes; at most {LINE_BYTES_MAX} are permitted")
-    written = os.pwrite(file, line, end.size)
-    if written != len(line):
-        raise OSError(f"only {written} of {len(line)} bytes of a journal line were written; is the disk full?")
-    os.fsync(file)
+    try:
+        written = os.pwrite(file, line, end.size)
+        if written != len(line):
+            raise OSError(
+                errno.ENOSPC, f"only {written} of {len(line)} bytes of a journal line were written; is the disk full?"
+            )
+        os.fsync(file)
+    except OSError:
+        with suppress(OSError):  # if this fails too, the next to open the journal sets the piece aside
+            os.ftruncate(file, end.size)
+        raise
     return _End(end.size + len(line), end.lines + 1, own)
 
 

@@ -34,6 +34,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from privacy.disk import write_file
 from privacy.errors import (
     CertificateExpired,
     KeyFileUnsafe,
@@ -85,39 +86,12 @@ class Authority:
 
 def write_private(path: Path, content: bytes) -> None:
     """Replace `path` in one step by a file of mode 0600; after a crash the old or the whole new content is there."""
-    _write(path, content, 0o600)
+    write_file(path, content, 0o600)
 
 
 def write_public(path: Path, content: bytes) -> None:
     """`write_private` for what others may read, such as certificates: mode 0644."""
-    _write(path, content, 0o644)
-
-
-def _write(path: Path, content: bytes, mode: int, *, replace: bool = True) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if replace:
-            part.replace(path)
-        else:
-            path.hardlink_to(part)  # fails if `path` exists, whoever made it and whenever
-    finally:
-        part.unlink(missing_ok=True)
-    flush_folder(path.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make names created or replaced in `folder` survive a power loss."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_file(path, content, 0o644)
 
 
 def make_key(path: Path) -> PrivateKey:
@@ -131,7 +105,7 @@ def copy_key(key: PrivateKey, path: Path) -> None:
     """`key`, stored unencrypted in a new file of mode 0600. Raises KeyFileUnsafe rather than overwrite anything."""
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     try:
-        _write(path, pem, 0o600, replace=False)
+        write_file(path, pem, 0o600, replace=False)
     except FileExistsError:
         raise KeyFileUnsafe(
             f"{path} exists already; a key is never overwritten",
@@ -398,7 +372,7 @@ def token_key(path: Path) -> bytes:
     """The secret in `path` (32 bytes, 0600) under which texts are hashed into tokens; made on the first call."""
     if not path.exists():
         with contextlib.suppress(FileExistsError):  # another process of this site made it meanwhile
-            _write(path, secrets.token_bytes(TOKEN_KEY_BYTES), 0o600, replace=False)
+            write_file(path, secrets.token_bytes(TOKEN_KEY_BYTES), 0o600, replace=False)
     key = read_private(path)
     if len(key) != TOKEN_KEY_BYTES:
         raise TrustError(f"{path} holds no key of tokens", remedy="Remove the file: a new one is made.")
@@ -438,7 +412,7 @@ def is_password(record: bytes, password: str) -> bool:
 def make_sealing_key(path: Path) -> X25519PrivateKey:
     """The X25519 key that others seal to, 32 raw bytes in a file of mode 0600; never overwrites anything."""
     key = X25519PrivateKey.generate()
-    _write(path, key.private_bytes_raw(), 0o600, replace=False)
+    write_file(path, key.private_bytes_raw(), 0o600, replace=False)
     return key
 
 
@@ -480,7 +454,7 @@ def make_locking_key(path: Path) -> None:
     """See to a key in `path` (32 bytes, 0600) that files of this site are locked with. Raises as `locking_key`."""
     if not path.exists():
         with contextlib.suppress(FileExistsError):  # another process of this site made it meanwhile
-            _write(path, secrets.token_bytes(LOCKING_KEY_BYTES), 0o600, replace=False)
+            write_file(path, secrets.token_bytes(LOCKING_KEY_BYTES), 0o600, replace=False)
     locking_key(path)
 
 

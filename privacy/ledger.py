@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from privacy.accounting import PrivacyEvent
+from privacy.disk import flush_folder
 from privacy.errors import (
     BudgetExceeded,
     ClockSetBack,
@@ -46,7 +47,6 @@ from privacy.errors import (
     PrivacyError,
 )
 from privacy.journal import Journal, check_facts
-from privacy.keys import flush_folder
 from privacy.persons import EVERYBODY, Cohort, Register, digest_of, name_of, within, worst
 
 LABEL = b"isocenter/v1/ledger\n"

@@ -37,10 +37,10 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from privacy import keys
 from privacy.errors import MessageMalformed, OrderForged, SignatureInvalid, public_codes
 
-VERSION = 2
+VERSION = 3
 ORDER_LABEL = b"isocenter/v1/order"
 VECTOR_MAX = 2**28  # 1 GiB of float32; the largest network offered has 7 million parameters
-FIGURES_MAX = 32 * 5  # targets x (AUROC, lower and upper end of its interval, negatives, positives)
+FIGURES_MAX = 32 * 7  # targets x (AUROC, lower and upper ends of its two intervals, negatives, positives)
 BYTES_MAX = 2**31  # 1000 sites, or 8 bytes for each value of the largest vector
 SITES_MAX = 1000
 SCALE_MAX = 200
@@ -284,7 +284,7 @@ class TrainReport(WorkReport):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvaluateReport(WorkReport):
-    """`figures`: float32 (targets, 5), what the site releases of its own test split (`models.contributions`)."""
+    """`figures`: float32 (targets, 7), what the site releases of its own test split (`models.contributions`)."""
 
     kind: ClassVar[str] = "evaluate-report"
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import psutil
+import pytest
 
 # Set before anything imports torch or flwr: tests share few cores with each other, and nothing of ours phones home.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,3 +25,9 @@ def in_memory(folder: Path = Path("/dev/shm"), least: int = 4 * 1024**3) -> bool
 # folders are there. Every call stays the same and is waited for. `--basetemp FOLDER` puts them on a disk.
 if in_memory():
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")  # noqa: S108
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills", type=int, default=4, help="processes that tests/test_kill_processes.py kills in its run"
+    )

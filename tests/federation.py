@@ -1,5 +1,6 @@
 """A coordinator and tiny hospitals in one process, with a grid in memory between them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class Federation:
     """A founded coordinator and tiny hospitals, in one process."""
 
     def __init__(self, folder: Path, plan: Study) -> None:
+        self.folder = folder
         self.home = Home.found(folder / "coordinator", ServerFile(version=1, name="test", host="127.0.0.1"))
         # The hospitals of hospital.py trust this key; the coordinator of this test signs with it.
         object.__setattr__(self.home, "coordinator_key", COORDINATOR)
@@ -38,6 +40,15 @@ class Federation:
         for hospital in self.hospitals.values():
             hospital.study = self.plan
             hospital.approve(self.plan)
+
+    def copied(self, folder: Path) -> "Federation":
+        """The same consortium in another folder, as it stands now; images stay where they are."""
+        shutil.copytree(self.folder, folder, symlinks=True, ignore=shutil.ignore_patterns("hospital"))
+        other = object.__new__(Federation)
+        other.folder, other.plan = folder, self.plan
+        other.home = Home.open(folder / "coordinator")
+        other.hospitals = {name: Hospital(folder / name, self.plan) for name in self.hospitals}
+        return other
 
     def grid(self) -> FaultyGrid:
         return FaultyGrid({self.node(name): self.answers(name) for name in self.hospitals})

@@ -21,8 +21,8 @@ from fl_client.phantom import VENDORS, make_hospital
 from fl_client.site import Source
 from models.imaging import to_grid
 from models.labels import LabelMap, LabelTable
-from models.study import Evaluation, Study
-from privacy.errors import CacheLost, CohortTooSmall, DataError, LabelTableError, PatientInTwoSplits
+from models.study import Study
+from privacy.errors import CacheLost, CohortTooSmall, DataError, LabelTableError, NewerVersion, PatientInTwoSplits
 
 PATIENTS = 40
 
@@ -201,7 +201,7 @@ ODD_SIDE = b'{"version": 1, "splits": {"t": "all"}}'
 OTHER_VERSION = b'{"version": 2, "splits": {}}'
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", OTHER_VERSION, ODD_SIDE, b"\xff"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", ODD_SIDE, b"\xff"])
 def test_damaged_pins_are_an_error_and_never_made_anew(site: Site, damage: bytes) -> None:
     site.cohort()
     site.pins.write_bytes(damage)
@@ -209,6 +209,15 @@ def test_damaged_pins_are_an_error_and_never_made_anew(site: Site, damage: bytes
         site.cohort()
     assert "backup" in caught.value.remedy
     assert site.pins.read_bytes() == damage
+
+
+def test_pins_of_a_later_version_are_left_alone_and_say_who_must_upgrade(site: Site) -> None:
+    site.cohort()
+    site.pins.write_bytes(OTHER_VERSION)
+    with pytest.raises(NewerVersion, match="layout 2") as caught:
+        site.cohort()
+    assert "Upgrade Isocenter on this machine" in caught.value.remedy
+    assert site.pins.read_bytes() == OTHER_VERSION
 
 
 def test_too_few_patients_is_an_error_that_stays_local(site: Site) -> None:
@@ -304,7 +313,7 @@ def test_placing_moves_nobody_and_fills_what_lacks(
     tokens = [f"{p:05d}" for p in patients]
     placed: dict[str, Split] = {f"{p:05d}": split for p, split in pinned.items()}
     before = dict(placed)
-    _place(tokens, placed, Evaluation(validation=validation, test=test))
+    _place(tokens, placed, {"train": 1 - validation - test, "validation": validation, "test": test})
     assert all(placed[token] == split for token, split in before.items())
     assert all(token in placed for token in tokens)
     share = {"train": 1 - validation - test, "validation": validation, "test": test}

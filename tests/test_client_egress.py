@@ -90,7 +90,8 @@ def test_words_say_what_a_masked_run_sent(tmp_path: Path) -> None:
     words = [row.words for row in report.rows]
     first = words[[row.kind for row in report.rows].index("train-report")]
     assert first == (
-        "masked part of a sum: model update, losses, counts and score histograms of round 1, and public keys for the next sum"
+        "masked part of a sum: model update (with SCAFFOLD also a mean gradient), "
+        "losses, counts and score histograms of round 1, and public keys for the next sum"
     )
     for row, reply in zip(report.rows, crossed, strict=True):
         assert ("public keys" in row.words) == bool(reply.get("keys")), row.words
@@ -222,7 +223,10 @@ def test_norm_and_epsilon_are_shown_where_the_line_has_them(tmp_path: Path) -> N
     Journal(tmp_path / "journal.jsonl").append("train-report", **facts)
     first, second = egress.read(tmp_path).rows
     assert (first.norm, first.epsilon, second.norm, second.epsilon) == (0.51234, 1.25, None, None)
-    words = "part of a sum, sealed for the coordinator: model update, losses, counts and score histograms of round 2"
+    words = (
+        "part of a sum, sealed for the coordinator: model update (with SCAFFOLD also a mean gradient), "
+        "losses, counts and score histograms of round 2"
+    )
     assert first.row()[1:] == ("a" * 12, "run-1", "2", words, "31,000", "0.512", "1.25")
     assert second.row()[-2:] == ("", "") and len(first.row()) == len(egress.HEADINGS)
 

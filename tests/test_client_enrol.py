@@ -24,7 +24,7 @@ from fl_server import consortium
 from fl_server.consortium import Consortium
 from fl_server.roster import Home
 from models.study import Study, read
-from privacy import calls, keys
+from privacy import calls, disk, keys
 from privacy import consortium_pb2 as pb
 from privacy.calls import Caller, Enrolment, InvitationLine, Statement
 from privacy.errors import (
@@ -141,7 +141,7 @@ def test_a_join_killed_at_any_step_can_be_repeated(
     class Killed(BaseException):
         pass
 
-    real = keys._write
+    real = disk.write_file
 
     def write(path: Path, content: bytes, mode: int, *, replace: bool = True) -> None:
         if path.name == lost:
@@ -150,7 +150,7 @@ def test_a_join_killed_at_any_step_can_be_repeated(
 
     line = str(served.home.invite(name, "site"))
     with monkeypatch.context() as patch:
-        patch.setattr(keys, "_write", write)
+        patch.setattr(keys, "write_file", write)
         with pytest.raises(Killed):
             enrol.join(line, tmp_path)
     with pytest.raises(NotEnrolled):
@@ -538,7 +538,7 @@ def test_a_changed_or_exchanged_consent_file_is_damaged(tmp_path: Path, served: 
         "null",
         good[:-20],
         good.replace('\\"rounds\\":2', '\\"rounds\\":3'),
-        good.replace('"version": 1', '"version": 2'),
+        good.replace('"version": 1', '"version": 0'),
         good.replace('"signature": "', '"signature": "zz'),
         (tmp_path / "studies" / f"{two.digest}.json").read_text(),
     ):

@@ -27,7 +27,7 @@ from fl_client import node, sandbox
 from fl_client.node import Connection
 from fl_client.worker import Worker, facts_of
 from privacy import keys, wire
-from privacy.errors import AuditFailed
+from privacy.errors import AuditFailed, DiskUnusable
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,29 @@ def test_a_node_whose_worker_is_not_held_back_says_so_loudly(
     with pytest.raises(KeyboardInterrupt):
         node.serve(hospital.home, said.append)
     assert [line.startswith("WARNING: ") for line in said] == [False] + [True] * warnings
+
+
+def test_a_node_whose_disk_cannot_be_written_says_so_and_connects_again_when_it_can(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came: list[str] = []
+
+    def connects(site: Any) -> Any:
+        came.append("once more")
+        if len(came) == 1:
+            raise DiskUnusable("journal.jsonl cannot be written: No space left on device")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(node, "connect", connects)
+    monkeypatch.setattr(node, "RETRY_FIRST_S", 0.01)
+    monkeypatch.setattr(sandbox, "keep_private", lambda: None)
+    shield = sandbox.Shield(True, True)
+    monkeypatch.setattr(node, "Worker", lambda site: SimpleNamespace(wait=lambda: shield, stop=lambda: None))
+    monkeypatch.setattr(node.Upkeep, "start", lambda self: None)
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        node.serve(hospital.home, said.append)
+    assert len(came) == 2 and "No space left on device; trying again in" in said[-1]
 
 
 NODE = """

@@ -299,7 +299,7 @@ def wire_type(name: str, kind: type) -> str:
     plain = {int: "whole number", float: "number", str: "word or digest of a fixed pattern", bool: "yes or no"}
     special = {
         "model": "float32 numbers (parameters)",
-        "figures": "float32 numbers (targets, 5)",
+        "figures": "float32 numbers (targets, 7)",
         "signature": "signature",
         "vouch": "signature",
         "vouches": "signatures",

@@ -394,10 +394,14 @@ def test_three_void_attempts_end_the_run_by_name_and_it_goes_on_later(four: Fede
 
 
 def test_too_few_sites_with_keys_are_a_lost_quorum_with_everybodys_reason(four: Federation) -> None:
-    play = Play(four, {("south", "keys", 1): "silent", ("east", "keys", 1): "refuse"})
+    faults: dict[tuple[str, str, int], Fault] = {("south", "keys", 1): "silent", ("east", "keys", 1): "refuse"}
+    play = Play(four, faults, attempts=range(1, 4))
     run = play.run()
     assert run.facts["label"] == "failed after round 0: quorum-lost"
     assert "east: training-stopped, south: timeout" in events(run, "failed")[0]["message"]
+    # South may come back, and with it there would be enough: it is waited for by name.
+    assert [e["sites"] for e in events(run, "waiting")] == [["south"]] * 3
+    assert [(e["attempt"], e["reason"]) for e in events(run, "void")] == [(n, "quorum-lost") for n in (1, 2, 3)]
     assert not play.of("train") and not play.of("shares")
 
 

@@ -14,6 +14,7 @@ from models import contributions
 from models.contributions import LOSS_UNIT, Contribution, Kind, Sheet, count_of, figures, read, read_figures
 from models.metrics import ScoreHistogram
 from models.study import Study
+from models.subgroups import Scored
 from privacy.errors import MessageMalformed
 from privacy.sharing import COUNT_MAX
 
@@ -152,28 +153,43 @@ def test_a_sum_without_images_is_read_and_has_no_loss() -> None:
 # Released figures ----------------------------------------------------------------------------------------------------
 
 
-def scored(negatives: int, positives: int, seed: int = 0) -> ScoreHistogram:
-    """Two targets alike, positives scoring higher on the whole."""
+def scored(negatives: int, positives: int, seed: int = 0, images_each: int = 1) -> Scored:
+    """Two targets alike, positives scoring higher on the whole; `images_each` of each patient."""
     rng = np.random.default_rng(seed)
-    counts = np.zeros((TARGETS, 2, BINS), np.int64)
-    for label, images in enumerate((negatives, positives)):
-        for place in rng.integers(0, BINS - 3, images) + 3 * label:
-            counts[:, label, place] += 1
-    return ScoreHistogram(counts)
+    labels = np.repeat([0.0, 1.0], [negatives, positives])
+    scores = 1 / (1 + np.exp(-rng.normal(0, 1, len(labels)) - labels))
+    two = np.repeat(labels[:, None], TARGETS, axis=1)
+    return Scored(
+        np.repeat(scores[:, None], TARGETS, axis=1), two, np.ones(two.shape), np.arange(len(labels)) // images_each
+    )
 
 
-def test_released_figures_are_the_auroc_of_the_site_with_its_interval_rounded() -> None:
-    """Oracle: scikit-learn on one score for each image, the middle of its bin."""
-    histogram = scored(30, 12)
-    rows = figures(STUDY, histogram, release=True)
-    assert rows.dtype == np.float32 and rows.shape == (TARGETS, 5)
-    places = np.concatenate([np.repeat(np.arange(BINS), histogram.counts[0, label]) for label in (0, 1)])
-    exact = roc_auc_score([0] * 30 + [1] * 12, places)
+def test_released_figures_are_the_auroc_of_the_site_with_its_intervals_rounded() -> None:
+    """Oracle: scikit-learn on the raw scores."""
+    its = scored(30, 12)
+    rows = figures(STUDY, its, release=True)
+    assert rows.dtype == np.float32 and rows.shape == (TARGETS, 7)
+    exact = roc_auc_score(its.targets[:, 0], its.scores[:, 0])
     for row, told in zip(rows, read_figures(STUDY, rows), strict=True):
-        assert abs(row[0] - exact) <= 5.1e-4 and row[3:].tolist() == [30, 10]
+        assert abs(row[0] - exact) <= 5.1e-4 and row[5:].tolist() == [30, 10]
         assert told is not None and told["auroc"] == round(exact, 3)
         assert 0 <= told["low"] < told["auroc"] < told["high"] <= 1
+        assert 0 <= told["bootstrap_low"] < told["auroc"] < told["bootstrap_high"] <= 1
         assert (told["negatives"], told["positives"]) == (30, 10)
+
+
+def test_a_target_without_known_labels_of_both_classes_is_not_released_whatever_its_cells_hold() -> None:
+    its = scored(30, 30)
+    its.known[:, 1], its.targets[:, 1] = 0, np.nan
+    first, second = figures(STUDY, its, release=True)
+    assert first[0] > 0 and (second == -1).all()
+
+
+def test_images_of_one_patient_are_no_two_patients() -> None:
+    """Ten images of each class, and all positives of one patient: her figure would be hers alone."""
+    its = scored(40, 12)
+    its.patients[40:] = 40
+    assert (figures(STUDY, its, release=True) == -1).all()
 
 
 @pytest.mark.parametrize(("negatives", "positives"), [(9, 50), (50, 9), (9, 9), (0, 50), (50, 0), (0, 0), (1, 1)])
@@ -184,66 +200,64 @@ def test_figures_of_a_class_with_fewer_than_ten_images_stay_at_the_site(negative
 
 
 @UNHURRIED
-@given(st.integers(10, 10**6), st.integers(10, 10**6))
-def test_counts_are_released_in_tens_so_that_no_difference_shows_a_small_count(negatives: int, positives: int) -> None:
+@given(st.integers(10, 300), st.integers(10, 300), st.integers(0, 99))
+def test_counts_are_released_in_tens_so_that_no_difference_shows_a_small_count(
+    negatives: int, positives: int, seed: int
+) -> None:
     """Pooled counts are exact. Less those of all sites but one, they would be that one's, if these were exact too."""
-    counts = np.zeros((TARGETS, 2, BINS), np.int64)
-    counts[:, 0, 2], counts[:, 0, 5], counts[:, 1, 5] = negatives - 3, 3, positives
-    row = figures(STUDY, ScoreHistogram(counts), release=True)[0]
-    assert row[3:].tolist() == [float(f"{n // 10}0") for n in (negatives, positives)]
-    assert row[:3].tolist() == [float(np.float32(round(float(value), 3))) for value in row[:3]]
+    row = figures(STUDY, scored(negatives, positives, seed), release=True)[0]
+    assert row[5:].tolist() == [float(f"{n // 10}0") for n in (negatives, positives)]
     told = read_figures(STUDY, np.array([row, row]))[0]
     assert told is not None
-    for value in (told["auroc"], told["low"], told["high"]):
-        assert len(repr(value).partition(".")[2]) <= 3
+    for name in ("auroc", "low", "high", "bootstrap_low", "bootstrap_high"):
+        assert len(repr(told[name]).partition(".")[2]) <= 3
 
 
-def test_ten_images_of_each_class_are_released_and_each_target_is_judged_by_itself() -> None:
-    counts = scored(10, 10).counts.copy()
-    counts[1, 1, np.flatnonzero(counts[1, 1])[0]] -= 1
-    rows = figures(STUDY, ScoreHistogram(counts), release=True)
-    first, second = read_figures(STUDY, rows)
-    assert first is not None and second is None and (rows[1] == -1.0).all()
+def test_each_target_is_judged_by_itself() -> None:
+    its = scored(10, 10)
+    its.known[15, 1] = 0
+    first, second = read_figures(STUDY, figures(STUDY, its, release=True))
+    assert first is not None and second is None
 
 
 def test_figures_are_released_only_if_site_and_study_agree() -> None:
-    histogram = scored(100, 100)
-    assert (figures(STUDY, histogram, release=False) == -1.0).all()
-    assert (figures(made_study(site_figures=False), histogram, release=True) == -1.0).all()
-    assert (figures(STUDY, histogram, release=True) >= 0).all()
+    its = scored(30, 30)
+    assert (figures(STUDY, its, release=False) == -1).all()
+    assert (figures(made_study(site_figures=False), its, release=True) == -1).all()
 
 
-@UNHURRIED
-@given(st.integers(10, 400), st.integers(10, 400), st.integers(0, 2**32), st.integers(0, 3))
-def test_whatever_may_be_released_can_be_read(negatives: int, positives: int, seed: int, shift: int) -> None:
-    """Also where classes are apart (an AUROC of 1 or 0), in one bin, or the interval is narrow."""
-    histogram = scored(negatives, positives, seed)
-    counts = histogram.counts.copy()
-    counts[:, 1] = np.roll(counts[:, 1], shift - 3, axis=1)
-    counts[1] = 0
-    counts[1, 0, 5], counts[1, 1, (5, 0, 9, 5)[shift]] = negatives, positives
-    for told in read_figures(STUDY, figures(STUDY, ScoreHistogram(counts), release=True)):
+@pytest.mark.parametrize(("negatives", "positives"), [(10, 10), (10, 300), (300, 10)])
+@pytest.mark.parametrize("shift", [-50.0, 0.0, 50.0])
+def test_whatever_may_be_released_can_be_read(shift: float, negatives: int, positives: int) -> None:
+    """All scores equal, all in order, all in the wrong order: intervals that could leave [0, 1], or their own AUROC."""
+    its = scored(negatives, positives)
+    its.scores[:] = 1 / (1 + np.exp(-shift * (its.targets - 0.5)))
+    for told in read_figures(STUDY, figures(STUDY, its, release=True)):
         assert told is not None and 0 <= told["low"] <= told["auroc"] <= told["high"] <= 1
 
 
-GOOD = [0.75, 0.5, 0.875, 40, 12]
+GOOD = [0.75, 0.5, 0.875, 0.5, 0.875, 40, 12]
 HOSTILE: list[list[float]] = [
-    [0.75, 0.5, 0.875, 9, 12],
-    [0.75, 0.5, 0.875, 40, 9],
-    [0.75, 0.5, 0.875, -1, -1],
-    [0.75, 0.8, 0.875, 40, 12],
-    [0.75, 0.5, 0.7, 40, 12],
-    [1.5, 0.5, 2.0, 40, 12],
-    [0.75, -0.5, 0.875, 40, 12],
-    [np.nan, 0.5, 0.875, 40, 12],
-    [0.75, np.nan, 0.875, 40, 12],
-    [0.75, 0.5, 0.875, np.nan, 12],
-    [0.75, 0.5, 0.875, 40, np.nan],
-    [0.75, 0.5, 0.875, np.inf, 12],
-    [0.75, 0.5, 0.875, 40, 12.5],
-    [-1, -1, -1, -1, 12],
-    [-1, -1, -1, 40, 12],
-    [0, 0, 0, 0, 0],
+    [0.75, 0.5, 0.875, 0.5, 0.875, 9, 12],
+    [0.75, 0.5, 0.875, 0.5, 0.875, 40, 9],
+    [0.75, 0.5, 0.875, 0.5, 0.875, -1, -1],
+    [0.75, 0.8, 0.875, 0.5, 0.875, 40, 12],
+    [0.75, 0.5, 0.7, 0.5, 0.875, 40, 12],
+    [0.75, 0.5, 0.875, 0.9, 0.8, 40, 12],
+    [0.75, 0.5, 0.875, -0.1, 0.8, 40, 12],
+    [0.75, 0.5, 0.875, 0.5, 1.1, 40, 12],
+    [1.5, 0.5, 2.0, 0.5, 0.875, 40, 12],
+    [0.75, -0.5, 0.875, 0.5, 0.875, 40, 12],
+    [np.nan, 0.5, 0.875, 0.5, 0.875, 40, 12],
+    [0.75, np.nan, 0.875, 0.5, 0.875, 40, 12],
+    [0.75, 0.5, 0.875, np.nan, 0.875, 40, 12],
+    [0.75, 0.5, 0.875, 0.5, 0.875, np.nan, 12],
+    [0.75, 0.5, 0.875, 0.5, 0.875, 40, np.nan],
+    [0.75, 0.5, 0.875, 0.5, np.inf, 40, 12],
+    [0.75, 0.5, 0.875, 0.5, 0.875, 40, 12.5],
+    [-1, -1, -1, -1, -1, -1, 12],
+    [-1, -1, -1, -1, -1, 40, 12],
+    [0, 0, 0, 0, 0, 0, 0],
 ]
 
 
@@ -256,6 +270,6 @@ def test_figures_that_contradict_themselves_are_refused(row: list[float]) -> Non
 
 
 def test_figures_of_another_number_of_targets_are_refused() -> None:
-    for shape in ((1, 5), (3, 5), (2, 4), (2, 6), (10,), (2, 5, 1)):
+    for shape in ((1, 7), (3, 7), (2, 5), (2, 6), (2, 8), (14,), (2, 7, 1)):
         with pytest.raises(MessageMalformed, match="targets"):
             read_figures(STUDY, np.full(shape, -1.0, np.float32))

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
-from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score, roc_curve
+from sklearn.metrics import (
+    average_precision_score,
+    brier_score_loss,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
 
 from models.metrics import ScoreHistogram, bin_of, score_of
 from privacy.errors import MessageMalformed
@@ -299,3 +305,70 @@ def test_cross_entropy_of_bins_is_that_of_their_middles() -> None:
     expected = -np.mean([np.log(0.8), np.log(0.9), np.log(0.3), np.log(0.4)])
     assert made.cross_entropy() == pytest.approx(expected, rel=1e-3)
     assert ScoreHistogram.empty(1, 10).cross_entropy() is None
+
+
+# Precision and recall.
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(2, 40),
+    st.integers(4, 120),
+    st.sampled_from([0.02, 0.3, 1.0, 6.0, 20.0]),
+    st.sampled_from([None, 1, 2, 3]),
+)
+def test_the_average_precision_of_raw_scores_lies_within_the_stated_bound(
+    seed: int, bins: int, count: int, spread: float, decimals: int | None
+) -> None:
+    """Rounded scores are tied, by whole bins or within them: a tie of positives is more precise than one after the other."""
+    scores, labels = made_scores(seed, count, spread)
+    labels[:2, 0] = 0, 1
+    scores = scores if decimals is None else scores.round(decimals)
+    found = histogram(scores, labels, bins)
+    area, bound = found.average_precision(0), found.average_precision_bound(0)
+    assert area is not None and bound is not None
+    assert abs(area - average_precision_score(labels[:, 0], scores[:, 0])) <= bound + 1e-9
+
+
+def test_the_bound_of_the_average_precision_is_reached_from_above_and_from_below() -> None:
+    """Oracle: scikit-learn on raw scores. Two bins: ten negatives above, then a bin with both classes."""
+    labels = np.array([0] * 10 + [1] * 10 + [0] * 10)
+    tied_first = np.array([0.9] * 10 + [0.3] * 10 + [0.2] * 10)
+    found = ScoreHistogram(np.array([[[10, 10], [10, 0]]]))
+    area, bound = found.average_precision(0), found.average_precision_bound(0)
+    assert area is not None and area == pytest.approx(1 / 3)
+    assert bound == pytest.approx(average_precision_score(labels, tied_first) - area)
+    alone = ScoreHistogram(np.array([[[0, 30], [0, 2]]]))
+    last = average_precision_score([0] * 30 + [1, 1], np.linspace(0.9, 0.6, 32))
+    middle = alone.average_precision(0)
+    assert middle is not None and alone.average_precision_bound(0) == pytest.approx(max(1 - middle, middle - last))
+    worst = ScoreHistogram(np.array([[[0, 1], [0, 40]]]))
+    least = average_precision_score([0] + [1] * 40, np.linspace(0.9, 0.6, 41))
+    middle = worst.average_precision(0)
+    assert middle is not None and worst.average_precision_bound(0) == pytest.approx(middle - least)
+
+
+def test_bins_of_one_image_leave_no_doubt_about_the_average_precision() -> None:
+    counts = np.zeros((1, 2, 12), np.int64)
+    for place, label in enumerate((0, 0, 1, 0, 1, 1, 0, 1, 0, 1, 1, 1)):
+        counts[0, label, place] = 1
+    assert ScoreHistogram(counts).average_precision_bound(0) == pytest.approx(0, abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 40))
+def test_precision_and_recall_are_scikit_learns_at_every_score_that_occurs(seed: int, bins: int) -> None:
+    scores, labels = made_scores(seed, count=60)
+    labels[:2, 0] = 0, 1
+    found = histogram(scores, labels, bins).precision_recall(0)
+    precision, recall, _ = precision_recall_curve(labels[:, 0], bin_of(scores[:, 0], bins))
+    assert found is not None
+    # scikit-learn's curve starts at the lowest score, and ends at a point without a score.
+    assert found[0] == pytest.approx(recall[:-1][::-1]) and found[1] == pytest.approx(precision[:-1][::-1])
+
+
+def test_without_both_classes_there_is_no_precision_and_no_bound_of_it() -> None:
+    for label in (0.0, 1.0):
+        found = histogram(np.full((5, 1), 0.7), np.full((5, 1), label))
+        assert found.precision_recall(0) is None and found.average_precision_bound(0) is None

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy import journal as journal_module
-from privacy.errors import JournalDamaged, MessageMalformed
+from privacy.errors import DiskUnusable, JournalDamaged, MessageMalformed
 from privacy.journal import BEGINNING, Journal, verify
 
 
@@ -177,11 +177,12 @@ def test_an_endless_last_line_is_refused(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_chain_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal, real = Journal(path), os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: real(file, data[:40], offset))
-    with pytest.raises(OSError, match="40 of"):
+    with pytest.raises(DiskUnusable, match="40 of"):
         journal.append("order", round=5)
     monkeypatch.undo()
+    assert verify(path) == 5  # nothing of the line is left
     journal.append("order", round=5)
-    assert verify(path) == 7  # with the line that tells of the torn one
+    assert verify(path) == 6
 
 
 def test_the_latest_line_of_a_kind_is_found_and_no_other(path: Path) -> None:

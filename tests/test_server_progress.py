@@ -13,7 +13,7 @@ from test_server_run import done, sheet, study
 from fl_server import executor
 from fl_server.progress import Onlooker, Progress, duration, find, printable, remedy_of
 from fl_server.roster import Home, ServerFile
-from fl_server.run import Run, ask_to_stop, holding, mark_stopped, read_facts, stop_asked
+from fl_server.run import Run, ask_to_stop, holding, list_runs, mark_stopped, read_facts, stop_asked
 from privacy.errors import RunStopped, RunUnknown
 
 ZERO = np.zeros(3, np.float32)
@@ -139,6 +139,13 @@ def test_nothing_that_a_terminal_obeys_is_shown() -> None:
     assert [duration(s) for s in (41.6, 200, 7500)] == ["42 s", "3 min 20 s", "2 h 5 min"]
     assert "fl-client start" in remedy_of("offline") and remedy_of("site-paused").startswith("At the site")
     assert remedy_of("never heard of") == "Ask the site what its node says."
+
+
+@pytest.mark.parametrize("damage", ["[]", "{}", '{"version": 1, "run_id": "x"}', "", '"text"', '{"version": 99}'])
+def test_a_run_that_cannot_be_listed_hides_no_other(tmp_path: Path, damage: str) -> None:
+    run, other = new_run(tmp_path), new_run(tmp_path)
+    (other.folder / "run.json").write_text(damage)
+    assert [facts["run_id"] for facts in list_runs(tmp_path)] == [run.run_id]
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
-from fl_server import figures, report, research, simulation
+from fl_server import comparison, figures, matrix, measures, report, research
 from fl_server.results import REMEDY, canonical
 from models.metrics import ScoreHistogram
 from models.study import Study, parse
@@ -50,6 +50,7 @@ def study_of(**change: str) -> Study:
     return parse(Study, text, "study.yaml")
 
 
+PICTURES = ("loss", "auroc", "roc", "forest", "participation", "precision_recall", "reliability", "decision")
 SILENT = {"bins": "500, site_figures: false"}
 
 
@@ -85,7 +86,14 @@ def figure(values: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> di
         return None
     auroc = float(roc_auc_score(labels, values))
     low, high = max(0.0, auroc - 0.07), min(1.0, auroc + 0.06)
-    return {"auroc": auroc, "low": low, "high": high, "negatives": len(labels) - positives, "positives": positives}
+    drawn = {"bootstrap_low": low, "bootstrap_high": high}
+    return {
+        "auroc": auroc,
+        "low": low,
+        "high": high,
+        "negatives": len(labels) - positives,
+        "positives": positives,
+    } | drawn
 
 
 def results_of(study: Study, raw: Raw, late_in: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -110,15 +118,15 @@ def results_of(study: Study, raw: Raw, late_in: tuple[int, ...] = ()) -> dict[st
     label = f"partial (3 of 4, west missed {len(late_in)} of {rounds} rounds)" if late_in else "complete"
     released = {site: [figure(*raw[site]) if study.evaluation.site_figures else None] * width for site in raw}
     return {
-        "version": 2, "run_id": "20260101-opacity-1", "digest": study.digest, "study": json.loads(study.canonical()),
+        "version": 3, "run_id": "20260101-opacity-1", "digest": study.digest, "study": json.loads(study.canonical()),
         "label": label, "started": "2026-01-01T10:00:00+00:00", "finished": "2026-01-01T10:03:20+00:00",
         "selected_round": rounds, "initial": validation(0, list(SITES)), "rounds": entries,
         "test": scores(raw, 0.4, width), "test_missing": {}, "figures": released, "ingested": 697,
+        "groups": [], "grades": [],
     }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def raw() -> Raw:
+def raw_scores() -> Raw:
     """Raw test scores of four sites, of which the west has positive images only."""
     rng = np.random.default_rng(11)
     found = {
@@ -126,6 +134,11 @@ def raw() -> Raw:
         for s, size, shift in (("north", 50, 2.6), ("south", 41, 2.0), ("east", 30, 3.1))
     }
     return {**found, "west": (rng.random(33), np.ones(33, dtype=np.int64))}
+
+
+@pytest.fixture(scope="module")
+def raw() -> Raw:
+    return raw_scores()
 
 
 @pytest.fixture
@@ -157,7 +170,7 @@ def test_the_pooled_auroc_is_that_of_scikit_learn_within_the_stated_bound(writte
     assert abs(pooled["auroc"] - roc_auc_score(labels, values)) <= pooled["auroc_bound"] < 0.01
     assert pooled["interval"][0] < pooled["auroc"] < pooled["interval"][1]
     assert (pooled["images"], pooled["positives"], pooled["negatives"]) == (154, labels.sum(), (labels == 0).sum())
-    assert (pooled["patients"], pooled["sites"], metrics["version"]) == (154 - 30, list(SITES), 2)
+    assert (pooled["patients"], pooled["sites"], metrics["version"]) == (154 - 30, list(SITES), 3)
     assert metrics["ingested_images"] == 697
 
 
@@ -176,10 +189,10 @@ def test_rows_of_sites_are_what_the_sites_released(written: Path, raw: Raw) -> N
 
 def test_nothing_is_said_of_a_site_that_released_nothing(written: Path) -> None:
     west = metrics_in(written)["sites"]["west"]
-    nothing = dict.fromkeys(("auroc", "interval", "negatives", "positives"))
-    why = {"why": "not released: fewer than 10 images of a class"}
-    assert west == nothing | why | {"targets": {"opacity": nothing | why}}
-    assert "west not released: fewer than 10 images of a class" in words_of(written / "report.html")
+    nothing = dict.fromkeys(("auroc", "interval", "bootstrap_interval", "negatives", "positives"))
+    why = {"why": "not released: fewer than 10 images or 2 patients of a class"}
+    assert west == nothing | why | {"targets": {"opacity": nothing | why}, "testing": "internal"}
+    assert "west not released: fewer than 10 images or 2 patients of a class" in words_of(written / "report.html")
 
 
 def test_a_study_without_figures_of_sites_shows_none(raw: Raw, tmp_path: Path) -> None:
@@ -191,7 +204,7 @@ def test_a_study_without_figures_of_sites_shows_none(raw: Raw, tmp_path: Path) -
     assert said.count("not released by this study") == 4
     assert "no site released any figure of its own" in said
     assert "Mean of the AUROC" not in said
-    assert report.measure(report.check(results | {"figures": {}})) == metrics
+    assert measures.measure(report.check(results | {"figures": {}})) == metrics
 
 
 def test_metrics_name_who_contributed_in_every_round(written: Path) -> None:
@@ -218,19 +231,19 @@ def test_history_begins_with_the_initial_model_and_says_what_was_summed(good: di
 
 def test_learning_curves_start_at_round_0_or_where_something_is_known(good: dict[str, Any]) -> None:
     good["rounds"][2]["validation"] = None
-    metrics = report.measure(report.check(good))
+    metrics = measures.measure(report.check(good))
     points = report._curve(metrics, "loss").points
     assert [x for x, _ in points] == [0, 1, 2, 3, 4, 5, 6]
     assert [y for _, y in points if not np.isnan(y)] == pytest.approx([0.7, 0.65, 0.6, 0.5, 0.45, 0.4])
     assert np.isnan(points[3][1])
     good["initial"] = None
-    points = report._curve(report.measure(report.check(good)), "loss").points
+    points = report._curve(measures.measure(report.check(good)), "loss").points
     assert points[0] == (1, pytest.approx(0.65))
 
 
 def test_the_page_stands_alone_and_states_label_and_digest(written: Path) -> None:
     page = (written / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 8
     assert not re.search(r'(?:src|href)="(?!data:)', page)
     assert "<script" not in page
     assert "No differential privacy was applied" in words_of(page)
@@ -284,7 +297,7 @@ def test_keys_of_sites_are_in_the_canonical_form_and_no_setting(raw: Raw, tmp_pa
 
 
 def test_figures_are_pictures_with_something_on_them(written: Path) -> None:
-    for name in ("loss", "auroc", "roc", "forest", "participation"):
+    for name in PICTURES:
         with Image.open(written / f"{name}.png") as picture:
             pixels = np.asarray(picture.convert("L"))
         assert min(pixels.shape) > 200
@@ -294,7 +307,7 @@ def test_figures_are_pictures_with_something_on_them(written: Path) -> None:
 def test_the_same_results_give_the_same_bytes(good: dict[str, Any], written: Path, tmp_path: Path) -> None:
     report.write(good, tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    pictures = ["auroc.png", "forest.png", "loss.png", "participation.png", "roc.png"]
+    pictures = [f"{name}.{kind}" for name in PICTURES for kind in ("png", "svg")]
     assert names == sorted([*pictures, "metrics.json", "report.html"])
     for name in names:
         assert (tmp_path / name).read_bytes() == (written / name).read_bytes(), name
@@ -384,11 +397,12 @@ def test_markup_in_titles_and_purposes_is_text(good: dict[str, Any], tmp_path: P
 def test_many_sites_and_rounds_stay_readable() -> None:
     estimates = [figures.Estimate(f"site{number}", 0.8, 0.7, 0.9) for number in range(300)]
     curves = [figures.Curve("validation", [(r, 0.5 + 0.001 * r) for r in range(1, 101)])]
-    for png in (
+    for figure in (
         figures.per_round(curves, "AUROC", 100),
         figures.forest({"opacity": estimates}),
         figures.participation({f"site{number}": [0] * 900 for number in range(60)}, list(range(1, 901))),
     ):
+        png = figures.png(figure)
         assert png.startswith(b"\x89PNG")
         assert len(png) < 500_000
 
@@ -404,7 +418,7 @@ def test_a_forest_shows_every_estimate_and_no_other() -> None:
         figures.forest({"opacity": [figures.Estimate("all sites", None, None, None), nothing]}),
         figures.forest({"opacity": [figures.Estimate("all sites", 0.8, None, None), nothing]}),
     ]
-    assert len(set(pictures)) == len(pictures)
+    assert len({figures.png(picture) for picture in pictures}) == len(pictures)
 
 
 @pytest.mark.parametrize("otherwise", [0, 2])
@@ -413,7 +427,7 @@ def test_a_gap_of_one_round_among_hundreds_is_still_drawn(otherwise: int) -> Non
     row = [otherwise] * 1000
     whole = figures.participation({"north": [0] * 1000, "south": row}, rounds)
     gap = figures.participation({"north": [0] * 1000, "south": [*row[:500], 1, *row[501:]]}, rounds)
-    assert whole != gap
+    assert figures.png(whole) != figures.png(gap)
 
 
 @pytest.fixture
@@ -431,25 +445,33 @@ def test_the_screen_shows_the_figures_and_why_some_are_not_there(written: Path, 
     assert "154 images of 124 patients, complete" in screen()
     assert rows["pooled"][1] == f"{pooled['auroc']:.3f}"
     assert rows["pooled"][-2:] == [str(pooled["positives"]), str(pooled["negatives"])]
-    assert " ".join(rows["west"]) == "west - not released: fewer than 10 images of a class - -"
+    assert " ".join(rows["west"]) == "west - not released: fewer than 10 images or 2 patients of a class - -"
 
 
-def test_the_comparison_has_a_column_for_each_site_that_released_a_figure(
+def test_a_row_of_the_comparison_has_what_each_site_released_and_the_whole(
     good: dict[str, Any], raw: Raw, screen: Callable[[], str]
 ) -> None:
-    federated = simulation.test_auroc(good)
-    assert list(federated) == ["east", "north", "south", "west", "pooled"]
-    assert federated["north"] == roc_auc_score(raw["north"][1], raw["north"][0])
-    assert federated["west"] is None
+    study = report.check(good).study
+    target = study.task.targets[0]
+    federated = comparison.model_of("federated", None, good, study)
+    tested = federated.results[target]
+    assert list(tested.sites) == study.all_sites
+    assert tested.sites["north"] is not None and tested.pooled is not None
+    assert tested.sites["north"].auroc == roc_auc_score(raw["north"][1], raw["north"][0])
+    assert tested.sites["west"] is None
     pooled = roc_auc_score(*(np.concatenate([raw[site][part] for site in SITES]) for part in (1, 0)))
-    assert federated["pooled"] == pytest.approx(pooled, abs=0.01)
-    assert simulation.test_auroc(good | {"test": None}) == {"pooled": None}
-    assert simulation.test_auroc(good | {"figures": {}})["north"] is None
-    research._say_matrix({"federated": federated, "north": {"north": 0.75, "west": None, "pooled": None}})
-    lines = [line.split() for line in screen().splitlines()[1:]]
-    assert " ".join(lines[0]) == "trained at on east on north on south on pooled"
-    assert lines[1] == ["federated", *(f"{federated[s]:.3f}" for s in ("east", "north", "south", "pooled"))]
-    assert lines[2] == ["north", "-", "0.750", "-", "-"]
+    assert tested.pooled.auroc == pytest.approx(pooled, abs=0.01)
+    silent = comparison.model_of("local", "north", good | {"test": None, "figures": {}}, study)
+    assert silent.results[target].pooled is None and set(silent.results[target].sites.values()) == {None}
+    found = matrix.Comparison(
+        study="s", digest="0" * 64, targets=study.task.targets, sites=study.all_sites, models=[federated, silent]
+    )
+    research._say_matrix(found, Path("comparison.png"))
+    lines = [line.split() for line in screen().splitlines()]
+    assert lines[2][: len(study.all_sites) + 1] == [
+        "federated", *("-" if cell is None else f"{cell.auroc:.3f}" for cell in tested.sites.values())
+    ]  # fmt: skip
+    assert lines[3] == ["north", "alone", *["-"] * (len(study.all_sites) + 1)]
 
 
 def put(path: str, value: Any) -> Any:
@@ -484,9 +506,9 @@ def more(key: str, by: int) -> Any:
 # What is wrong -> (an edit that makes it so, how the error begins).
 LIES = {
     "the version before": (put("version", 1), "version: Input should be greater"),
-    "a version to come": (put("version", 3), "version: Input should be less"),
+    "a version to come": (put("version", 4), "version: Input should be less"),
     "a version that is no whole number": (put("version", 2.0), "version: Input should be a"),
-    "no rounds": (put("rounds", []), "rounds: List should have at"),
+    "no rounds": (put("rounds", []), "rounds were committed in a study without training, or none in one with it"),
     "a missing key": (drop("test"), "test: Field required"),
     "a key of a round that is missing": (lambda d: d["rounds"][0].pop("clipped"), "rounds.0.clipped: Field required"),
     "an unknown key": (put("note", "hello"), "note: Extra inputs are not"),

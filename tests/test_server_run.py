@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from fl_server.run import Round, Run, list_runs, participation_label, read_facts, score_sheet
@@ -13,7 +14,7 @@ from fl_server.run import Test as LastTest  # under its own name pytest would ta
 from models.contributions import Sheet
 from models.metrics import ScoreHistogram
 from models.study import Study, parse
-from privacy.errors import DocumentError, RunError, RunUnknown
+from privacy.errors import DocumentError, NewerVersion, RunError, RunUnknown
 
 TEXT = """
 name: opacity
@@ -152,33 +153,143 @@ def test_a_commit_cut_short_leaves_the_round_before(tmp_path: Path, monkeypatch:
     assert again.model is not None and (again.model == vector(1)).all()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
-def test_a_damaged_checkpoint_is_named_and_never_half_read(tmp_path: Path, damage: str) -> None:
+def damaged(path: Path, how: str) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "flipped model":
+        data[-3] ^= 1  # the last array
+    if how == "flipped record":
+        data[data.index(b"best_round") + 14] ^= 1  # a digit of the progress becomes another
+    made = {"truncated": data[:-3], "no header": b"\xff" + data[1:], "empty": b"", "gone": None}.get(how, data)
+    path.unlink()
+    if made is not None:
+        path.write_bytes(made)
+
+
+DAMAGE = ["truncated", "no header", "empty", "flipped model", "flipped record", "gone"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_without_another_is_named_and_never_half_read(tmp_path: Path, damage: str) -> None:
     run = made(tmp_path)
     run.commit(done(1), vector(1), {})
-    path = run.folder / "checkpoint.safetensors"
-    data = path.read_bytes()
-    path.write_bytes({"truncate": data[:-3], "flip": b"\xff" + data[1:], "empty": b""}[damage])
+    damaged(run.folder / "checkpoint-00001.safetensors", damage)
     with pytest.raises(DocumentError, match="damaged"):
         Run.open(run.folder)
 
 
-def test_a_checkpoint_of_another_version_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_run_falls_back_to_the_checkpoint_before_a_damaged_one_and_says_so(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = made(tmp_path)
+    for number in (1, 2, 3):
+        run.commit(done(number), vector(number), {"momentum": vector(-number)})
+    path = run.folder / "checkpoint-00003.safetensors"
+    damaged(path, damage)
+    bytes_before = path.read_bytes() if path.exists() else b""
+    again = Run.open(run.folder)
+    assert list(again.remaining()) == [3, 4] and again.model is not None and (again.model == vector(2)).all()
+    assert (again.state["momentum"] == vector(-2)).all()
+    again.start()
+    told = [event for event in events(again) if event["event"] == "checkpoint_damaged"]
+    assert [(event["round"], event["goes_on_after"]) for event in told] == [(3, 2)]
+    assert "round 3 was damaged" in caplog.text and "round 3 was damaged" in read_facts(run.folder)["label"]
+    if bytes_before:
+        assert path.with_name(f"{path.name}.damaged").read_bytes() == bytes_before
+    again.commit(done(3), vector(33), {})
+    fresh = Run.open(run.folder)
+    fresh.start()
+    assert fresh.model is not None and (fresh.model == vector(33)).all() and fresh.lost == []
+    assert len([e for e in events(fresh) if e["event"] == "checkpoint_damaged"]) == 1, "told twice"
+    assert "round 3 was damaged" in read_facts(run.folder)["label"], "what was lost is said until the end"
+
+
+def test_the_last_two_checkpoints_are_kept_and_each_has_the_best_model(tmp_path: Path) -> None:
+    run = carried_out(made(tmp_path), [0.3, 0.5, 0.6, 0.7])
+    kept = sorted(path.name for path in run.folder.glob("checkpoint*"))
+    assert kept == ["checkpoint-00003.safetensors", "checkpoint-00004.safetensors"]
+    for name in kept:
+        assert (load_file(run.folder / name)["best"] == vector(1)).all()
+
+
+def test_what_a_killed_writer_left_is_swept_away_at_the_next_start(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    run.commit(done(1), vector(1), {})
+    torn = run.folder / ".checkpoint-00002.safetensors.0011223344556677.part"
+    torn.write_bytes(b"x" * 100)
+    Run.open(run.folder).start()
+    assert not torn.exists()
+
+
+def test_an_event_after_one_that_was_torn_has_a_line_of_its_own(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    path = run.folder / "events.jsonl"
+    with path.open("a") as file:
+        file.write('{"at": "2026')
+    run.event("scored", round=0)
+    lines = path.read_text().splitlines()
+    assert lines[-2] == '{"at": "2026' and json.loads(lines[-1])["event"] == "scored"
+
+
+def old_checkpoint(run: Run, version: int, number: int) -> Path:
+    """The checkpoint after round `number` as release 0.1 wrote it: one file, no checksum."""
+    path = run.folder / f"checkpoint-{number:05d}.safetensors"
+    with safe_open(path, framework="numpy") as file:
+        progress = json.loads(file.metadata()["progress"])
+    old = run.folder / "checkpoint.safetensors"
+    save_file(load_file(path), old, metadata={"progress": json.dumps(progress | {"version": version})})
+    for new in run.folder.glob("checkpoint-*"):
+        new.unlink()
+    return old
+
+
+def test_a_checkpoint_of_release_0_1_is_brought_forward_and_kept(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    run.commit(done(1), vector(1), {"momentum": vector(9)})
+    old = old_checkpoint(run, 2, 1)
+    before = old.read_bytes()
+    for _ in range(2):
+        again = Run.open(run.folder)
+        assert (
+            again.model is not None
+            and (again.model == vector(1)).all()
+            and (again.state["momentum"] == vector(9)).all()
+        )
+        assert [vars(r) for r in again.history] == [vars(done(1))] and again.lost == []
+    assert old.with_name("checkpoint.safetensors.v2").read_bytes() == before and not old.exists()
+
+
+def test_a_checkpoint_before_version_2_is_named(tmp_path: Path) -> None:
     """Before version 2, rounds held figures of single sites; they are not carried into a run that hides them."""
     run = made(tmp_path)
     run.commit(done(1), vector(1), {})
-    path = run.folder / "checkpoint.safetensors"
-    old = {"version": 1, "digest": run.study.digest, "best_round": 1, "history": [], "ingested": {"north": 7}}
-    save_file(load_file(path), path, metadata={"progress": json.dumps(old)})
+    old = old_checkpoint(run, 1, 1)
     with pytest.raises(DocumentError, match="another version"):
         Run.open(run.folder)
+    assert old.exists()
+
+
+def test_a_run_or_a_checkpoint_of_a_later_version_is_left_alone(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    run.commit(done(1), vector(1), {})
+    path = run.folder / "checkpoint-00001.safetensors"
+    arrays = load_file(path)
+    save_file(arrays, path, metadata={"progress": json.dumps({"version": 4}), "sha256": "?"})
+    with pytest.raises(NewerVersion, match="layout 4"):
+        Run.open(run.folder)
+    facts = json.loads((run.folder / "run.json").read_text())
+    (run.folder / "run.json").write_text(json.dumps(facts | {"version": 2}))
+    with pytest.raises(NewerVersion, match=r"run\.json has layout 2"):
+        Run.open(run.folder)
+    assert list_runs(tmp_path) == []
 
 
 def test_a_checkpoint_or_study_of_another_study_is_refused(tmp_path: Path) -> None:
     one = made(tmp_path)
     other = Run.create(tmp_path, study(Opacity="Other"), "ada", ["north"])
     one.commit(done(1), vector(1), {})
-    (other.folder / "checkpoint.safetensors").write_bytes((one.folder / "checkpoint.safetensors").read_bytes())
+    name = "checkpoint-00001.safetensors"
+    (other.folder / name).write_bytes((one.folder / name).read_bytes())
     with pytest.raises(DocumentError, match="another study"):
         Run.open(other.folder)
     (one.folder / "study.json").write_bytes((other.folder / "study.json").read_bytes())
@@ -219,7 +330,7 @@ def test_the_score_of_the_initial_model_chooses_nothing(tmp_path: Path) -> None:
 
 def test_a_run_without_a_committed_round_has_no_model_to_save_or_release(tmp_path: Path) -> None:
     run = made(tmp_path)
-    for ending in (run.save, lambda: run.finish(LastTest(sheet(0.5), {}, {}, 0))):
+    for ending in (run.save, lambda: run.finish(LastTest(sheet(0.5), {}, {}, [], [], 0))):
         with pytest.raises(RunError, match="no model"):
             ending()
 
@@ -231,19 +342,19 @@ def test_results_say_who_contributed(tmp_path: Path) -> None:
         run.commit(done(number, ("north", "south") if number > 2 else EVERYONE, scale=number), vector(number), {})
         run.score(sheet(0.5 / number, ("north", "south")), {"west": "timeout"})
     figures: dict[str, Any] = {"north": [None], "south": [{"auroc": 0.5, "low": 0.4, "high": 0.6, "negatives": 20}]}
-    run.finish(LastTest(sheet(0.5, ("north", "south")), {"west": "timeout"}, figures, 321))
+    run.finish(LastTest(sheet(0.5, ("north", "south")), {"west": "timeout"}, figures, [], [], 321))
     facts, results = read_facts(run.folder), json.loads((run.folder / "results.json").read_text())
     assert facts["state"] == "partial"
-    assert results["label"] == facts["label"] == "partial (2 of 3, west missing since round 3)"
+    assert results["label"] == facts["label"] == "partial (2 of 3, west missing since round 3: timeout)"
     assert [entry["missing"] for entry in results["rounds"]] == [{}, {}, {"west": "timeout"}, {"west": "timeout"}]
     assert [entry["scale"] for entry in results["rounds"]] == [1, 2, 3, 4]
     assert results["rounds"][0]["validation"]["sites"] == ["north", "south"]
-    assert (results["version"], results["ingested"], results["selected_round"]) == (2, 321, 4)
+    assert (results["version"], results["ingested"], results["selected_round"]) == (3, 321, 4)
     assert results["test"] == sheet(0.5, ("north", "south")) and results["test_missing"] == {"west": "timeout"}
     assert results["figures"] == figures and results["initial"] == sheet(0.9)
     assert set(results) == {
         *("version", "run_id", "digest", "study", "label", "started", "finished", "selected_round", "initial"),
-        *("rounds", "test", "test_missing", "figures", "ingested"),
+        *("rounds", "test", "test_missing", "figures", "groups", "grades", "ingested"),
     }
     assert (load_file(run.folder / "model.safetensors")["model"] == vector(4)).all()
     assert json.loads((run.folder / "card.json").read_text())["selected_round"] == 4
@@ -254,7 +365,7 @@ def test_results_say_who_contributed(tmp_path: Path) -> None:
 def test_nothing_in_the_results_tells_one_site_from_another_but_who_when_and_what_it_released(tmp_path: Path) -> None:
     """Per site there are names, seconds, reasons and released figures; every other number is of the sum."""
     run = carried_out(made(tmp_path), [0.5, 0.4, 0.3, 0.2])
-    run.finish(LastTest(sheet(0.5), {}, {"north": [None]}, 30))
+    run.finish(LastTest(sheet(0.5), {}, {"north": [None]}, [], [], 30))
     results = json.loads((run.folder / "results.json").read_text())
     results.pop("study")
 
@@ -275,7 +386,7 @@ def test_labels_never_call_a_subset_complete() -> None:
     away = [done(1), done(2, ("north", "west")), done(3)]
     assert participation_label(plan, away, {}) == "partial (2 of 3, south missed 1 of 3 rounds)"
     never = [done(1, ("north", "south"))]
-    assert participation_label(plan, never, {}) == "partial (2 of 3, west never took part)"
+    assert participation_label(plan, never, {}) == "partial (2 of 3, west never took part: timeout)"
     label = participation_label(plan, [done(1)], {"west": "timeout"})
     assert label == "partial (2 of 3, west not in the test evaluation (timeout))"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fl_server import report, simulation
+from fl_server import measures, report, simulation
 from fl_server.research import templates
 from models.study import Study, parse
 
@@ -23,7 +23,7 @@ def test_a_study_that_ships_learns_on_phantoms(name: str, tmp_path: Path) -> Non
     study.check()
     told: list[dict[str, Any]] = []
     outcome = simulation.simulate(study.with_noise(), {}, 120, tmp_path, told.append)
-    pooled = report.measure(report.check(outcome.results))["pooled"]
+    pooled = measures.measure(report.check(outcome.results))["pooled"]
     assert outcome.results["label"] == "complete"
     assert set(pooled["targets"]) == set(study.task.targets)
     assert pooled["macro_auroc"] >= MARGINS[name]
