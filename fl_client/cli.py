@@ -530,6 +530,12 @@ def _tell(sentence: str) -> None:
 def start(
     home: Home = Path(),
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also print the node's log.")] = False,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, help="Answer Prometheus on 127.0.0.1 at this port; left out: the node listens nowhere."
+        ),
+    ] = None,
 ) -> None:
     """Run the node until Ctrl-C: it connects outwards only, and carries out orders of approved studies."""
     from fl_client import node
@@ -540,7 +546,7 @@ def start(
         signal.signal(number, signal.default_int_handler)
     try:
         with guarded(home, level=logging.INFO if verbose else logging.ERROR):
-            node.serve(home, _say)
+            node.serve(home, _say, metrics_port)
     except KeyboardInterrupt:
         _say("The node has stopped.")
 

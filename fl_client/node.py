@@ -50,6 +50,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from fl_client import orders, sandbox
 from fl_client.site import Site
 from fl_client.upkeep import Upkeep
+from fl_client.vitals import Vitals
 from fl_client.worker import Worker
 from privacy import keys
 from privacy.errors import (
@@ -242,19 +243,26 @@ class _Fleet(FleetHttpClient):
         )
 
 
-def serve(home: Path, tell: Tell) -> None:
+def serve(home: Path, tell: Tell, metrics_port: int | None = None) -> None:
     """Answer orders until KeyboardInterrupt. A broken link is retried for ever; a finished reply is kept and sent again.
     So is a disk that cannot be written: as long as the journal takes no line, no answer leaves.
 
-    `tell` gets short sentences for people. Raises what no retry can mend: NotEnrolled, WrongAuthority, NodeRunning, AuditFailed.
+    `metrics_port`: where on loopback to answer the hospital's monitoring; nowhere without it. `tell` gets short sentences for
+    people. Raises what no retry can mend: NotEnrolled, WrongAuthority, NodeRunning, AuditFailed.
     """
     sandbox.keep_private()
     site = Site.open(home)
     with only_one(site):
-        _serve(site, tell)
+        vitals = Vitals(site.home)
+        try:
+            if metrics_port is not None:
+                tell(f"Metrics: http://127.0.0.1:{vitals.start(metrics_port)}/metrics")
+            _serve(site, tell, vitals)
+        finally:
+            vitals.stop()
 
 
-def _serve(site: Site, tell: Tell) -> None:
+def _serve(site: Site, tell: Tell, vitals: Vitals) -> None:
     worker, unsent, pause, upkeep = Worker(site), deque[Message](), RETRY_FIRST_S, Upkeep(site.home, tell)
 
     def fresh() -> FleetHttpClient | None:
@@ -278,11 +286,12 @@ def _serve(site: Site, tell: Tell) -> None:
             try:
                 with connect(site) as connection:
                     tell(f"{site.name} is connected and waits for orders.")
-                    pause = RETRY_FIRST_S
-                    reply = partial(answer, site=site, worker=worker)
+                    pause, vitals.connected = RETRY_FIRST_S, True
+                    reply = vitals.counting(partial(answer, site=site, worker=worker), _outcome)
                     _answer_orders(connection, reply, unsent, tell, fresh)
             except (Unreachable, DiskUnusable) as error:
                 # Without a line in the journal nothing leaves, so an order that came meanwhile stays without an answer.
+                vitals.connected = False
                 tell(f"{error}; trying again in {pause:g} s")
                 time.sleep(pause)
                 pause = min(pause * 2, RETRY_MOST_S)
@@ -358,6 +367,14 @@ def _sentence(reply: Message, seconds: float) -> str:
     report: Report = decode(reply, *REPORTS)
     what = f"refused: {report.code}" if isinstance(report, Refusal) else f"{report.kind} sent"
     return f"round {report.round}: {what} ({seconds:.1f} s)"
+
+
+def _outcome(reply: Message) -> str:
+    """What came of an order, in one enumerated word: a kind of report, or the code of a refusal."""
+    if reply.has_error():
+        return MessageMalformed.code
+    report: Report = decode(reply, *REPORTS)
+    return report.code if isinstance(report, Refusal) else report.kind
 
 
 def _explained(answer: httpx.Response) -> Exception:

@@ -66,7 +66,6 @@ def carry_on(home: Home, run: Run, grid: Grid) -> None:
     if run.model is None:
         run.model = first_model(home, run)
     for number in run.remaining():
-        run.heed()
         began = time.monotonic()
         total = desk.train(strategies.sent(run.study, run.model, run.state), number)
         desk.score(total)

@@ -13,6 +13,7 @@ from fl_server.roster import Home, Party, ServerFile
 from models.study import parse
 from privacy import console, heads, journal_cli, keys
 from privacy.deidentify import guarded
+from privacy.errors import RunError
 from privacy.journal_cli import Book
 
 if TYPE_CHECKING:
@@ -223,6 +224,61 @@ def start(home: HomeOption = Path()) -> None:
 
     with guarded(opened.root):
         link.serve(opened)
+
+
+@app.command()
+def notify(home: HomeOption = Path()) -> None:
+    """Send a test notification to every target that server.yaml names; exit code 1 if one did not take it."""
+    from fl_server.notify import trial
+
+    settings, failed = Home.open(home).settings, False
+    if not settings.notify:
+        typer.echo("server.yaml names nobody to notify; see notify in docs/configuration.md.")
+    for target in settings.notify:
+        try:
+            target.deliver(trial(settings.name))
+            typer.echo(f"{target.name}: told")
+        except RunError as error:
+            failed = True
+            typer.echo(f"{target.name}: {error}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def dashboard(  # noqa: PLR0913, PLR0917  each parameter is one option
+    home: HomeOption = Path(),
+    listen: Annotated[
+        str, typer.Option(help="Address of this machine; beyond loopback only with a login.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any.")] = 9442,
+    host: Annotated[
+        list[str] | None, typer.Option("--host", help="Another name under which browsers may ask for it; repeat.")
+    ] = None,
+    login: Annotated[
+        bool, typer.Option("--login", help="Ask for the password, over TLS, on loopback as well.")
+    ] = False,
+    certificate: Annotated[
+        Path | None, typer.Option(help="Certificate that browsers trust, PEM. Default: the consortium's own.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="Its private key, PEM, mode 0600.")] = None,
+    set_password: Annotated[
+        bool, typer.Option("--set-password", help="Ask for a new password, store its hash, stop.")
+    ] = False,
+) -> None:
+    """Show sites, runs, studies, models and the journal in a browser, read only; /metrics on loopback is for Prometheus."""
+    from fl_server import dashboard as screen
+    from fl_server import door
+
+    opened = Home.open(home)
+    if set_password:
+        given = typer.prompt("Password of the dashboard", hide_input=True, confirmation_prompt=True)
+        door.set_password(opened.root / "keys" / screen.PASSWORD, given)
+        typer.echo("The password is set. A dashboard that is running takes it from the next login on.")
+        return
+    where = screen.Address(listen, port, tuple(host or ()), certificate, key, login)
+    with guarded(opened.root):
+        screen.serve(opened, where, typer.echo)
 
 
 def _book(home: Path) -> Book:

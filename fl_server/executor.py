@@ -90,7 +90,7 @@ def carry_out(root: Path, run_id: str, port: int, secret: bytes) -> None:
     """One run from where it stands to its end, as one Flower run."""
     flower_run = _start_flower_run(root / "runs" / run_id, port)
     token = _acquire(flower_run, port, secret)
-    grid = Mailbox(f"{LOOPBACK}:{port}", token, partial(heed_stop, root / "runs" / run_id))
+    grid = Mailbox(f"{LOOPBACK}:{port}", token, partial(heed_stop, root / "runs" / run_id, within_stage=True))
     client = grid._runtime_client  # the grid's own connection: Flower has no public door to its task calls
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()

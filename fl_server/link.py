@@ -15,10 +15,11 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
-from fl_server import consortium
+from fl_server import consortium, notify
+from fl_server.door import listen
 from fl_server.doorbell import Doorbell
 from fl_server.gateway import Gateway, Limits, Refusals, Standing, gateway_context
+from fl_server.overview import ENDING_SHARE
 from fl_server.roster import Home
 from fl_server.run import Run, list_runs
 from models.study import Study
@@ -61,9 +64,9 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
         logging.WARNING
     )  # a line per node and message is for -v, not for a service's log
     settings, secret = home.settings, secrets.token_bytes(32)
-    inner = _listen(LOOPBACK, 0)
+    inner = listen(LOOPBACK, 0)
     port = inner.getsockname()[1]
-    outer = _listen(settings.listen, settings.gateway_port)
+    outer = listen(settings.listen, settings.gateway_port)
     superlink = Doorbell(superlink_app(home.root / "superlink" / "superlink.sqlite", port, secret))
     server = _Server(uvicorn.Config(superlink, log_config=None, access_log=False))
     gateway = Gateway(superlink, keys.load_certificate(home.ca_pem), roster_of(home), home.journal.append, limits)
@@ -83,6 +86,9 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
     forwarder = Forwarder(home.journal.path, settings.syslog, home.root / "syslog.json") if settings.syslog else None
     if forwarder:
         forwarder.start()
+    notifier = notify.Notifier(home.root, settings.name, settings.notify, partial(ending_certificates, home))
+    if settings.notify:
+        notifier.start()
     background = [
         outside,
         asyncio.create_task(_keep_executor(home, port, secret)),
@@ -107,6 +113,7 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
         await refusals.write(loop.time(), everything=True)
         if forwarder:
             await asyncio.to_thread(forwarder.stop)
+        await asyncio.to_thread(notifier.stop)
     if not outside.cancelled():
         outside.result()
 
@@ -182,6 +189,18 @@ def hooks(home: Home, port: int) -> consortium.Hooks:
     return consortium.Hooks(enrolled=enrolled, launch=launch)
 
 
+def ending_certificates(home: Home) -> dict[str, str]:
+    """Name -> end of every certificate in its last sixth: renewals begin in the last third, so they fail."""
+    now, period = time.time(), home.settings.certificate_days * 86_400
+    parties = [party for party in (*home.roster.sites(), *home.roster.researchers()) if not party.revoked]
+    ends = {party.name: party.certificate.not_valid_after_utc for party in parties}
+    return {
+        name: end.strftime("%Y-%m-%dT%H:%M:%SZ")
+        for name, end in ends.items()
+        if end.timestamp() - now < period / ENDING_SHARE
+    }
+
+
 @contextlib.contextmanager
 def control(port: int) -> Any:
     """Flower's Control API on loopback, its failures as our errors."""
@@ -251,22 +270,3 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Any:
         yield
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a port in use is our error with a remedy and not a line in a log."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named, asyncio switches Nagle's algorithm off. Without, each answer in two pieces takes 40 ms more.
-    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((host, port))
-    except OSError as error:
-        bound.close()
-        raise IsocenterError(
-            f"cannot listen on {host}:{port}: {error.strerror}",
-            remedy="Stop what uses the port, or change the port in server.yaml.",
-        ) from None
-    bound.listen(1024)
-    bound.setblocking(False)
-    return bound

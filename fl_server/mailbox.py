@@ -40,23 +40,17 @@ class Arriving:
 class Mailbox(HttpGrid):
     """HttpGrid whose `pull_messages` returns the replies that are complete, and never waits for one that is not.
 
-    `heed` is called with False at each look at who is online, which a run takes before every stage and while it waits for its
-    quorum, and with True at each look for replies. What it raises ends the run there.
+    `heed` is called at each look for replies; what it raises ends the run in the middle of a stage.
     """
 
-    def __init__(self, address: str, token: str, heed: Callable[[bool], None] = lambda within_stage: None) -> None:
+    def __init__(self, address: str, token: str, heed: Callable[[], None] = lambda: None) -> None:
         super().__init__(address, insecure=True, token=token)  # loopback: the SuperLink listens nowhere else
         self.heed = heed
         self.arriving: dict[str, Arriving] = {}
 
-    def get_node_ids(self) -> Iterable[int]:
-        """Ids of the nodes that are online."""
-        self.heed(False)
-        return super().get_node_ids()
-
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Complete replies to the orders of these ids; a Flower error in place of one whose objects will not come any more."""
-        self.heed(True)
+        self.heed()
         asked = list(message_ids)
         # Replies to orders that nobody waits for any more are late: forgotten, with whatever they had sent.
         self.arriving = {name: reply for name, reply in self.arriving.items() if reply.reply_to in asked}

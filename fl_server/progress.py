@@ -236,6 +236,17 @@ class Progress:
     def _on_wrong_share(self, event: Mapping[str, Any]) -> None:
         self._note(event, f"{printable(event['site'], 64)} gave a wrong share of a secret")
 
+    def _on_flagged(self, event: Mapping[str, Any]) -> None:
+        site, why = printable(event["site"], 64), printable(event["why"], 80)
+        self._note(event, f"round {int(event['round'])}: the update of {site} is {why}")
+
+    def _on_checkpoint_damaged(self, event: Mapping[str, Any]) -> None:
+        again = int(event["goes_on_after"])
+        self.rounds = [each for each in self.rounds if each.round <= again]
+        for name, part in self.sites.items():
+            part.rounds = sum(name in each.contributors for each in self.rounds)
+        self._note(event, f"the checkpoint of round {int(event['round'])} was damaged; going on after round {again}")
+
     def _on_finished(self, event: Mapping[str, Any]) -> None:
         self.test_auroc = _number(event["auroc"])
         self._rest()

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure as Picture
 from fl_server import figures, matrix
 from fl_server.matrix import Comparison
 from fl_server.measures import measure, testing_of
+from fl_server.progress import duration
 from fl_server.results import Evaluation, Results, Round, check
 from models.sections import RELEASE_MIN
 
@@ -192,7 +193,7 @@ def _render(
         statements=study.statements(),
         settings=list(_settings(json.loads(study.canonical()))),
         canonical=study.canonical().decode(),
-        duration=_duration(metrics["seconds"]),
+        duration=duration(metrics["seconds"]),
     )
 
 
@@ -217,14 +218,6 @@ def _work(site: str, rounds: Sequence[Round]) -> dict[str, Any]:
     given = [entry for entry in rounds if site in entry.contributors]
     seconds = [entry.site_seconds[site] for entry in given if site in entry.site_seconds]
     return {"rounds": len(given), "seconds": float(np.median(seconds)) if seconds else None}
-
-
-def _duration(seconds: float) -> str:
-    """ "42 s", "3 min 20 s" or "2 h 5 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def _gaps(results: Results) -> list[str]:

@@ -33,6 +33,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from pydantic import Field, field_validator
 
+from fl_server.notify import Target
 from models.study import Document, Name, Study, read
 from privacy import disk, keys
 from privacy.calls import Decision, InvitationLine, PartyRole, Statement, token_hash
@@ -79,6 +80,8 @@ class ServerFile(Document):
         default=None,
         description="where journal lines are sent as well: udp://host:514, tcp://host:601 or unix:///dev/log",
     )
+
+    notify: list[Target] = Field(default=[], max_length=16, description="who is told of news, and of which")
 
     @field_validator("host")
     @classmethod

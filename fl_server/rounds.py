@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from flwr.app import Message
 from flwr.app.error import Error
@@ -29,8 +30,15 @@ GONE_LOOK_S = 1.0
 Tell = Callable[..., None]
 
 
+class Roll(Protocol):
+    """Who is online; a Grid is one."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of the nodes that are online now."""
+
+
 def choose(
-    grid: Grid, nodes: dict[str, int], quorum: int, timeout_s: float, tell: Tell, away: frozenset[str] = frozenset()
+    grid: Roll, nodes: dict[str, int], quorum: int, timeout_s: float, tell: Tell, away: frozenset[str] = frozenset()
 ) -> dict[str, int]:
     """The consenting sites that are online, at least `quorum`; QuorumLost if there are fewer after `timeout_s`.
 

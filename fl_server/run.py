@@ -320,14 +320,7 @@ class Run:
         self._save_facts()
 
     def event(self, kind: str, **facts: Any) -> None:
-        """One more line of events.jsonl; after a line in which this process died, on a line of its own. Raises DiskUnusable."""
-        path = self.folder / "events.jsonl"
-        line = json.dumps({"at": now(), "event": kind} | facts).encode() + b"\n"
-        with disk.faults_named(path), path.open("ab+", buffering=0) as file:
-            if end := file.seek(0, os.SEEK_END):
-                file.seek(end - 1)
-                line = line if file.read(1) == b"\n" else b"\n" + line
-            file.write(line)
+        add_event(self.folder, kind, facts)
 
     def _save_facts(self) -> None:
         keys.write_private(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
@@ -349,6 +342,17 @@ class Run:
         self.state = {name.removeprefix("state."): a for name, a in arrays.items() if name.startswith("state.")}
         self.history = [Round(**entry) for entry in progress["history"]]
         self.initial, self.scale = progress["initial"], progress["scale"]
+
+
+def add_event(folder: Path, kind: str, facts: dict[str, Any]) -> None:
+    """One more line of events.jsonl; after a line in which a process died, on a line of its own. Raises DiskUnusable."""
+    path = folder / "events.jsonl"
+    line = json.dumps({"at": now(), "event": kind} | facts).encode() + b"\n"
+    with disk.faults_named(path), path.open("ab+", buffering=0) as file:
+        if end := file.seek(0, os.SEEK_END):
+            file.seek(end - 1)
+            line = line if file.read(1) == b"\n" else b"\n" + line
+        file.write(line)
 
 
 def give_up(folder: Path, code: str) -> None:
@@ -386,9 +390,7 @@ def mark_stopped(folder: Path) -> dict[str, Any]:
     facts = read_facts(folder)
     facts |= {"state": "stopped", "label": f"stopped after round {facts.get('round', 0)}"}
     keys.write_private(folder / "run.json", json.dumps(facts, indent=1).encode())
-    line = json.dumps({"at": now(), "event": "stopped", "round": facts.get("round", 0)}) + "\n"
-    with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(line)
+    add_event(folder, "stopped", {"round": facts.get("round", 0)})
     (folder / STOP).unlink(missing_ok=True)
     return facts
 
@@ -427,7 +429,10 @@ def list_runs(runs: Path) -> list[dict[str, Any]]:
     found = []
     for path in runs.glob("*/run.json"):
         try:
-            found.append(read_facts(path.parent))
+            facts = read_facts(path.parent)
+            if not {"run_id", "state", "created"} <= facts.keys():
+                raise MessageMalformed(f"{path} is damaged")
+            found.append(facts)
         except (MessageMalformed, DocumentError) as error:
             log.error("%s", error)
     return sorted(found, key=lambda facts: (facts["created"], facts["run_id"]))

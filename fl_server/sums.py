@@ -121,6 +121,18 @@ class Arrivals:
         tell("site", site=site, stage=report.kind, seconds=round(report.seconds, 3))
 
 
+@dataclass(frozen=True)
+class Heeding:
+    """Who is online, for a run that may be stopped before a sum and while it waits for one; raises RunStopped."""
+
+    grid: Grid
+    run: Run
+
+    def get_node_ids(self) -> Iterable[int]:
+        self.run.heed()
+        return self.grid.get_node_ids()
+
+
 class SitesAway(Exception):
     """Too few sites reported, and with `sites`, who may come back, there would be enough."""
 
@@ -176,7 +188,9 @@ class Summing:
 
     def _choose(self, task: Task, without: Iterable[str] = ()) -> Nodes:
         usable = {site: node for site, node in task.sites.items() if site not in without}
-        ready = choose(self.grid, usable, task.least, self.timeout_s, self.tell, frozenset(self.offline))
+        ready = choose(
+            Heeding(self.grid, self.run), usable, task.least, self.timeout_s, self.tell, frozenset(self.offline)
+        )
         self.offline = {name: "offline" for name in usable if name not in ready}
         for name in self.offline:
             self.pace.forget(name)

@@ -15,6 +15,7 @@ import contextlib
 import datetime as dt
 import hashlib
 import ipaddress
+import json
 import os
 import re
 import secrets
@@ -30,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from privacy.disk import write_file
@@ -64,6 +66,7 @@ CA_DAYS = 3650  # the authority outlives every certificate it issues; replacing 
 BACKDATE = dt.timedelta(minutes=5)  # a certificate is valid at once on a machine whose clock is a little behind
 SEALING_KEY_BYTES = 32
 TOKEN_KEY_BYTES = 32
+SCRYPT = {"n": 2**15, "r": 8, "p": 1}  # 32 MiB and about a tenth of a second, as RFC 7914 has it for interactive logins
 _HPKE = hpke.Suite(hpke.KEM.X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.AES_256_GCM)
 _LABEL = re.compile(rb"isocenter/v1/[a-z0-9/-]{1,64}")
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")
@@ -113,7 +116,7 @@ def copy_key(key: PrivateKey, path: Path) -> None:
 def load_key(path: Path) -> PrivateKey:
     """The P-256 key in `path`. Raises KeyFileUnsafe if others may use the file, NotEnrolled if it is absent."""
     try:
-        key = serialization.load_pem_private_key(_read_private(path), password=None)
+        key = serialization.load_pem_private_key(read_private(path), password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise TrustError(f"{path} holds no private key", remedy="Restore the file from your backup.") from None
     if not isinstance(key, PrivateKey) or not isinstance(key.curve, ec.SECP256R1):
@@ -121,7 +124,7 @@ def load_key(path: Path) -> PrivateKey:
     return key
 
 
-def _read_private(path: Path) -> bytes:
+def read_private(path: Path) -> bytes:
     """The content of a file that only this user can use. Raises KeyFileUnsafe or, if it is absent, NotEnrolled."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -370,7 +373,7 @@ def token_key(path: Path) -> bytes:
     if not path.exists():
         with contextlib.suppress(FileExistsError):  # another process of this site made it meanwhile
             write_file(path, secrets.token_bytes(TOKEN_KEY_BYTES), 0o600, replace=False)
-    key = _read_private(path)
+    key = read_private(path)
     if len(key) != TOKEN_KEY_BYTES:
         raise TrustError(f"{path} holds no key of tokens", remedy="Remove the file: a new one is made.")
     return key
@@ -381,6 +384,26 @@ def token(key: bytes, text: str) -> str:
     digest = hmac.HMAC(key, hashes.SHA256())
     digest.update(LOG_TOKEN + b"\n" + text.encode("utf-8", "backslashreplace"))
     return digest.finalize()[:8].hex()
+
+
+def password_record(password: str) -> bytes:
+    """What may be stored of a password: its scrypt hash (RFC 7914) with a salt of its own."""
+    salt = secrets.token_bytes(16)
+    hashed = Scrypt(salt=salt, length=32, **SCRYPT).derive(password.encode("utf-8", "surrogatepass"))
+    return json.dumps({"version": 1, **SCRYPT, "salt": salt.hex(), "hash": hashed.hex()}).encode()
+
+
+def is_password(record: bytes, password: str) -> bool:
+    """Whether `password` is the one of the record, compared in constant time. Raises TrustError for a damaged record."""
+    try:
+        found = json.loads(record)
+        if found["version"] != 1 or {name: found[name] for name in SCRYPT} != SCRYPT:
+            raise ValueError
+        salt, hashed = bytes.fromhex(found["salt"]), bytes.fromhex(found["hash"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise TrustError("the stored password is damaged", remedy="Set it anew.") from None
+    given = Scrypt(salt=salt, length=32, **SCRYPT).derive(password.encode("utf-8", "surrogatepass"))
+    return secrets.compare_digest(given, hashed)
 
 
 # Sealing -------------------------------------------------------------------------------------------------------------
@@ -395,7 +418,7 @@ def make_sealing_key(path: Path) -> X25519PrivateKey:
 
 def load_sealing_key(path: Path) -> X25519PrivateKey:
     """The key of `make_sealing_key`. Raises KeyFileUnsafe if others may use the file, NotEnrolled if it is absent."""
-    raw = _read_private(path)
+    raw = read_private(path)
     if len(raw) != SEALING_KEY_BYTES:
         raise TrustError(f"{path} holds no X25519 key", remedy="Restore the file from your backup.")
     return X25519PrivateKey.from_private_bytes(raw)
@@ -437,7 +460,7 @@ def make_locking_key(path: Path) -> None:
 
 def locking_key(path: Path) -> bytes:
     """The key of `make_locking_key`. Raises KeyFileUnsafe if others may use the file, NotEnrolled if it is absent."""
-    key = _read_private(path)
+    key = read_private(path)
     if len(key) != LOCKING_KEY_BYTES:
         raise TrustError(
             f"{path} holds no key of {LOCKING_KEY_BYTES} bytes", remedy="Restore the file from your backup."

@@ -182,6 +182,47 @@ def test_a_question_goes_from_submission_to_numbers(stage: Shared) -> None:
     assert "fl-study cohort" in fails("fl-study", "report", digest, "--out", str(out), "--home", str(stage.researcher))
 
 
+def test_a_run_is_stopped_and_goes_on_and_the_dashboard_sees_it(stage: Shared) -> None:
+    def server(*words: str) -> dict[str, Any]:
+        said = stage.here("fl-server", *words, "--json", "--home", str(stage.coordinator))
+        found: dict[str, Any] = json.loads(said)
+        return found
+
+    folder = launch(stage, submit(stage, "stopped", rounds=6))
+    wait_for(lambda: any(event["event"] == "round_done" for event in events_of(folder)), "the first round")
+    assert server("stop", folder.name)["stopping"] == "after-stage"
+    wait_for(lambda: server("show", folder.name)["state"] == "stopped", "the end of the stage")
+    done = server("show", folder.name)["round"]
+    assert 1 <= done < 6
+    assert "stopped by the coordinator" in fails("fl-study", "run", json.loads((folder / "run.json").read_text())["digest"],
+                                                "--home", str(stage.researcher))  # fmt: skip
+    assert server("resume", folder.name)["state"] == "queued"
+    screen = stage.start(
+        "dashboard", "Dashboard: ", "fl-server", "dashboard", "--port", "0", "--home", str(stage.coordinator)
+    )
+    address = re.search(r"http://\S+/", (stage.folder / "logs" / "dashboard.log").read_text())
+    assert address
+    assert httpx.get(f"{address[0]}readyz").status_code == 200
+    page = httpx.get(address[0])
+    assert page.status_code == 200 and page.text.count('<span class="mark good">online</span>') == 4
+    screen.terminate()
+    assert screen.wait(10) is not None
+    # At once: in the middle of a stage, as a crash would end it.
+    wait_for(lambda: server("show", folder.name)["round"] > done, "another round")
+    server("stop", folder.name, "--now")
+    wait_for(lambda: server("show", folder.name)["state"] == "stopped", "the stop", 20)
+    server("resume", folder.name)
+    watched = subprocess.run(
+        [str(BIN / "fl-server"), "watch", folder.name, "--home", str(stage.coordinator)],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert watched.returncode == 0, watched.stdout + watched.stderr
+    rounds = json.loads((folder / "results.json").read_text())["rounds"]
+    assert [entry["round"] for entry in rounds] == [1, 2, 3, 4, 5, 6] and len(
+        {entry["attempt"] for entry in rounds}
+    ) >= 3
+
+
 def test_a_worker_killed_while_it_trains_costs_an_attempt_and_the_run_goes_on_with_it(stage: Shared) -> None:
     digest = submit(stage, "killed worker", rounds=3, timeout_s=30, quorum=4)
     folder = launch(stage, digest)

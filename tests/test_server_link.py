@@ -21,9 +21,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hospital import Hospital, study
 
 from fl_server import gateway
+from fl_server.door import listen
 from fl_server.doorbell import BODY_BYTES_MAX
 from fl_server.gateway import FLEET_PATHS, Gateway, Identity, Limits, Refusals, Refused, Standing, answer, read_head
-from fl_server.link import _listen, roster_of
+from fl_server.link import roster_of
 from fl_server.roster import Home
 from privacy import keys
 from privacy.errors import IsocenterError, public_codes
@@ -263,7 +264,7 @@ def test_a_server_sends_an_answer_in_pieces_without_waiting_for_the_first_to_be_
     options: list[int] = []
 
     async def serve() -> None:
-        listening = _listen("127.0.0.1", free_port())
+        listening = listen("127.0.0.1", free_port())
         done = asyncio.Event()
 
         def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

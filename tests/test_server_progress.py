@@ -2,9 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ from test_server_run import done, sheet, study
 from fl_server import executor
 from fl_server.progress import Onlooker, Progress, duration, find, printable, remedy_of
 from fl_server.roster import Home, ServerFile
-from fl_server.run import Run, ask_to_stop, holding, mark_stopped, read_facts, stop_asked
+from fl_server.run import Run, ask_to_stop, holding, list_runs, mark_stopped, read_facts, stop_asked
 from privacy.errors import RunStopped, RunUnknown
 
 ZERO = np.zeros(3, np.float32)
@@ -106,6 +104,16 @@ def test_an_onlooker_reads_only_what_is_new_and_starts_anew_with_a_new_launch(tm
     assert both[0] == both[1]
 
 
+def test_a_round_that_was_lost_with_its_checkpoint_is_not_counted_twice(tmp_path: Path) -> None:
+    run = played(tmp_path)
+    run.event("checkpoint_damaged", round=2, goes_on_after=1)
+    found = Onlooker(run.folder).look()
+    assert [each.round for each in found.rounds] == [1]
+    assert found.notes[-1].sentence == "the checkpoint of round 2 was damaged; going on after round 1"
+    run.event("flagged", round=2, site="west", why="frozen", norm=0.0)
+    assert Onlooker(run.folder).look().notes[-1].sentence == "round 2: the update of west is frozen"
+
+
 @given(st.binary(max_size=300))
 def test_damaged_events_are_left_out(noise: bytes) -> None:
     found = Progress({"state": "running", "sites": ["north"]})
@@ -131,6 +139,13 @@ def test_nothing_that_a_terminal_obeys_is_shown() -> None:
     assert [duration(s) for s in (41.6, 200, 7500)] == ["42 s", "3 min 20 s", "2 h 5 min"]
     assert "fl-client start" in remedy_of("offline") and remedy_of("site-paused").startswith("At the site")
     assert remedy_of("never heard of") == "Ask the site what its node says."
+
+
+@pytest.mark.parametrize("damage", ["[]", "{}", '{"version": 1, "run_id": "x"}', "", '"text"', '{"version": 99}'])
+def test_a_run_that_cannot_be_listed_hides_no_other(tmp_path: Path, damage: str) -> None:
+    run, other = new_run(tmp_path), new_run(tmp_path)
+    (other.folder / "run.json").write_text(damage)
+    assert [facts["run_id"] for facts in list_runs(tmp_path)] == [run.run_id]
 
 
 def test_a_run_is_found_by_the_beginning_of_its_id(tmp_path: Path) -> None:
@@ -212,16 +227,12 @@ def test_a_look_at_the_mailbox_ends_a_run_that_was_stopped(tmp_path: Path) -> No
     from fl_server.run import heed_stop
 
     run = new_run(tmp_path)
-    grid = Mailbox("127.0.0.1:1", "token", partial(heed_stop, run.folder))
-    looks: list[Callable[[], Any]] = [lambda: list(grid.get_node_ids()), lambda: list(grid.pull_messages([]))]
+    grid = Mailbox("127.0.0.1:1", "token", partial(heed_stop, run.folder, within_stage=True))
     try:
-        assert looks[1]() == []
         ask_to_stop(run.folder, at_once=False)
-        assert looks[1]() == []  # the stage is finished first
-        with pytest.raises(RunStopped):
-            looks[0]()
+        assert list(grid.pull_messages([])) == []  # the stage is finished first
         ask_to_stop(run.folder, at_once=True)
         with pytest.raises(RunStopped):
-            looks[1]()
+            grid.pull_messages([])
     finally:
         grid.close()

@@ -147,6 +147,18 @@ def test_a_run_that_is_stopped_in_a_round_ends_after_it_and_goes_on_to_the_same_
     assert (folder / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
 
 
+def test_a_run_that_waits_for_its_quorum_is_stopped_while_it_waits(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, tiny_study())
+    folder, grid = federation.new_run(), federation.grid()
+    grid.online = set()
+    later = threading.Timer(1.5, ask_to_stop, (folder,), {"at_once": False})
+    later.start()
+    federation.run(grid, folder)
+    assert read_facts(folder)["state"] == "stopped" and read_facts(folder)["round"] == 0
+    events = [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert events == ["started", "waiting", "stopped"]
+
+
 def test_watch_follows_a_run_that_goes_on_meanwhile(home: Home) -> None:
     run = played(home.runs)
     answers: list[Result] = []
