@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fl_client import variates
-from fl_client.cohort import Cohort, Split
+from fl_client.cohort import Cohort, Split, splits_of
 from fl_client.counting import UNTOLD_S, carry_out_count, countable
 from fl_client.ingest import Index
 from fl_client.orders import answer
@@ -108,10 +108,8 @@ class Desk:
         """The splits that this site has a part in. All must be large enough: a site whose evaluation would be refused must
         not train either, because its patients would count and its scores would not.
         """
-        splits: tuple[Split, ...] = ("train", "validation", "test") if study.training.rounds else ("validation", "test")
-        if site.name not in study.participation.sites:
-            splits = (test_split_of(site, study),)
-        return {split: self.cohort(site, study, split) for split in splits}
+        trains = site.name in study.participation.sites
+        return {split: self.cohort(site, study, split) for split in splits_of(study, trains=trains)}
 
 
 def make_app() -> ClientApp:
@@ -196,7 +194,8 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: EvaluateOr
     began = time.monotonic()
     if order.split == COHORT:
         raise StepRefused("the study asks no questions that could be counted")
-    cohort = desk.cohort(site, study, test_split_of(site, study) if order.split == "test" else "validation")
+    tested = splits_of(study, trains=site.name in study.participation.sites)[-1]
+    cohort = desk.cohort(site, study, tested if order.split == "test" else "validation")
     net = desk.net(study, order)
     sending = desk.vault.begin(site, study, order, order.model.size)
     scored = score(net, cohort)
@@ -239,12 +238,6 @@ def carry_out_step(desk: Desk, site: Site, study: Study, order: Order) -> KeysRe
     made = desk.vault.make_keys(site, study, order)
     seconds = UNTOLD_S if isinstance(study.task, Counting) else time.monotonic() - began
     return KeysReport(**order.naming(), site=site.name, seconds=seconds, keys=made)
-
-
-def test_split_of(site: Site, study: Study) -> Split:
-    """The patients that a model is tested on here: all of them where none was trained on, unless the study says otherwise."""
-    trains = site.name in study.participation.sites
-    return "test" if trains or study.evaluation.external == "test_split" else "external"
 
 
 def score(net: nn.Module, cohort: Cohort) -> Scored:

@@ -35,7 +35,7 @@ from privacy.errors import CohortTooSmall, DataError, LabelTableError, PatientIn
 
 Split = Literal["train", "validation", "test", "external"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
-"""Of a site that trains. One that only evaluates has no split: all its patients are `external`."""
+"""That patients are pinned to. `external` is all of them, at a site that only evaluates and where a study says so."""
 PINS_VERSION = 1
 PUBLIC_STEP = 10  # patients; a private study's sums are divided by such a rounded number, never by who is there
 PINS_BYTES_MAX = 256 * 1024 * 1024  # three million patients
@@ -202,6 +202,13 @@ def _strata(members: list[Member]) -> dict[str, bool]:
     for member in members:
         strata[member.token] = strata.get(member.token, False) or 1 in member.labels
     return strata
+
+
+def splits_of(study: Study, *, trains: bool) -> tuple[Split, ...]:
+    """What orders of `study` can ask of a site, which `trains` or only evaluates; the last is what models are tested on."""
+    if not trains:
+        return ("external",) if study.evaluation.external == "all" else ("test",)
+    return SPLITS if study.training.rounds else ("validation", "test")
 
 
 @dataclass

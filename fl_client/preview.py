@@ -60,7 +60,7 @@ class Preview:
     @property
     def used(self) -> tuple[cohort.Split, ...]:
         """The splits that orders to this site ask for."""
-        return ("validation", "test") if self.role == "evaluates only" else cohort.SPLITS
+        return cohort.splits_of(self.study, trains=self.role != "evaluates only")
 
     @property
     def short(self) -> list[str]:
@@ -109,7 +109,7 @@ WHY = {
     "modality": "of another modality",
     "contradictory": "with labels that cannot all be true",
 }
-_WORDS = {"train": "train", "validation": "choose the round", "test": "test"}
+_WORDS = {"train": "train", "validation": "choose the round", "test": "test", "external": "test"}
 
 
 def _many(count: int, what: str) -> str:
@@ -143,10 +143,14 @@ def preview(index: Index, labels: LabelTable, study: Study, settings: SiteFile, 
         raise LabelTableError(f"data.labels.targets in site.yaml has none of the study's targets ({', '.join(names)})")
     members, left_out = cohort.join(index, labels, study)
     splits = cohort.placed(members, study, cohort.read_pins(pins)).splits
-    at = {name: [member for member in members if splits[member.token] == name] for name in cohort.SPLITS}
+    role = _role(settings.site, study)
+    at = {
+        name: [member for member in members if name in ("external", splits[member.token])]
+        for name in cohort.splits_of(study, trains=role != "evaluates only")
+    }
     return Preview(
         study=study,
-        role=_role(settings.site, study),
+        role=role,
         pinned=pins.exists(),
         splits={name: _portion(mine, study) for name, mine in at.items()},
         left_out={name: count for name, count in vars(left_out).items() if count},

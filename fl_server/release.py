@@ -90,7 +90,7 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
         "metrics": _figures(metrics),
         "attack": wanted.attack,
         "limits": [
-            "Evaluated on held-out patients of the sites named here, and nowhere else: internal testing.",
+            f"Evaluated on held-out patients of the sites named here, and nowhere else: {_kinds(metrics)} testing.",
             "No medical device: not cleared for diagnosis.",
             "Images other than those the preprocessing describes were not seen in training.",
         ],
@@ -107,8 +107,16 @@ def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
         "selected_round": metrics["selected_round"],
         "test_missing": metrics["test_missing"],
         "pooled": {"sites": pooled["sites"], **counts, "targets": targets},
-        "sites": {site: {"targets": entry["targets"]} for site, entry in metrics["sites"].items()},
+        "sites": {
+            site: {"testing": entry["testing"], "targets": entry["targets"]} for site, entry in metrics["sites"].items()
+        },
     }
+
+
+def _kinds(metrics: dict[str, Any]) -> str:
+    """internal, external, or both, of all sites of the study."""
+    found = {entry["testing"] for entry in metrics["sites"].values()}
+    return " and ".join(sorted(found, reverse=True))
 
 
 def _target(entry: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure as Picture
 from fl_server import figures, matrix
 from fl_server.matrix import Comparison
 from fl_server.measures import measure, testing_of
+from fl_server.plots import ranges
 from fl_server.progress import duration
 from fl_server.results import Evaluation, Results, Round, check
 from models.sections import RELEASE_MIN
@@ -244,14 +245,7 @@ def _retried(rounds: Sequence[Round]) -> list[int]:
 
 def _ranges(numbers: Sequence[int]) -> str:
     """ "rounds 1–3, 7" for [1, 2, 3, 7]; nothing for nothing."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    words = ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in spans)
-    return (f"round {words}" if len(numbers) == 1 else f"rounds {words}") if numbers else ""
+    return f"round{'' if len(numbers) == 1 else 's'} {ranges(numbers)}" if numbers else ""
 
 
 def _settings(section: dict[str, Any], above: str = "") -> Iterable[tuple[str, str]]:

@@ -244,7 +244,7 @@ class Summing:
         self, task: Task, encoding: Encoding, opened: Vector, arrivals: Arrivals, missing: dict[str, str]
     ) -> Total:
         decoded, names = encoding.decode(opened), sorted(arrivals.seconds)
-        mean = contributions.read(self.study, task.name, decoded.values, decoded.counts)
+        mean = _of_sites(contributions.read(self.study, task.name, decoded.values, decoded.counts), len(names))
         peak = float(np.abs(decoded.values).max(initial=0.0))
         absent = {site: why for site, why in missing.items() if site in task.sites and site not in names}
         seconds = {site: arrivals.seconds[site] for site in names}
@@ -303,7 +303,7 @@ class OpenSumming(Summing):
         alone.add(vector)
         decoded = encoding.decode(alone)
         values = decoded.values if task.name == "train" else np.zeros(encoding.values)
-        return vector, contributions.read(self.study, task.name, values, decoded.counts)
+        return vector, _of_sites(contributions.read(self.study, task.name, values, decoded.counts), 1)
 
 
 class MaskedSumming(Summing):
@@ -493,6 +493,13 @@ def _fitting(study: Study, largest: float) -> int:
 def timeout_of(study: Study) -> float:
     """Most seconds after which a stage of a round goes on without the sites that have not reported (`fl_server.pace`)."""
     return float(study.participation.round_timeout_s)
+
+
+def _of_sites(contribution: Contribution, sites: int) -> Contribution:
+    """`contribution`, if it can be the sum of so many sites; raises MessageMalformed."""
+    if contribution.groups is not None:
+        contribution.groups.require_of(sites)
+    return contribution
 
 
 @contextlib.contextmanager

@@ -451,7 +451,7 @@ class Evaluation(Document):
 
     @model_validator(mode="after")
     def _known_subgroups(self) -> "Evaluation":
-        if len(set(self.subgroups)) != len(self.subgroups):
+        if len({frozenset(name.split(CROSS)) for name in self.subgroups}) != len(self.subgroups):
             raise ValueError("subgroups must not name the same groups twice")
         for name in self.subgroups:
             parts = name.split(CROSS)

@@ -106,6 +106,12 @@ class Groups:
                 raise MessageMalformed(f"the groups by {division} hold more images than there are")
         return cls(counts, told)
 
+    def require_of(self, sites: int) -> "Groups":
+        """These groups, if they can be of a sum of so many sites; raises MessageMalformed if more of them tell of one."""
+        if self.told.max(initial=0) > sites:
+            raise MessageMalformed(f"more than the {sites} sites of the sum tell of a group")
+        return self
+
     def numbers(self) -> Int64:
         """As `read` expects it."""
         return np.concatenate([self.told.ravel(), self.counts.ravel()])

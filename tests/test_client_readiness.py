@@ -309,6 +309,29 @@ def test_a_study_takes_what_was_foretold(north: Hospital, private: bool) -> None
     assert preview(index, labels, asked, north.site.settings, pins) == replace(foretold, pinned=True)
 
 
+@pytest.mark.parametrize(
+    ("rounds", "sites", "external", "splits"),
+    [
+        (0, ["north"], "test_split", ["validation", "test"]),
+        (2, ["south"], "test_split", ["test"]),
+        (2, ["south"], "all", ["external"]),
+    ],
+)
+def test_only_what_orders_can_ask_for_is_foretold(
+    north: Hospital, tmp_path: Path, rounds: int, sites: list[str], external: str, splits: list[Any]
+) -> None:
+    facts = study(title="title").model_dump(mode="json")
+    facts["training"]["rounds"], facts["evaluation"]["external"] = rounds, external
+    facts["participation"] |= {"sites": sites, "evaluate_only": [] if sites == ["north"] else ["north"], "quorum": 1}
+    asked, index, labels = Study.model_validate(facts), Index.open(north.home / "state"), labels_of(north.home)
+    foretold = preview(index, labels, asked, north.site.settings, tmp_path / "pins")
+    assert list(foretold.splits) == splits and foretold.used == tuple(splits)
+    whole = sum(portion.images for portion in foretold.splits.values())
+    assert whole == index.taken if "test" not in splits or rounds == 0 else 0 < whole < index.taken
+    for split, portion in foretold.splits.items():
+        assert len(Cohort.open(index, labels, asked, split, tmp_path / "pins")) == portion.images
+
+
 def test_why_a_study_could_not_run_here_is_said(north: Hospital, tmp_path: Path) -> None:
     index, labels, settings = Index.open(north.home / "state"), labels_of(north.home), north.site.settings
     demanding = study(minimum_patients__2="minimum_patients: 50", sites__="sites: ")

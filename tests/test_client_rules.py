@@ -64,6 +64,22 @@ def test_no_rule_approves_what_is_not_masked_or_not_private(change: dict[str, An
     assert len(misses(Rule.model_validate(generous), asked(**change), "rosa", 1e-5, TODAY)) == 1
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"subgroups": ["sex"]}, "test results of subgroups"),
+        ({"external": "all"}, "all patients of sites that only evaluate"),
+    ],
+)
+def test_no_rule_approves_what_more_is_told_of_test_patients(change: dict[str, Any], says: str) -> None:
+    """What the sums of the test tell beyond the usual, and no ε covers, is for a person to read."""
+    generous = RULE | {"epsilon": 1000, "rounds": 10_000}
+    [sentence] = misses(
+        Rule.model_validate(generous), asked(evaluation=STUDY.evaluation.model_copy(update=change)), "rosa", 1e-5, TODAY
+    )
+    assert says in sentence
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Coordinator]:
     with coordinator(tmp_path) as demo:

@@ -495,6 +495,7 @@ def test_a_study_takes_a_number_of_counts_for_each_group_target_class_and_bin(
         ["unknown"],
         ["sex x income"],
         ["sex x sex"],
+        ["sex x age", "age x sex"],
         ["sex x age x race"],
         ["sex", "sex"],
         ["sex", "age", "sex"],

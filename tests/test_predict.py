@@ -112,6 +112,8 @@ def test_a_card_counts_in_tens_and_says_nothing_of_small_classes(few: bool, resu
     pooled = found["pooled"]["targets"]["opacity"]
     assert (pooled["auroc"] is None) == few and ("fewer than 10" in pooled.get("why", "")) == few
     text = json.dumps(card)
+    assert {entry["testing"] for entry in found["sites"].values()} == {"internal"}
+    assert card["limits"][0].endswith("and nowhere else: internal testing.")
     assert not any(word in text for word in ("site_seconds", "ingested", "history", "train_loss", "clipped"))
 
 
