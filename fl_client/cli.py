@@ -350,13 +350,23 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
             (
                 "Groups",
                 f"test histograms by {', '.join(study.evaluation.subgroups)} of your images as well, in the same sum; none of "
-                "a group with fewer than 10 patients or 10 images of a class, nor one that gives such a group away",
+                "a group with fewer than 10 patients or 10 images of a class, nor one that gives such a group away. "
+                f"{_group_of_one(study)}",
             )
         )
     if study.relation == "ordered" and study.privacy == "none":
         lines.append(("Grades", "how many test images of each grade are called which grade, in the same sum"))
     lines.append(("Seen by", f"{_seen_by(study)} (protection: {study.protection})"))
     return lines + _privacy_lines(study, site)
+
+
+def _group_of_one(study: Study) -> str:
+    if study.protection != "masked":
+        return "The coordinator sees those of your site by themselves"
+    return (
+        "A group that no other site tells of is yours alone in that sum: the coordinator's program sees its histogram when the sum "
+        "is opened, and keeps no group of fewer than 3 sites"
+    )
 
 
 def _asked_of(study: Study, *, trains: bool) -> str:

@@ -155,9 +155,10 @@ class Desk:
         total = self.evaluate(model, max(1, self.run.best_round), "test")
         released = {site: self._released(total, rows) for site, rows in sorted(total.figures.items())}
         sheet = score_sheet(total.contributors, total.mean.sheet)
-        groups = total.mean.groups.to_json(self.run.study) if total.mean.groups is not None else []
+        study = self.run.study
+        groups = total.mean.groups.kept(study).to_json(study) if total.mean.groups is not None else []
         table: list[list[int]] = total.mean.grades.tolist() if total.mean.grades is not None else []
-        absent = self.absent(total, self.run.study.all_sites)
+        absent = self.absent(total, study.all_sites)
         return Test(sheet, absent, released, groups, table, total.mean.ingested)
 
     def _released(self, total: Total, rows: Float32) -> list[dict[str, float | int] | None]:

@@ -19,7 +19,7 @@ from models.metrics import ScoreHistogram
 from models.operating import Confusion, Rule, Threshold
 from models.sections import RELEASE_MIN
 from models.study import Study
-from models.subgroups import groups
+from models.subgroups import groups, least_sites
 
 ONE_CLASS = "one class"
 NO_IMAGES = "no labelled images"
@@ -27,7 +27,6 @@ NO_TEST = "no test result"
 NO_REPORT = "not in the test result"
 TOO_FEW = f"not released: fewer than {RELEASE_MIN} images or 2 patients of a class"
 NOT_IN_STUDY = "not released by this study"
-NOT_TOLD = f"no site had {RELEASE_MIN} patients and {RELEASE_MIN} images of each class to tell of"
 NO_THRESHOLD = "no validation result with both classes to fix a threshold on"
 NOISED = "the counts have noise of their own"
 
@@ -176,10 +175,10 @@ def _division(evaluation: Evaluation, place: int, division: str, fixed: Mapping[
         histogram = ScoreHistogram(evaluation.groups.counts[number])
         if sites:
             told[group.name] = histogram
-            entries[group.name] = _target_figures(histogram, place, NOT_TOLD, 0.0) | {"sites": sites}
+            entries[group.name] = _target_figures(histogram, place, "", 0.0) | {"sites": sites}
         else:
             nothing = dict.fromkeys(("positives", "negatives", "auroc", "interval", "auroc_bound"))
-            entries[group.name] = nothing | {"sites": 0, "why": NOT_TOLD}
+            entries[group.name] = nothing | {"sites": 0, "why": not_told(evaluation.study)}
     if not told:
         return {"groups": entries, "reference": None, "gap": None}
     reference = max(told, key=lambda name: int(told[name].counts[place].sum()))
@@ -189,6 +188,13 @@ def _division(evaluation: Evaluation, place: int, division: str, fixed: Mapping[
             for rule, cut in fixed.items()
         }
     return {"groups": entries, "reference": reference, "gap": _gap({name: entries[name] for name in told})}
+
+
+def not_told(study: Study) -> str:
+    """Why a group has no figures."""
+    least = least_sites(study)
+    sites = "no site" if least == 1 else f"fewer than {least} sites"
+    return f"{sites} had {RELEASE_MIN} patients and {RELEASE_MIN} images of each class to tell of"
 
 
 def _beside(its: Confusion, reference: Confusion) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure as Picture
 
 from fl_server import figures, matrix
 from fl_server.matrix import Comparison
-from fl_server.measures import measure, testing_of
+from fl_server.measures import measure, not_told, testing_of
 from fl_server.plots import ranges
 from fl_server.progress import duration
 from fl_server.results import Evaluation, Results, Round, check
@@ -188,6 +188,7 @@ def _render(
         compared=compared,
         compared_rows={target: list(matrix.lines(compared, target)) for target in compared.targets} if compared else {},
         testing=_testing(evaluation),
+        not_told=not_told(study),
         retried=_ranges(_retried(results.rounds)),
         clipped=_ranges([entry.round for entry in results.rounds if entry.clipped]),
         release_min=RELEASE_MIN,

@@ -18,7 +18,7 @@ from models.contributions import grade_count
 from models.metrics import ScoreHistogram
 from models.sections import RELEASE_MIN
 from models.study import MASKED_SITES_MIN, Document, Name, Study
-from models.subgroups import Groups, groups
+from models.subgroups import Groups, groups, least_sites
 from privacy.errors import DocumentError, MessageMalformed
 
 VERSION = 3
@@ -246,6 +246,10 @@ def _groups(document: Results, study: Study, test: Sample | None) -> Groups:
             raise MessageMalformed(f"groups: {entry.name}: counts of another shape than the study's")
         if found.told[place].any() or max(entry.sites) > len(test.sites):
             raise MessageMalformed(f"groups: {entry.name} stands twice, or is told by more sites than were tested")
+        if any(0 < sites < least_sites(study) for sites in entry.sites):
+            raise MessageMalformed(
+                f"groups: {entry.name} is of fewer than the {least_sites(study)} sites of a masked sum"
+            )
         found.counts[place], found.told[place] = histogram.counts, entry.sites
     whole = test.histogram if test else ScoreHistogram.empty(len(study.task.targets), study.evaluation.bins)
     return Groups.read(study, found.numbers(), whole)

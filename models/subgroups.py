@@ -10,6 +10,10 @@ smaller group follows by subtraction from the whole, which is in the sum as well
 
 Targets that hang together (classes, grades) are told together, each class or grade with RELEASE_MIN images. All this happens at
 the site, before any protection, so it holds for what the sum of one site would say as well as for that of many.
+
+What masks hide is which site said what in a sum of all; a group that one site alone tells of is that site's own histogram, and
+the program that opens the sum sees it. So a study with groups is for people to approve, and what a masked run keeps (`kept`) are
+groups of MASKED_SITES_MIN sites, like everything else that it opens.
 """
 
 import itertools
@@ -22,7 +26,15 @@ import numpy.typing as npt
 
 from models.metrics import ScoreHistogram
 from models.questions import CELLS, SEVERAL, UNKNOWN, Attribute, Observed, cell_of
-from models.sections import CROSS, RELEASE_MIN, Evaluation, Relation, TaskOrQuestions
+from models.sections import (
+    CROSS,
+    MASKED_SITES_MIN,
+    RELEASE_MIN,
+    Evaluation,
+    Protection,
+    Relation,
+    TaskOrQuestions,
+)
 from privacy.errors import MessageMalformed
 
 Int64 = npt.NDArray[np.int64]
@@ -37,6 +49,8 @@ class Dividing(Protocol):
     def evaluation(self) -> Evaluation: ...
     @property
     def relation(self) -> Relation: ...
+    @property
+    def protection(self) -> Protection: ...
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,11 @@ class Groups:
             raise MessageMalformed(f"more than the {sites} sites of the sum tell of a group")
         return self
 
+    def kept(self, study: Dividing) -> "Groups":
+        """What a run may keep of an opened sum: groups that `least_sites` tell of; of others nothing is left."""
+        inside = self.told >= least_sites(study)
+        return Groups(np.where(inside[:, :, None, None], self.counts, 0), np.where(inside, self.told, 0))
+
     def numbers(self) -> Int64:
         """As `read` expects it."""
         return np.concatenate([self.told.ravel(), self.counts.ravel()])
@@ -123,6 +142,11 @@ class Groups:
             for n, g in enumerate(groups(study))
             if self.told[n].any()
         ]
+
+
+def least_sites(study: Dividing) -> int:
+    """Sites that have to tell of a group before it is kept."""
+    return MASKED_SITES_MIN if study.protection == "masked" else 1
 
 
 def size(study: Dividing) -> int:

@@ -9,13 +9,18 @@ import pytest
 import safetensors.numpy
 from federation import Federation
 from hospital import study
+from test_server_sums import BINS as TINY_BINS
+from test_server_sums import Bench
+from test_server_sums import made_study as tiny_study
 
 from fl_client.cohort import SPLITS
 from fl_server import weights as files
 from fl_server.results import check
 from models import learning, networks
+from models.contributions import Contribution, Sheet
+from models.metrics import ScoreHistogram
 from models.study import Study
-from models.subgroups import groups
+from models.subgroups import Groups, groups
 from privacy import keys
 
 FOUR = ("north", "south", "east", "west")
@@ -60,6 +65,7 @@ def test_a_group_is_the_sum_of_its_images_at_the_sites_that_have_enough_of_them(
     results = results_of(run)
     told = {entry["name"]: entry for entry in results["groups"] if entry["division"] == "sex"}
     expected: dict[str, list[int]] = {}
+    telling: dict[str, int] = {}
     for name in FOUR:
         _, truth, observed = scores_of(federation, run, name)
         rows = {
@@ -70,8 +76,13 @@ def test_a_group_is_the_sum_of_its_images_at_the_sites_that_have_enough_of_them(
             whole = {other for other, counts in classes.items() if sum(counts)}
             # With one group of another kept back, its single class would follow from the rest.
             if min(classes[sex]) >= 1 and all(min(classes[other]) >= 1 for other in whole):
+                telling[sex] = telling.get(sex, 0) + 1
                 expected[sex] = [a + b for a, b in zip(expected.get(sex, [0, 0]), classes[sex], strict=True)]
-    assert expected and {name: np.sum(entry["counts"][0], axis=1).tolist() for name, entry in told.items()} == expected
+    least = 3 if protection == "masked" else 1  # of one site or two, the sum would tell what masks hide
+    kept = {sex: counts for sex, counts in expected.items() if telling[sex] >= least}
+    assert expected and (protection == "masked" or kept == expected)
+    assert {name: np.sum(entry["counts"][0], axis=1).tolist() for name, entry in told.items()} == kept
+    assert {name: entry["sites"] for name, entry in told.items()} == {sex: [telling[sex]] for sex in kept}
     checked = check(results)
     assert checked.groups.told.shape == (len(groups(checked.study)), 1)
 
@@ -120,3 +131,18 @@ def test_a_given_model_is_evaluated_as_it_is_and_nothing_is_trained(given: tuple
 
 def _journal(federation: Federation, name: str) -> list[str]:
     return (federation.hospitals[name].home / "journal.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("told", [1, 2, 1000])
+def test_a_site_that_tells_of_a_group_for_others_too_has_no_part_in_the_sum(tmp_path: Path, told: int) -> None:
+    """Its counts are large enough for many sites: the number of sites itself has to be held against the sum."""
+    plan = tiny_study(protection="sealed", evaluation={"bins": TINY_BINS, "subgroups": ["sex"]})
+    bench, its = Bench(tmp_path, plan), Groups.empty(plan)
+    counts = np.zeros((1, 2, TINY_BINS), np.int64)
+    counts[0, :, 3] = 10 * told
+    its.told[0], its.counts[0] = told, counts
+    sheet = Sheet(20 * told, 20 * told, 0.5, ScoreHistogram(counts))
+    bench.sites["west"].contribution = Contribution(0, sheet, groups=its)
+    total = bench.summing.carry_out(bench.test_task())
+    assert ("west" in total.contributors) == (told == 1)
+    assert total.missing == ({} if told == 1 else {"west": "message-malformed"})

@@ -518,3 +518,16 @@ def test_every_attribute_and_every_two_of_them_are_divisions() -> None:
     pairs = [f"{a} x {b}" for a in attributes for b in attributes if a < b]
     assert Evaluation.model_validate({"subgroups": pairs[:12]}).subgroups == pairs[:12]
     assert Evaluation.model_validate({}).subgroups == []
+
+
+@pytest.mark.parametrize(("protection", "least"), [("masked", 3), ("sealed", 1), ("plain", 1)])
+def test_of_a_masked_sum_only_groups_of_three_sites_are_kept(protection: Any, least: int) -> None:
+    study = made_study(["sex"]).model_copy(update={"protection": protection})
+    found = Groups.empty(study)
+    for number, sites in enumerate((1, 2, 3)):
+        found.told[number, 0], found.counts[number, 0, :, 4] = sites, 10 * sites
+    found.told[2, 1], found.counts[2, 1, :, 4] = 1, 10
+    kept = found.kept(study)
+    assert kept.told.tolist() == [[n if n >= least else 0 for n in row] for row in found.told.tolist()]
+    assert (kept.counts.any(axis=(2, 3)) == (kept.told > 0)).all()
+    assert (kept.counts[kept.told > 0] == found.counts[kept.told > 0]).all()

@@ -17,9 +17,9 @@ def raw() -> Raw:
     return raw_scores()
 
 
-def divided(raw: Raw) -> dict[str, Any]:
+def divided(raw: Raw, protection: str = "sealed") -> dict[str, Any]:
     """The run, with the images of north as women and those of south as men, told by one site each."""
-    results = results_of(study_of(bins="500, subgroups: [sex, race]"), raw)
+    results = results_of(study_of(bins="500, subgroups: [sex, race]", protection=protection), raw)
     results["groups"] = [
         {"division": "sex", "name": name, "sites": [1], "counts": histogram(*raw[site]).to_json()}
         for name, site in (("F", "north"), ("M", "south"))
@@ -110,6 +110,15 @@ def test_other_models_of_the_study_stand_beside_it_in_the_order_of_the_compariso
     said = words_of(page)
     assert "federated 0.500 0.625 0.750 - - centralised 0.500" in said
     assert "<b>all" not in page and page.count("data:image/png;base64,") == 9
+
+
+def test_a_masked_run_keeps_no_group_of_fewer_than_three_sites(raw: Raw, tmp_path: Path) -> None:
+    with pytest.raises(MessageMalformed, match="fewer than the 3 sites of a masked sum"):
+        report.write(divided(raw, "masked"), tmp_path)
+    results = divided(raw, "masked") | {"groups": []}
+    said = words_of(report.write(results, tmp_path))
+    assert "fewer than 3 sites had 10 patients and 10 images of each class to tell of" in said
+    assert "no group of fewer than three sites is kept" in said
 
 
 DIVIDED_LIES: dict[str, tuple[Any, str]] = {

@@ -551,21 +551,6 @@ def test_impossible_counts_cost_a_site_its_place_where_they_can_be_seen(
     assert total.missing == {"west": "message-malformed"}
 
 
-@pytest.mark.parametrize("told", [1, 2, 1000])
-def test_a_site_that_tells_of_a_group_for_others_too_has_no_part_in_the_sum(tmp_path: Path, told: int) -> None:
-    """Its counts are large enough for many sites: the number of sites itself has to be held against the sum."""
-    plan = made_study(protection="sealed", evaluation={"bins": BINS, "subgroups": ["sex"]})
-    bench, groups = Bench(tmp_path, plan), Groups.empty(plan)
-    counts = np.zeros((1, 2, BINS), np.int64)
-    counts[0, :, 3] = 10 * told
-    groups.told[0], groups.counts[0] = told, counts
-    sheet = Sheet(20 * told, 20 * told, 0.5, ScoreHistogram(counts))
-    bench.sites["west"].contribution = Contribution(0, sheet, groups=groups)
-    total = bench.summing.carry_out(bench.test_task())
-    assert ("west" in total.contributors) == (told == 1)
-    assert total.missing == ({} if told == 1 else {"west": "message-malformed"})
-
-
 def test_bad_keys_of_the_next_sum_cost_a_site_that_sum_and_not_this_one(tmp_path: Path) -> None:
     bench = Bench(tmp_path, made_study())
     tampering(bench, "west", lambda report: {"keys": report.keys[:-1] + bytes([report.keys[-1] ^ 1])})
