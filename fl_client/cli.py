@@ -364,8 +364,8 @@ def _group_of_one(study: Study) -> str:
     if study.protection != "masked":
         return "The coordinator sees those of your site by themselves"
     return (
-        "A group that no other site tells of is yours alone in that sum: the coordinator's program sees its histogram when the sum "
-        "is opened, and keeps no group of fewer than 3 sites"
+        "A group that no other site tells of is yours alone in that sum: the coordinator's program sees its histogram when "
+        "the sum is opened, and keeps no group of fewer than 3 sites"
     )
 
 
