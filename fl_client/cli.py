@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fl_client import archive_cli, data_cli, enrol, export_cli
+from fl_client.consent import consents, find_consent
 from fl_client.policy import Pause
 from fl_client.site import Site
 from models.questions import Counting
@@ -126,7 +127,9 @@ def studies(home: Home = Path(), as_json: AsJson = False) -> None:
     table = Table("digest", "title", "rounds", "researcher", "your decision", box=None, header_style="bold")
     for offer in offers:
         rounds = str(offer.study.training.rounds)
-        table.add_row(offer.digest[:12], offer.study.title, rounds, offer.researcher, offer.decision or "not yet")
+        paused = ", paused" if Pause.open(home, time.time(), offer.digest) else ""
+        decision = f"{offer.decision or 'not yet'}{paused}"
+        table.add_row(offer.digest[:12], offer.study.title, rounds, offer.researcher, decision)
     console.print(table)
     console.print("Read and decide: fl-client approve DIGEST, or fl-client decline DIGEST")
 
@@ -180,31 +183,50 @@ def rules(home: Home = Path(), as_json: AsJson = False) -> None:
         console.print(f"{row['digest'][:12]} {row['title']}: {said}", highlight=False, markup=False, soft_wrap=True)
 
 
+PausedStudy = Annotated[
+    str | None, typer.Argument(metavar="STUDY", help="Digest of one study (its beginning is enough); left out: all.")
+]
+
+
 @app.command()
 def pause(
+    study: PausedStudy = None,
     home: Home = Path(),
     hours: Annotated[
         float | None, typer.Option("--hours", min=0.01, help="For so long; left out: until resumed.")
     ] = None,
 ) -> None:
-    """Take no new orders from now on, until `fl-client resume`; sums that this site is in already are still opened."""
-    site, now = Site.open(home), time.time()
+    """Take no new orders (of one study, or of all) from now on, until `fl-client resume`; sums that this site is in already are
+    still opened. Running rounds go on without this site and ask it again each time.
+    """
+    site, now, (digest, what) = Site.open(home), time.time(), _paused(home, study)
     held = Pause(now, None if hours is None else now + hours * 3600)
-    held.store(home)
-    site.journal.append("paused", hours=hours or 0)
-    console.print(f"{site.name} is {held}.", highlight=False)
+    held.store(home, digest)
+    site.journal.append("paused", hours=hours or 0, **({"study": digest} if digest else {}))
+    console.print(f"{what or site.name} is {held}.", highlight=False)
 
 
 @app.command()
-def resume(home: Home = Path()) -> None:
-    """Take orders again after `fl-client pause`."""
-    site = Site.open(home)
-    if not Pause.path(home).exists():
-        console.print(f"{site.name} is not paused.", highlight=False)
-        return
-    site.journal.append("resumed")  # first: a site never works on without this line
-    Pause.path(home).unlink()
-    console.print(f"{site.name} takes orders again.", highlight=False)
+def resume(study: PausedStudy = None, home: Home = Path()) -> None:
+    """Take orders again after `fl-client pause`; a study that was paused by itself is resumed by itself."""
+    site, (digest, what) = Site.open(home), _paused(home, study)
+    if not Pause.path(home, digest).exists():
+        console.print(f"{what or site.name} is not paused.", highlight=False)
+    else:
+        site.journal.append("resumed", **({"study": digest} if digest else {}))  # first: never at work without this line
+        Pause.path(home, digest).unlink()
+        console.print(f"{what or site.name} takes orders again.", highlight=False)
+    for consent in consents(home):
+        if consent.offer.digest != digest and (left := Pause.open(home, time.time(), consent.offer.digest)):
+            console.print(f"The study {consent.offer.digest[:12]} is {left}.", highlight=False)
+
+
+def _paused(home: Path, study: str | None) -> tuple[str, str]:
+    """(digest of the study, what it is called here); empty for the whole site."""
+    if study is None:
+        return "", ""
+    digest = find_consent(home, study).offer.digest
+    return digest, f"The study {digest[:12]}"
 
 
 @app.command()

@@ -15,7 +15,15 @@ from pathlib import Path
 from models.study import Study
 from privacy import disk, keys
 from privacy.calls import Decision, Statement
-from privacy.errors import DocumentError, IsocenterError, NewerVersion, OrderForged, SignatureInvalid, StudyNotApproved
+from privacy.errors import (
+    DocumentError,
+    IsocenterError,
+    NewerVersion,
+    OrderForged,
+    RunUnknown,
+    SignatureInvalid,
+    StudyNotApproved,
+)
 
 VERSION = 1
 FILE_BYTES_MAX = 2 * 1024 * 1024  # a study is at most 256 KiB; the rest is signatures
@@ -126,6 +134,15 @@ def consents(home: Path) -> list[Consent]:
     names = sorted(path.stem for path in (home / "studies").glob("*.json"))
     found = (Consent.open(home, name) for name in names if _DIGEST.fullmatch(name))
     return [consent for consent in found if consent is not None]
+
+
+def find_consent(home: Path, text: str) -> Consent:
+    """The one answered study whose digest begins with `text`, as this site's own files say. Raises RunUnknown."""
+    found = [consent for consent in consents(home) if text and consent.offer.digest.startswith(text)]
+    if len(found) != 1:
+        what = "more than one study" if found else "no study"
+        raise RunUnknown(f"{what} that was answered here begins with {text!r}", remedy="See `fl-client studies`.")
+    return found[0]
 
 
 def _path(home: Path, digest: str) -> Path:

@@ -191,21 +191,23 @@ def epsilon_of_figures(study: Study, delta: float) -> float:
 
 @dataclass(frozen=True)
 class Pause:
-    """A site that takes no new work, until a moment or until it is told to resume."""
+    """A site that takes no new work, of all studies or of one, until a moment or until it is told to resume."""
 
     since_s: float
     until_s: float | None
 
     @staticmethod
-    def path(home: Path) -> Path:
-        return home / "paused.json"
+    def path(home: Path, digest: str = "") -> Path:
+        """The file of the pause of the study `digest`, which a person's decision put there; without it, of all studies."""
+        return home / "studies" / f"{digest}.paused.json" if digest else home / "paused.json"
 
     @classmethod
-    def open(cls, home: Path, now_s: float) -> "Pause | None":
+    def open(cls, home: Path, now_s: float, digest: str = "") -> "Pause | None":
         """The pause that holds at `now_s`, None if there is none. Raises DocumentError for a damaged file: no work."""
+        path = cls.path(home, digest)
         try:
-            found = json.loads(cls.path(home).read_bytes())
-            disk.require_known(cls.path(home), found.get("version"), PAUSE_VERSION)
+            found = json.loads(path.read_bytes())
+            disk.require_known(path, found.get("version"), PAUSE_VERSION)
             pause = cls(float(found["since_s"]), None if found["until_s"] is None else float(found["until_s"]))
             if not 0 <= (pause.until_s or 0) <= SECONDS_MOST:  # nor what is not a number
                 raise ValueError("no time")
@@ -215,14 +217,14 @@ class Pause:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
             raise DocumentError(
-                f"{cls.path(home)} is damaged, so this site does no work",
-                remedy="Run `fl-client resume`, or pause it anew.",
+                f"{path} is damaged, so this site does no work" + (" for this study" if digest else ""),
+                remedy=f"Run `fl-client resume{f' {digest[:12]}' if digest else ''}`, or pause it anew.",
             ) from None
         return None if pause.until_s is not None and now_s >= pause.until_s else pause
 
-    def store(self, home: Path) -> None:
+    def store(self, home: Path, digest: str = "") -> None:
         content = {"version": PAUSE_VERSION, "since_s": self.since_s, "until_s": self.until_s}
-        keys.write_private(self.path(home), json.dumps(content).encode())
+        keys.write_private(self.path(home, digest), json.dumps(content).encode())
 
     def __str__(self) -> str:
         if self.until_s is None:

@@ -8,7 +8,7 @@
       fetch.sqlite            what was asked of the archive, and copied (0600)
       orders.sqlite           what was answered, so that no order is answered twice
       ledger.sqlite           what was spent of each patient's privacy, by all studies, for ever
-      paused.json             there while the site is paused
+      paused.json             there while the site is paused; studies/<digest>.paused.json while one study is
       private/                full texts of what went wrong, for people here only (0700)
       journal.jsonl           everything this site sent or refused, hash-chained
 
@@ -257,6 +257,8 @@ class Site:
             return
         if pause := self.pause:
             raise SitePaused(f"{self.name} is {pause}")
+        if pause := Pause.open(self.home, time.time(), order.study):
+            raise SitePaused(f"at {self.name}, the study {order.study[:12]} is {pause}")
         if not self.settings.policy.hours.permit(dt.datetime.now()):
             raise OutsideHours(f"policy.hours in site.yaml permits work on {self.settings.policy.hours}")
 

@@ -98,14 +98,23 @@ class Desk:
         return self._consenting(self.run.study.all_sites)
 
     def _consenting(self, named: Sequence[str]) -> Nodes:
-        """Who approved at the launch and holds to it. Asked before each sum: who withdrew, was revoked, or has another key
-        than the study names since, gets no further order.
+        """Who approved, at the launch or since, and holds to it. Asked before each sum: who withdrew, was revoked, or has another
+        key than the study names since, gets no further order.
         """
         study, admitted = self.run.study, self.roster.admitted_sites()
-        declined = {site for site, decision in self.roster.decisions(study.digest).items() if decision == "declined"}
+        decisions = self.roster.decisions(study.digest)
+        declined = {site for site, decision in decisions.items() if decision == "declined"}
+        self._take_in([site for site, decision in decisions.items() if decision == "approved"])
         keep = {s for s in self.run.facts["sites"] if s in admitted and admitted[s] == study.roster.get(s)} - declined
         nodes = {site.name: site.node_id for site in self.roster.sites() if site.node_id is not None}
         return {name: nodes[name] for name in named if name in nodes and name in keep}
+
+    def _take_in(self, approved: list[str]) -> None:
+        """Sites that the study names and that approved while the run was under way have a part in it from now on."""
+        late = [site for site in approved if site in self.run.study.all_sites and site not in self.run.facts["sites"]]
+        if late:
+            self.run.take_in(late)
+            self.summing.tell("joined", round=len(self.run.history) + 1, sites=late)
 
     def train(self, model: Float32, number: int) -> Total:
         """One round's sum: validation of `model` (`strategies.sent` gives it) and the mean of what the sites learned from it."""

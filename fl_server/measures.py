@@ -262,6 +262,7 @@ def _history(entry: Round, validation: Sample | None) -> dict[str, Any]:
         **{name: getattr(entry, name) for name in (*facts, "clipped", "scale")},
         "validation": _brief(validation),
         "validation_missing": entry.validation_missing,
+        "late": entry.late,
     }
 
 

@@ -2,7 +2,8 @@
 
 A site has three times the median of its last five reports of that kind, and a minute on top; never longer than the study's
 `round_timeout_s`. It has all of `round_timeout_s` for its first report of a kind, and again after it was missing for whatever
-reason, because a site that comes back reads its images anew. What is measured is the time from the order to the report as the
+reason, because a site that comes back reads its images anew. A report that comes too late for its sum still says how long that
+took, and counts as the site's first one again. What is measured is the time from the order to the report as the
 coordinator sees it, the way included; it is kept in memory only, and a coordinator that starts again measures anew.
 """
 

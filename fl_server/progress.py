@@ -233,12 +233,22 @@ class Progress:
         names = ", ".join(printable(name, 64) for name in event["sites"])
         self._note(event, f"round {int(event['round'])}: the strategy left out {names}")
 
+    def _on_joined(self, event: Mapping[str, Any]) -> None:
+        names = ", ".join(printable(name, 64) for name in event["sites"])
+        self._note(event, f"round {int(event['round'])}: {names} approved since the launch, and has a part from here on")
+
     def _on_wrong_share(self, event: Mapping[str, Any]) -> None:
         self._note(event, f"{printable(event['site'], 64)} gave a wrong share of a secret")
 
     def _on_flagged(self, event: Mapping[str, Any]) -> None:
         site, why = printable(event["site"], 64), printable(event["why"], 80)
         self._note(event, f"round {int(event['round'])}: the update of {site} is {why}")
+
+    def _on_late(self, event: Mapping[str, Any]) -> None:
+        stage = printable(event["stage"], 20)
+        seconds = f" {duration(float(event['seconds']))}" if "seconds" in event else ""
+        told = f"{printable(event['site'], 64)} came{seconds} too late with {STAGES.get(stage, stage)}; it is thanked"
+        self._note(event, f"round {int(event['round'])}: {told}, and its report is not used")
 
     def _on_checkpoint_damaged(self, event: Mapping[str, Any]) -> None:
         again = int(event["goes_on_after"])

@@ -235,6 +235,11 @@ def _gaps(results: Results) -> list[str]:
     found = [
         f"{site} did not {what} in {_ranges(numbers)}: {reason}" for (site, what, reason), numbers in rounds.items()
     ]
+    found += [
+        f"{site} came{'' if seconds is None else f' {seconds:.0f} s'} too late in round {entry.round}; its report was not used"
+        for entry in results.rounds
+        for site, seconds in entry.late.items()
+    ]
     return [*found, *(f"{site} did not report on its test split: {why}" for site, why in results.test_missing.items())]
 
 

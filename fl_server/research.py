@@ -586,6 +586,13 @@ class _Teller:
     def _flagged(self, event: dict[str, Any]) -> None:
         _line(f"round {event['round']}: the update of {event['site']} is {event['why']} (norm {event['norm']:g})")
 
+    def _joined(self, event: dict[str, Any]) -> None:
+        _line(f"round {event['round']}: {', '.join(event['sites'])} approved since the launch, and takes part from here on")
+
+    def _late(self, event: dict[str, Any]) -> None:
+        seconds = f" {event['seconds']:.0f} s" if "seconds" in event else ""
+        _line(f"round {event['round']}: {event['site']} came{seconds} too late; its report is not used")
+
     def _checkpoint_damaged(self, event: dict[str, Any]) -> None:
         _line(f"the checkpoint of round {event['round']} was damaged; going on after round {event['goes_on_after']}")
 

@@ -69,7 +69,8 @@ class GroupCounts(Document):
 class Round(Document):
     """One round as it was committed: who contributed, who did not and why, and the sums over those who did.
 
-    `scale`: update values were multiplied by two to this power before rounding. `validation` is of the model after it.
+    `scale`: update values were multiplied by two to this power before rounding. `validation` is of the model after it. `late`:
+    whose report came after the site was waited for no longer, and by how many seconds; it is in no sum.
     """
 
     round: Annotated[int, Field(ge=1, le=10_000)]
@@ -84,6 +85,7 @@ class Round(Document):
     scale: Annotated[int, Field(ge=-1000, le=1000)]
     validation: Scores | None
     validation_missing: dict[Name, Reason]
+    late: dict[Name, Seconds | None] = {}
 
 
 class Results(Document):
@@ -198,6 +200,8 @@ def _contradictions_in(entry: Round, study: Study) -> Iterable[str]:
         yield "a missing site also contributed, or is none of the study's"
     if (entry.train_loss is None) != (entry.cases == 0 or study.privacy != "none"):
         yield "cases and train_loss do not fit each other, or a private study's training loss was told"
+    if not set(entry.late) <= trainers:
+        yield "a site that was late is no training site of the study"
     if not set(entry.site_seconds) <= everyone:
         yield "site_seconds name a site that the study does not"
     yield from _contradictions_of("validation", entry.validation, entry.validation_missing, study)

@@ -15,7 +15,18 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from privacy.errors import MessageMalformed, QuorumLost
-from privacy.wire import REPORTS, EvaluateOrder, EvaluateReport, Order, Refusal, Report, UnmaskOrder, decode
+from privacy.wire import (
+    REPORTS,
+    EvaluateOrder,
+    EvaluateReport,
+    Order,
+    Refusal,
+    Report,
+    UnmaskOrder,
+    WorkOrder,
+    WorkReport,
+    decode,
+)
 
 PAUSE_FIRST_S, PAUSE_MOST_S = 0.02, 0.1
 """Between two looks for reports; the SuperLink itself holds a look that finds nothing (`fl_server.doorbell`)."""
@@ -70,12 +81,53 @@ class Call:
     limit_s: float = math.inf
 
 
+@dataclass(frozen=True)
+class Due:
+    """A work order whose report was not waited for to its end. Moments are of the clock that does not jump."""
+
+    site: str
+    order: Order
+    sent: float
+    given_up: float
+
+
+class Overdue:
+    """Work of one run that came too late for its sum. `came` is told of each report that arrives after all; none is ever used.
+
+    Whether a late report is there when the next sum begins depends on seconds. A model that it was added to could not be made
+    a second time; under masks it could not be opened. So its sender is named, and its time teaches how long to wait (`Pace`).
+    """
+
+    def __init__(self, came: Callable[[Due, float], None]) -> None:
+        self.came, self._due = came, dict[str, Due]()
+
+    @property
+    def message_ids(self) -> list[str]:
+        return list(self._due)
+
+    def give_up(self, message_id: str, due: Due) -> None:
+        """Nobody waits any more for what `due` is about."""
+        self._due[message_id] = due
+
+    def take(self, message: Message) -> None:
+        """A reply that no exchange waits for: noted if it is the report that an overdue order asked for, and forgotten."""
+        due = self._due.pop(message.metadata.reply_to_message_id, None)
+        if due is None or message.has_error():
+            return  # a second reply, or Flower's word that none will come
+        try:
+            report: Report = decode(message, *REPORTS)
+        except MessageMalformed:
+            return
+        if isinstance(report, WorkReport) and report.site == due.site and report.naming() == due.order.naming():
+            self.came(due, time.monotonic())
+
+
 class Gathering:
     """Orders on their way, one to each site. Iterate `reports()` once; then `missing` says who did not report, and why.
 
     With `enough`, the sites that are still missing LINGER_S after it became true are not waited for; nor are those that
     `gone` names meanwhile, with its code as the reason; nor, where no images are needed, those that are offline for GRACE_S.
-    `took`: seconds from the orders to each report.
+    `took`: seconds from the orders to each report. `overdue`: what earlier exchanges gave up, and this one will.
     """
 
     def __init__(
@@ -92,6 +144,7 @@ class Gathering:
         self.missing: dict[str, str] = {}
         self.took: dict[str, float] = {}
         self.offline_since: dict[str, float] = {}
+        self.overdue = Overdue(lambda due, now: None)
 
     def reports(self) -> Iterator[tuple[str, Report]]:
         """(site, report) in the order of arrival. Each report is dropped here once the caller has taken it."""
@@ -100,13 +153,14 @@ class Gathering:
         ends = {site: began + min(self.timeout_s, call.limit_s) for site, call in self.calls.items()}
         waiting = self._send()
         while waiting:
-            arrived = list(self.grid.pull_messages(list(waiting)))
+            arrived = list(self.grid.pull_messages([*waiting, *self.overdue.message_ids]))
             pause = PAUSE_FIRST_S if arrived else min(pause * 1.3, PAUSE_MOST_S)
             while arrived:
                 message = arrived.pop()
                 site = waiting.pop(message.metadata.reply_to_message_id, None)
                 if site is None:
-                    continue  # a second reply to the same order: the first one counted
+                    self.overdue.take(message)
+                    continue
                 if (report := self._accept(site, message)) is not None:
                     self.took[site] = time.monotonic() - began
                     yield site, report
@@ -116,7 +170,11 @@ class Gathering:
             if waiting and now > look:
                 look = now + GONE_LOOK_S
                 waiting = self._without(waiting, {**self._left(waiting.values(), now), **self.gone()})
-            waiting = self._without(waiting, {site: "timeout" for site in waiting.values() if now > ends[site]})
+            late = {message_id: site for message_id, site in waiting.items() if now > ends[site]}
+            for message_id, site in late.items():
+                if isinstance(order := self.calls[site].order, WorkOrder):
+                    self.overdue.give_up(message_id, Due(site, order, began, now))
+            waiting = self._without(waiting, dict.fromkeys(late.values(), "timeout"))
             if waiting:
                 time.sleep(pause)
 

@@ -52,7 +52,11 @@ def now() -> str:
 
 @dataclass
 class Round:
-    """What one committed round has to say. `missing`: site -> enumerated reason. `validation` comes with the next sum."""
+    """What one committed round has to say. `missing`: site -> enumerated reason. `validation` comes with the next sum.
+
+    `late`: site -> seconds by which its report, in some attempt at this round, came too late; it is in no sum. None under
+    differential privacy, where times tell of patients.
+    """
 
     round: int
     attempt: int
@@ -66,6 +70,7 @@ class Round:
     scale: int
     validation: dict[str, Any] | None = None
     validation_missing: dict[str, str] = field(default_factory=dict)
+    late: dict[str, float | None] = field(default_factory=dict)
 
 
 def score_sheet(sites: list[str], sheet: Sheet) -> dict[str, Any]:
@@ -115,6 +120,7 @@ class Run:
         self.history: list[Round] = []
         self.initial: dict[str, Any] | None = None  # validation of the initial model
         self.scale: int | None = None  # of the next round's encoding
+        self.late: dict[int, dict[str, float | None]] = {}  # round -> what `Round.late` says, as far as it is known
         self.lost: list[int] = []  # rounds whose checkpoints were damaged, so that they have to be trained again
 
     @classmethod
@@ -184,6 +190,11 @@ class Run:
         self.facts["attempt"] = self.attempt + 1
         self._save_facts()
 
+    def take_in(self, sites: list[str]) -> None:
+        """`sites` consent as well from now on; durable when this returns."""
+        self.facts["sites"] = [*self.facts["sites"], *sites]
+        self._save_facts()
+
     def remaining(self) -> Iterator[int]:
         """Rounds (from 1) that are not committed."""
         return iter(range(len(self.history) + 1, self.study.training.rounds + 1))
@@ -198,9 +209,17 @@ class Run:
             self.best, self.best_round = self.model, self.history[-1].round
         self.event("scored", round=len(self.history), loss=sheet["loss"], auroc=_auroc(sheet))
 
+    def note_late(self, number: int, site: str, seconds: float | None) -> None:
+        """Note that a report of round `number` came too late; durable with the next commit."""
+        self.late.setdefault(number, {})[site] = seconds
+        for done in self.history:
+            if done.round == number:
+                done.late[site] = seconds
+
     def commit(self, done: Round, model: Float32, state: Mapping[str, Float32]) -> None:
         """Make one round durable with a single rename: either all of it happened or none."""
         self.model, self.state = model, state
+        done.late |= self.late.get(done.round, {})
         self.history.append(done)
         self.save()
         label = self._labelled(f"running, round {done.round} of {self.study.training.rounds}")
@@ -455,8 +474,10 @@ def participation_label(study: Study, history: list[Round], test_missing: dict[s
             why = history[-1].missing.get(site)
             absent.append(f"{site} {since}: {why}" if why else f"{site} {since}")
         elif rounds_missed:
-            missed = sum(site not in done.contributors for done in history)
-            absent.append(f"{site} missed {missed} of {len(history)} rounds")
+            missed = [done for done in history if site not in done.contributors]
+            reasons = dict.fromkeys(done.missing[site] for done in missed if site in done.missing)
+            why = f": {' and '.join(reasons)}" if reasons else ""
+            absent.append(f"{site} missed {len(missed)} of {len(history)} rounds{why}")
         elif site in test_missing:
             absent.append(f"{site} not in the test evaluation ({test_missing[site]})")
     if not absent:

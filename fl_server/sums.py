@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 
 from fl_server.pace import Pace
 from fl_server.roster import Home
-from fl_server.rounds import Call, Gathering, Tell, choose
+from fl_server.rounds import Call, Due, Gathering, Overdue, Tell, choose
 from fl_server.run import Run
 from fl_server.sightings import Sightings
 from models import contributions
@@ -66,6 +66,8 @@ JOURNALED = {
     "void": "sum-void",
     "left_out": "updates-left-out",
     "flagged": "update-flagged",
+    "late": "report-late",
+    "joined": "sites-joined",
 }
 Nodes = dict[str, int]
 
@@ -153,6 +155,7 @@ class Summing:
         self.timeout_s = timeout_of(run.study)
         self.pace = Pace(self.timeout_s)
         self.exchange: Gathering | None = None  # the last one
+        self.overdue, self.latecomers = Overdue(self._came_late), list[tuple[Due, float]]()
 
     def tell(self, kind: str, **facts: Any) -> None:
         """An event of the run; orders, and who did not answer them well, are lines of the coordinator's journal too."""
@@ -201,10 +204,24 @@ class Summing:
         if self.exchange is not None:
             before = self.exchange
             self.pace.note({site: call.order for site, call in before.calls.items()}, before.took, before.missing)
+        while self.latecomers:
+            due, seconds = self.latecomers.pop()
+            self.pace.note({due.site: due.order}, {due.site: seconds}, {})
         self.tell("asked", stage=stage, round=next(iter(calls.values())).order.round, sites=list(calls))
         timed = {site: replace(call, limit_s=self.pace.limit_s(site, call.order)) for site, call in calls.items()}
         self.exchange = Gathering(self.grid, timed, self.timeout_s, self.tell, enough, self._gone)
+        self.exchange.overdue = self.overdue
         return self.exchange
+
+    def _came_late(self, due: Due, now: float) -> None:
+        """Thank and name a site whose report came after nobody waited for it any more."""
+        self.latecomers.append((due, now - due.sent))
+        # How long a private step takes says how many patients were drawn.
+        late = round(now - due.given_up, 1) if self.study.privacy == "none" else None
+        if isinstance(due.order, TrainOrder):
+            self.run.note_late(due.order.round, due.site, late)
+        told = {} if late is None else {"seconds": late}
+        self.tell("late", site=due.site, round=due.order.round, stage=due.order.kind, **told)
 
     def _gone(self) -> dict[str, str]:
         return dict.fromkeys(self.parties.revoked(), CertificateRevoked.code)

@@ -317,7 +317,7 @@ def test_a_site_that_is_away_for_a_round_is_back_two_sums_later(tmp_path: Path) 
     assert len(play.of("keys")) == 4 and [s.site for s in play.of("invite")] == ["east"]
     play.check_models()
     check_protocol(play)
-    assert run.facts["label"] == "partial (3 of 4, east missed 2 of 4 rounds)"
+    assert run.facts["label"] == "partial (3 of 4, east missed 2 of 4 rounds: offline and joining)"
 
 
 def test_a_site_that_only_evaluates_and_is_slow_at_first_is_in_the_test(tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ def test_labels_never_call_a_subset_complete() -> None:
     plan = study()
     assert participation_label(plan, [done(n) for n in (1, 2)], {}) == "complete"
     away = [done(1), done(2, ("north", "west")), done(3)]
-    assert participation_label(plan, away, {}) == "partial (2 of 3, south missed 1 of 3 rounds)"
+    assert participation_label(plan, away, {}) == "partial (2 of 3, south missed 1 of 3 rounds: timeout)"
     never = [done(1, ("north", "south"))]
     assert participation_label(plan, never, {}) == "partial (2 of 3, west never took part: timeout)"
     label = participation_label(plan, [done(1)], {"west": "timeout"})
