@@ -213,7 +213,9 @@ def resume(study: PausedStudy = None, home: Home = Path()) -> None:
     if not Pause.path(home, digest).exists():
         console.print(f"{what or site.name} is not paused.", highlight=False)
     else:
-        site.journal.append("resumed", **({"study": digest} if digest else {}))  # first: never at work without this line
+        site.journal.append(
+            "resumed", **({"study": digest} if digest else {})
+        )  # first: never at work without this line
         Pause.path(home, digest).unlink()
         console.print(f"{what or site.name} takes orders again.", highlight=False)
     for consent in consents(home):

@@ -89,8 +89,8 @@ def find_offer(home: Path, digest: str) -> Offer:
         what = "no study" if not found else "more than one study, or too little of its digest is given:"
         raise RunUnknown(
             f"{what} offered to this site begins with {digest!r}",
-            remedy="See `fl-client studies`. A study is offered to the sites that it names with their keys, and no other can join "
-            "it: the researcher submits a new one for that.",
+            remedy="See `fl-client studies`. A study is offered to the sites that it names with their keys, and no other can "
+            "join it: the researcher submits a new one for that.",
         )
     return found[0]
 

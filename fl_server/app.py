@@ -5,8 +5,9 @@ The same function runs in production (Grid over the SuperLink), in simulation an
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Context
@@ -14,14 +15,18 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_server import strategies, sums, weights
 from fl_server.roster import Home
-from fl_server.run import Counted, Float32, Round, Run, Test, give_up, score_sheet
+from fl_server.run import ENDED, Counted, Float32, Round, Run, Test, give_up, list_runs, score_sheet
 from fl_server.sums import Nodes, Task, Total
 from models import questions
 from models.contributions import read_figures
 from models.questions import Counting
+from privacy import disk, journal
 from privacy.errors import CertificateRevoked, DiskUnusable, DocumentError, IsocenterError, MessageMalformed, RunStopped
 from privacy.wire import COHORT, EvaluateOrder, TrainOrder
 
+ROOM_BYTES = (
+    1024**2
+)  # beside a model as it was sent and as two sites send it: what a round of the smallest network takes
 app = ServerApp()
 log = logging.getLogger("isocenter.coordinator")
 
@@ -50,10 +55,12 @@ def main(grid: Grid, context: Context) -> None:
         # The researcher reads this sentence; where the coordinator keeps its files is nobody else's business.
         run.fail(error.code, str(error).replace(str(home.root), "HOME"))
     except Exception:
+        # A SuperLink whose database found no room says no more than that it failed.
+        disk.require_room(home.root, ROOM_BYTES + (0 if run.model is None else 4 * run.model.nbytes))
         run.fail("internal", "the coordinator's program failed; its log has the details")
-        note_end(home, run)
+        note_end(home, run.facts)
         raise
-    note_end(home, run)
+    note_end(home, run.facts)
 
 
 def carry_on(home: Home, run: Run, grid: Grid) -> None:
@@ -76,9 +83,22 @@ def carry_on(home: Home, run: Run, grid: Grid) -> None:
     run.finish(desk.test(run.best if run.best is not None else run.model))
 
 
-def note_end(home: Home, run: Run) -> None:
-    told = {"run": run.run_id, "digest": run.study.digest, "state": str(run.facts["state"])}
-    home.journal.append("run-ended", rounds=len(run.history), **told)
+def note_end(home: Home, facts: Mapping[str, Any]) -> None:
+    """The journal's line about the end of the run whose run.json holds `facts`."""
+    told = {name: str(facts[key]) for name, key in (("run", "run_id"), ("digest", "digest"), ("state", "state"))}
+    home.journal.append("run-ended", rounds=int(facts["round"]), **told)
+
+
+def note_missing_ends(home: Home) -> None:
+    """See to it that the journal tells of every run that has ended: a process may die between a run's end and its line."""
+    last = {
+        str(entry["facts"]["run"]): entry["kind"]
+        for entry in journal.entries(home.journal.path)
+        if entry["kind"] in ("launched", "run-resumed", "run-ended")
+    }
+    for facts in list_runs(home.runs):
+        if facts["state"] in ENDED and last.get(str(facts["run_id"])) != "run-ended":
+            note_end(home, facts)
 
 
 class Desk:

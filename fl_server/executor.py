@@ -26,7 +26,7 @@ from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor, SuperExec
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
-from fl_server.app import app
+from fl_server.app import app, note_end, note_missing_ends
 from fl_server.link import LOOPBACK, control
 from fl_server.mailbox import Mailbox
 from fl_server.roster import Home
@@ -54,8 +54,9 @@ clientapp = "fl_client.app:app"
 
 def execute(root: Path, port: int, secret: bytes) -> None:
     """Carry out queued and interrupted runs, oldest first, for ever. A run that cannot be started does not stop the others."""
-    runs = Home.open(root).runs
-    pause = LOOK_S
+    home = Home.open(root)
+    note_missing_ends(home)
+    runs, pause = home.runs, LOOK_S
     while True:
         waiting = [str(facts["run_id"]) for facts in list_runs(runs) if facts["state"] in WAITING]
         went = [attempt(root, run_id, port, secret) for run_id in waiting]
@@ -74,7 +75,7 @@ def attempt(root: Path, run_id: str, port: int, secret: bytes) -> bool:
             if not held or read_facts(folder)["state"] not in WAITING:
                 return held
             if stop_asked(folder):
-                mark_stopped(folder)
+                note_end(Home.open(root), mark_stopped(folder))
             else:
                 carry_out(root, run_id, port, secret)
     except IsocenterError as error:

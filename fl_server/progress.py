@@ -8,7 +8,7 @@ it is then counted and not described. What stands in the files is bounded and ma
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,7 +53,9 @@ def printable(text: object, most: int = TEXT_MAX) -> str:
 
 @dataclass
 class SitePart:
-    """What one site does in the run now, and did so far. `reason`: why it is missing at this stage; `seconds` 0: not told."""
+    """What one site does in the run now, and did so far. `reason`: why it is missing at this stage; `seconds` 0: not told;
+    `trains`: whether it has a part in rounds, or evaluates only.
+    """
 
     name: str
     doing: str = "waiting"  # or working, done, missing
@@ -62,6 +64,7 @@ class SitePart:
     seconds: float = 0.0
     reason: str = ""
     rounds: int = 0
+    trains: bool = True
     train_orders: int = 0  # each may have cost patients at the site their ε, whatever became of it
     refusals: dict[str, int] = field(default_factory=dict)
 
@@ -92,8 +95,9 @@ class Note:
 class Progress:
     """The state of one run as far as its events tell it. `version` changes whenever anything else does."""
 
-    def __init__(self, facts: Mapping[str, Any]) -> None:
+    def __init__(self, facts: Mapping[str, Any], evaluate_only: Collection[str] = ()) -> None:
         self.facts: dict[str, Any] = {}
+        self.evaluate_only = evaluate_only
         self.version = 0
         self.stage, self.stage_since, self.round = "", "", 0
         self.sites: dict[str, SitePart] = {}
@@ -160,7 +164,7 @@ class Progress:
         self.version += 1
 
     def _site(self, name: str) -> SitePart:
-        return self.sites.setdefault(name, SitePart(printable(name, 64)))
+        return self.sites.setdefault(name, SitePart(printable(name, 64), trains=name not in self.evaluate_only))
 
     def _on_started(self, event: Mapping[str, Any]) -> None:
         self.launches += 1
@@ -235,7 +239,9 @@ class Progress:
 
     def _on_joined(self, event: Mapping[str, Any]) -> None:
         names = ", ".join(printable(name, 64) for name in event["sites"])
-        self._note(event, f"round {int(event['round'])}: {names} approved since the launch, and has a part from here on")
+        self._note(
+            event, f"round {int(event['round'])}: {names} approved since the launch, and has a part from here on"
+        )
 
     def _on_wrong_share(self, event: Mapping[str, Any]) -> None:
         self._note(event, f"{printable(event['site'], 64)} gave a wrong share of a secret")
@@ -327,7 +333,7 @@ class Onlooker:
         before = sorted(self.folder.glob("events-*.jsonl"), key=_launch)
         names = [path.name for path in before]
         if self._progress is None or names != self._read:
-            self._progress, self._read = Progress(facts), names
+            self._progress, self._read = Progress(facts, _evaluate_only(self.folder)), names
             self._place, self._rest = 0, b""
             for path in before:
                 self._take(path, 0)
@@ -383,6 +389,15 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f"{whole} s"
     return f"{whole // 60} min {whole % 60} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _evaluate_only(folder: Path) -> list[str]:
+    """Sites of the run's study that do not train; none where the study cannot be read."""
+    try:
+        named = json.loads((folder / "study.json").read_bytes())["participation"]["evaluate_only"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [str(name) for name in named] if isinstance(named, list) else []
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

@@ -587,7 +587,9 @@ class _Teller:
         _line(f"round {event['round']}: the update of {event['site']} is {event['why']} (norm {event['norm']:g})")
 
     def _joined(self, event: dict[str, Any]) -> None:
-        _line(f"round {event['round']}: {', '.join(event['sites'])} approved since the launch, and takes part from here on")
+        _line(
+            f"round {event['round']}: {', '.join(event['sites'])} approved since the launch, and takes part from here on"
+        )
 
     def _late(self, event: dict[str, Any]) -> None:
         seconds = f" {event['seconds']:.0f} s" if "seconds" in event else ""

@@ -85,7 +85,7 @@ class Round(Document):
     scale: Annotated[int, Field(ge=-1000, le=1000)]
     validation: Scores | None
     validation_missing: dict[Name, Reason]
-    late: dict[Name, Seconds | None] = {}
+    late: dict[Name, Seconds | None] = Field(default={})
 
 
 class Results(Document):

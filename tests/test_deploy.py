@@ -223,6 +223,30 @@ def test_a_run_is_stopped_and_goes_on_and_the_dashboard_sees_it(stage: Shared) -
     ) >= 3
 
 
+def test_a_site_pauses_in_the_middle_of_a_run_and_comes_back(stage: Shared) -> None:
+    """North, whose commands and node are processes of their own. Nobody waits for it, and the result names its rounds."""
+
+    def rounds() -> list[list[str]]:
+        return [event["contributors"] for event in events_of(folder) if event["event"] == "round_done"]
+
+    digest = submit(stage, "paused", rounds=8, timeout_s=60)
+    folder = launch(stage, digest)
+    wait_for(lambda: len(rounds()) >= 1, "the first round")
+    stage.command("fl-client", "pause", digest[:12], "--home", str(stage.site("north")))
+    others = sorted(set(SITES) - {"north"})
+    wait_for(lambda: others in rounds(), "a round without north", 30)
+    stage.command("fl-client", "resume", digest[:12], "--home", str(stage.site("north")))
+    wait_for(lambda: ended(folder), "the end of the run")
+    results = json.loads((folder / "results.json").read_text())
+    without = [entry for entry in results["rounds"] if "north" not in entry["contributors"]]
+    assert {reason for entry in without for reason in entry["missing"].values()} <= {"site-paused", "joining"}
+    assert "north" in results["rounds"][-1]["contributors"] and "north" in results["test"]["sites"]
+    why = " and ".join(dict.fromkeys(entry["missing"]["north"] for entry in without))
+    assert results["label"] == f"partial (3 of 4, north missed {len(without)} of 8 rounds: {why})"
+    shown = stage.command("fl-server", "show", folder.name, "--home", str(stage.coordinator))
+    assert f"{8 - len(without)} of 8" in shown and "site-paused" in shown
+
+
 def test_a_worker_killed_while_it_trains_costs_an_attempt_and_the_run_goes_on_with_it(stage: Shared) -> None:
     digest = submit(stage, "killed worker", rounds=3, timeout_s=30, quorum=4)
     folder = launch(stage, digest)

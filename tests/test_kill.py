@@ -24,6 +24,7 @@ from grid import FaultyGrid
 from oracle import Trained
 from test_private_round import DISTRIBUTED, LOCAL, permissive, private
 
+from fl_server.app import note_missing_ends
 from fl_server.roster import Home
 from fl_server.run import Run, list_runs
 from models.study import Study, parse
@@ -91,6 +92,7 @@ class Play:
 
     def _carry_on(self) -> Path:
         home = self.federation.home
+        note_missing_ends(home)  # as an executor does when it starts
         there = list_runs(home.runs)
         folder = home.runs / there[0]["run_id"] if there else self.federation.new_run()
         if not there or there[0]["state"] in ("queued", "running"):
@@ -198,6 +200,21 @@ def places_of(name: str, quiet: Quiet, shard: int | None) -> list[int]:
     return [(first * 3 + n * count // SAMPLED + n) % count for n in range(SAMPLED)]
 
 
+@pytest.mark.parametrize("name", ["plain"])
+def test_a_crash_between_a_runs_end_and_its_line_in_the_journal_costs_no_line(
+    name: str, quiet: Any, tmp_path: Path
+) -> None:
+    """The last places of all: after results, model and run.json, and at the journal's line about the end."""
+    undisturbed = quiet(name)
+    own = [
+        n
+        for n, (party, _, about) in enumerate(undisturbed.places)
+        if (party, about) == ("coordinator", "journal.jsonl")
+    ]
+    for at in own[-4:]:
+        check(undisturbed, *played(undisturbed.federation.copied(tmp_path / str(at)), at))
+
+
 @pytest.mark.parametrize("shard", [None, *(pytest.param(n, marks=pytest.mark.slow) for n in range(SHARDS))])
 @pytest.mark.parametrize("name", PLANS)
 def test_whoever_is_killed_wherever_the_run_ends_complete_and_right(
@@ -228,6 +245,10 @@ def check(quiet: Quiet, play: Play, folder: Path) -> None:
     assert [entry["round"] for entry in results["rounds"]] == [1, 2]
     run = Run.open(folder)
     assert run.lost == [] and len(run.history) == 2
+    ends = [line["facts"] for line in lines_of(folder.parents[1]) if line["kind"] == "run-ended"]
+    assert [(line["run"], line["state"]) for line in ends] == [(folder.name, run.facts["state"])], (
+        "not one line of its end"
+    )
     check_journals(play.federation)
     plan = play.federation.plan
     if plan.privacy != "none":

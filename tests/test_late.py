@@ -81,7 +81,9 @@ def test_a_late_report_is_thanked_and_named_and_changes_nothing(protection: str,
     assert 0 <= facts["rounds"][1]["late"]["west"] < 60
     assert [entry.late for entry in without.history] == [{}, {}, {}]
     check(facts)
-    assert any("west came" in sentence and "too late in round 2" in sentence for sentence in report._gaps(check(facts).results))
+    assert any(
+        "west came" in sentence and "too late in round 2" in sentence for sentence in report._gaps(check(facts).results)
+    )
     (line,) = [e["facts"] for e in journal.entries(federation.home.journal.path) if e["kind"] == "report-late"]
     assert (line["site"], line["round"], line["stage"], line["run"]) == ("west", 2, "train", run.run_id)
     (note,) = [note.sentence for note in Onlooker(folder).look().notes if "too late" in note.sentence]

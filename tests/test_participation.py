@@ -98,7 +98,7 @@ def test_a_pause_of_one_study_leaves_the_others_alone(tmp_path: Path) -> None:
     assert "is paused until `fl-client resume`" in client("pause", hospital.study.digest[:10], *where)
     with pytest.raises(SitePaused, match=hospital.study.digest[:12]):
         hospital.site.admit(hospital.order())
-    hospital.site.admit(hospital.order(study=other.digest))
+    hospital.site.admit(hospital.order(study=other.digest, run="run-2"))
     # A resume of everything does not end what was said of one study, and says so.
     assert f"The study {hospital.study.digest[:12]} is paused" in client("resume", *where)
     with pytest.raises(SitePaused):

@@ -52,8 +52,9 @@ class Paper:
     Only the order of images comes from the code under test, because it is part of the study's seed.
     """
 
-    def __init__(self, federation: Federation) -> None:
+    def __init__(self, federation: Federation, repeats: dict[int, int] | None = None) -> None:
         self.federation, self.plan = federation, federation.plan
+        self.repeats = repeats or {}  # round -> how often it had been trained before
         self.own: dict[str, Float64] = {}
         self.common: Float64 | None = None
 
@@ -77,7 +78,7 @@ class Paper:
         cells, labels, weights = self.data(name)
         c_i, c = self.own.get(name, np.zeros_like(x)), self.common if self.common is not None else np.zeros_like(x)
         rate, y, steps = self.plan.training.rate(number), x.copy(), 0
-        generator, _ = _randomness(self.plan, number, 0)
+        generator, _ = _randomness(self.plan, number, self.repeats.get(number, 0))
         for batch in _batches(torch.arange(len(labels)), self.plan.training, generator):
             rows = batch.numpy()
             scores = 1 / (1 + np.exp(-(cells[rows] @ y[:-1] + y[-1])))
@@ -210,6 +211,42 @@ def test_a_round_whose_sum_was_void_starts_from_the_same_variate_again(tmp_path:
         models = models_of(federation)[1]
     assert trained == [1, 2, 2, 3]
     assert [model.tobytes() for model in models] == [model.tobytes() for model in undisturbed]
+    assert all(absent(federation, name) == [] for name in SITES)
+
+
+def test_a_masked_round_that_is_tried_again_advances_no_variate_twice(tmp_path: Path) -> None:
+    """Everybody trained, and one vector got lost: three sites are too few then. The oracle trains round 2 once, with the random
+    choices of a second training, from what round 1 left; it advances c and each c_i once.
+    """
+    federation, lost = Federation(tmp_path, plan_of("masked")), []
+    grid, node = federation.grid(), federation.node("south")
+    honest = grid.answers[node]
+
+    def loses(message: Any) -> Any:
+        order, reply = wire.decode(message, *wire.ORDERS), honest(message)
+        if isinstance(order, wire.TrainOrder) and order.round == 2 and not lost:
+            lost.append(order.attempt)
+            return None
+        return reply
+
+    grid.answers[node] = loses
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fl_server.sums.timeout_of", lambda study: 0.3)
+        folder, models = models_of(federation, grid)
+    assert lost == [1] and [done.attempt for done in Run.open(folder).history] == [1, 2, 2]
+    trained = [wire.decode(message, *wire.ORDERS) for message in grid.sent if message.metadata.message_type == "train"]
+    assert sum(order.round == 2 for order in trained) == 2 * len(SITES)
+    paper, x = Paper(federation, {2: 1}), first_model(federation.plan).astype(np.float64)
+    twice = Paper(federation, {2: 1})
+    for number, after in enumerate(models, start=1):
+        if number == 2:
+            twice.own, twice.common = dict(paper.own), paper.common
+            twice.round(x, 2, SITES)
+            wrong = twice.round(x, 2, SITES)
+        x = paper.round(x, number, SITES)
+        assert float(np.abs(after - x).max()) < 2e-5
+        if number == 2:
+            assert float(np.abs(after - wrong).max()) > 2e-5, "the oracle cannot tell a variate that advanced twice"
     assert all(absent(federation, name) == [] for name in SITES)
 
 

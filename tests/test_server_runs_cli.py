@@ -12,6 +12,7 @@ from hospital import study as tiny_study
 from test_server_progress import new_run, played
 from typer.testing import CliRunner, Result
 
+from fl_server.app import note_end, note_missing_ends
 from fl_server.cli import app
 from fl_server.roster import Home, ServerFile
 from fl_server.run import Run, ask_to_stop, holding, read_facts
@@ -59,6 +60,36 @@ def test_show_tells_stages_missing_sites_and_remedies(home: Home) -> None:
     found = said(home, "show", run.run_id[:-2])
     assert found["round"] == 2 and [r["loss"] for r in found["rounds"]] == [0.8, 0.7]
     assert isinstance(call(home, "show", "nothing").exception, RunUnknown)
+
+
+def test_a_site_that_only_evaluates_is_not_shown_as_missing_its_rounds(home: Home) -> None:
+    plan = tiny_study(**{"sites__[north, south], quorum__2": "sites: [north], evaluate_only: [south], quorum: 1"})
+    assert plan.participation.evaluate_only == ["south"]
+    run = Run.create(home.runs, plan, "ada", plan.all_sites)
+    run.event("started", attempt=1, round=0, rounds=2)
+    rows = call(home, "show", run.run_id).stdout
+    assert "evaluates only" in rows and rows.count("0 of 0") == 1
+    assert {name: part["trains"] for name, part in said(home, "show", run.run_id)["sites"].items()} == {
+        "north": True, "south": False,
+    }  # fmt: skip
+    (run.folder / "study.json").write_text("{")
+    assert "evaluates only" not in call(home, "show", run.run_id).stdout
+
+
+def test_the_end_of_a_run_is_in_the_journal_once(home: Home) -> None:
+    """A run whose process died before the line gets it at the next start; one that was resumed since gets another at its end."""
+    kept, lost, running = new_run(home.runs), new_run(home.runs), played(home.runs)
+    for run in (kept, lost):
+        run.fail("quorum-lost", "too few sites")
+    note_end(home, kept.facts)
+    for _ in range(2):
+        note_missing_ends(Home.open(home.root))
+    ends = [entry["facts"] for entry in journal.entries(home.journal.path) if entry["kind"] == "run-ended"]
+    assert [line["run"] for line in ends] == [kept.run_id, lost.run_id] and running.facts["state"] == "running"
+    assert ends[1] == {"run": lost.run_id, "digest": lost.study.digest, "rounds": 0, "state": "failed"}
+    home.journal.append("run-resumed", run=kept.run_id, sites=[])
+    note_missing_ends(home)
+    assert home.journal.last("run-ended") == {**ends[0]}
 
 
 def test_a_hostile_label_is_no_markup_and_no_control_character(home: Home) -> None:
