@@ -61,11 +61,12 @@ from privacy.wire import (
 
 @dataclass
 class Desk:
-    """What stays in memory between orders: networks and cohorts by study, keys of open sums.
+    """What stays in memory between orders: networks and cohorts of the last `studies` studies, keys of open sums.
 
     A changed index or label table makes it forget cohorts.
     """
 
+    studies: int = 1
     nets: dict[str, nn.Module] = field(default_factory=dict)
     cohorts: dict[tuple[Path, str, Split, tuple[int, ...]], Cohort] = field(default_factory=dict)
     vault: Vault = field(default_factory=Vault)
@@ -74,13 +75,18 @@ class Desk:
     def engine(self, net: nn.Module, study: Study) -> dpsgd.Engine:
         """The engine of private training for the study's network, chosen when first asked for."""
         if study.digest not in self.engines:
-            self.engines = {study.digest: learning.engine_of(net, study)}
+            self.engines[study.digest] = learning.engine_of(net, study)
         return self.engines[study.digest]
 
     def net(self, study: Study, order: WorkOrder) -> nn.Module:
         """The study's network with the ordered weights."""
-        if study.digest not in self.nets:
-            self.nets, self.engines = {study.digest: networks.build(study)}, {}
+        if study.digest in self.nets:
+            self.nets[study.digest] = self.nets.pop(study.digest)  # the last one used stands last
+        else:
+            for old in [*self.nets][: len(self.nets) + 1 - self.studies]:
+                del self.nets[old]
+                self.engines.pop(old, None)
+            self.nets[study.digest] = networks.build(study)
         networks.load_vector(self.nets[study.digest], order.model)
         return self.nets[study.digest]
 
@@ -91,8 +97,10 @@ class Desk:
         seen = tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in files)
         key = (site.home, study.digest, split, seen)
         if key not in self.cohorts:
+            mine = [k[1] for k in reversed(self.cohorts) if k[0] == site.home and k[3] == seen]
+            keep = [*dict.fromkeys([study.digest, *mine])][: self.studies]
             self.cohorts = {
-                k: c for k, c in self.cohorts.items() if k[0] != site.home or (k[1], k[3]) == (study.digest, seen)
+                k: c for k, c in self.cohorts.items() if k[0] != site.home or (k[1] in keep and k[3] == seen)
             }
             labels = LabelTable.open(site.home, source.labels)
             cohort = Cohort.open(Index.open(site.state), labels, study, split, site.pins(study))
@@ -129,6 +137,7 @@ def carry_out(desk: Desk, site: Site, study: Study, order: Order) -> Report:
     """What this site reports to `order`, which was admitted; raises an IsocenterError that says why there is no report."""
     if threads := site.settings.resources.cpu_threads:
         torch.set_num_threads(threads)
+    desk.studies = site.settings.resources.studies_in_memory
     if isinstance(study.task, Counting) and isinstance(order, WorkOrder):
         return carry_out_count(desk.vault, site, study, study.task, order)
     if isinstance(order, TrainOrder):

@@ -2,7 +2,8 @@
 
 A patient is on one side of the split for ever. The order of patients is that of a hash of their numbers, so a site that reads
 its images anew splits them alike, and the assignment is written down once (`pins`): images that arrive later follow their
-patient, and new patients go where most are lacking, each stratum (any positive label, none) by itself. With differential privacy
+patient, and new patients go where most are lacking, each stratum (any positive label, none) by itself. A study that starts from
+another's weights and names it goes on with its assignment. With differential privacy
 the hash alone decides: whether somebody else takes part, or is ill, must not move a patient from one split to another.
 """
 
@@ -246,11 +247,11 @@ def _pinned(pins: Path, members: list[Member], study: Study) -> Pins:
     """The split of every patient of `members`; new ones are placed and written down before anybody uses them."""
     pins.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _locked(pins):
-        known = read_pins(pins)
+        known = pins_of(pins, study)
         found = placed(members, study, known)
         if study.privacy != "none":
             _pin_images(members, found)
-        if found != known:
+        if found != known or not pins.exists():
             keys.write_private(pins, json.dumps(found.document(), sort_keys=True, indent=0).encode())
     return found
 
@@ -292,6 +293,14 @@ def _place(tokens: list[str], placed: dict[str, Split], share: Mapping[Split, fl
         split = max(SPLITS, key=lambda name: lacking[name])
         placed[token] = split
         lacking[split] -= 1
+
+
+def pins_of(pins: Path, study: Study) -> Pins:
+    """The assignment to go on from: the study's own, or before there is one, that of the study whose weights it starts from."""
+    initial = study.network.initial
+    if pins.exists() or initial is None or not initial.study:
+        return read_pins(pins)
+    return read_pins(pins.with_name(f"{initial.study}.pins.json"))
 
 
 def read_pins(pins: Path) -> Pins:

@@ -142,7 +142,7 @@ def preview(index: Index, labels: LabelTable, study: Study, settings: SiteFile, 
     if len(unmapped) == len(names):
         raise LabelTableError(f"data.labels.targets in site.yaml has none of the study's targets ({', '.join(names)})")
     members, left_out = cohort.join(index, labels, study)
-    splits = cohort.placed(members, study, cohort.read_pins(pins)).splits
+    splits = cohort.placed(members, study, cohort.pins_of(pins, study)).splits
     role = _role(settings.site, study)
     at = {
         name: [member for member in members if name in ("external", splits[member.token])]

@@ -138,6 +138,12 @@ class Resources(Document):
         default=0, ge=0, le=100_000, description="most memory of the training process, in GiB; 0: no limit"
     )
     minutes_per_round: int = Field(default=240, ge=1, le=100_000, description="most minutes that one order may take")
+    studies_in_memory: int = Field(
+        default=1,
+        ge=1,
+        le=16,
+        description="studies whose images stay in memory; with fewer than runs side by side, each order reads them anew",
+    )
     gpu: bool = Field(default=False, description="whether training may use a GPU of this machine")
 
 

@@ -15,7 +15,19 @@ from flwr.serverapp import Grid, ServerApp
 
 from fl_server import strategies, sums, weights
 from fl_server.roster import Home
-from fl_server.run import ENDED, Counted, Float32, Round, Run, Test, give_up, list_runs, score_sheet
+from fl_server.run import (
+    ENDED,
+    Counted,
+    Float32,
+    Round,
+    Run,
+    Test,
+    give_up,
+    holding,
+    list_runs,
+    read_facts,
+    score_sheet,
+)
 from fl_server.sums import Nodes, Task, Total
 from models import questions
 from models.contributions import read_figures
@@ -91,14 +103,21 @@ def note_end(home: Home, facts: Mapping[str, Any]) -> None:
 
 def note_missing_ends(home: Home) -> None:
     """See to it that the journal tells of every run that has ended: a process may die between a run's end and its line."""
+    for run_id in _without_end(home):
+        with holding(home.runs / run_id) as free:  # whoever carries it out is about to write that line
+            if free and run_id in _without_end(home):
+                note_end(home, read_facts(home.runs / run_id))
+
+
+def _without_end(home: Home) -> list[str]:
+    """Runs that have ended since they were launched or resumed last, and of whose end the journal says nothing."""
     last = {
         str(entry["facts"]["run"]): entry["kind"]
         for entry in journal.entries(home.journal.path)
         if entry["kind"] in ("launched", "run-resumed", "run-ended")
     }
-    for facts in list_runs(home.runs):
-        if facts["state"] in ENDED and last.get(str(facts["run_id"])) != "run-ended":
-            note_end(home, facts)
+    ended = [str(facts["run_id"]) for facts in list_runs(home.runs) if facts["state"] in ENDED]
+    return [run_id for run_id in ended if last.get(run_id) != "run-ended"]
 
 
 class Desk:

@@ -3,6 +3,7 @@
     RUNS/<run id>/
       checkpoint-00004.safetensors    after round 4: model, best model so far, state of the strategy, history
       checkpoint-00003.safetensors    the one before; earlier ones are removed after a later one is on the disk
+      checkpoint-00004.safetensors.discarded    given up by `fl-server resume --from-round`, and read by nobody
 
 Each carries SHA-256 over everything in it, because a disk that gives back other bytes than it was given does not say so. One that
 does not match is never used: the run goes on from the one before, and says so (`Found.lost`). If there is none, the run ends by
@@ -77,12 +78,26 @@ def read(folder: Path, digest: str, committed: int) -> Found:
     return Found()
 
 
-def set_aside(folder: Path, numbers: list[int]) -> None:
-    """Give damaged checkpoints another name, so that what is written next does not take their place."""
+def kept(folder: Path) -> list[int]:
+    """Rounds whose checkpoints are there, sound or not, in order."""
+    return sorted(_files(folder))
+
+
+def is_sound(folder: Path, number: int) -> bool:
+    """Whether the checkpoint after round `number` is there, and as it was written."""
+    try:
+        _read(folder / _name(number))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return False
+    return True
+
+
+def set_aside(folder: Path, numbers: list[int], why: str = "damaged") -> None:
+    """Give checkpoints another name, NAME.damaged or another reason, so that what is written next does not take their place."""
     for number in numbers:
         path = folder / _name(number)
         if path.exists():
-            path.replace(path.with_name(f"{path.name}.damaged"))
+            path.replace(path.with_name(f"{path.name}.{why}"))
     disk.flush_folder(folder)
 
 

@@ -27,7 +27,7 @@ from starlette.routing import Route
 
 from fl_server import door, metrics, plots
 from fl_server.overview import Overview, Snapshot, charged, promises, study_of
-from fl_server.progress import STAGES, Progress, duration, printable, remedy_of
+from fl_server.progress import STAGES, Progress, ahead, duration, printable, remedy_of
 from fl_server.roster import Home
 from privacy.errors import DocumentError, IsocenterError, RunUnknown
 
@@ -263,7 +263,7 @@ def run_page(home: Home, run: Progress, now: Snapshot) -> dict[str, Any]:
         "run_id": run_id,
         "study": study,
         "sites": sites,
-        "before_it": now.queue.index(run_id) if run_id in now.queue else 0,
+        "before_it": ahead(now.queue, run_id, home.settings.runs_at_once) if run_id in now.queue else 0,
         "reasons": sorted({reason for part in run.sites.values() for reason in part.refusals}),
         "charts": [plots.chart("Loss", losses, last), plots.chart("AUROC", scores, last, most=1.0)]
         if run.rounds

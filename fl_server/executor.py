@@ -1,16 +1,22 @@
 """The process that carries out runs: it takes Flower's ServerApp task itself and runs `fl_server.app` of this installation.
 
 `python -m fl_server.executor HOME PORT`, started by `fl_server.link`, with the SuperExec secret on standard input. A run left
-in state running by a process that died is simply carried on: a new Flower run, the next round that is not committed. Runs wait
-for each other: a node answers one order at a time, so two at once would only make each other's rounds longer.
+in state running by a process that died is simply carried on: a new Flower run, the next round that is not committed.
+
+Each of these processes carries out one run at a time, because Flower's Message() knows one task of its process. server.yaml says
+how many there are (`runs_at_once`); a lock on the run's folder tells who has it. A node answers one order at a time, whichever
+run it is of, so runs side by side take turns at each site.
 """
 
+import contextlib
+import fcntl
 import logging
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -67,13 +73,13 @@ def execute(root: Path, port: int, secret: bytes) -> None:
 def attempt(root: Path, run_id: str, port: int, secret: bytes) -> bool:
     """`carry_out`; whether it came to its end. Whatever went wrong is in the log, and the other runs have their turn.
 
-    Not a run that was stopped while it waited, nor one that another process holds.
+    Not a run that was stopped while it waited; one that another process holds has its turn there.
     """
     folder = root / "runs" / run_id
     try:
         with holding(folder) as held:
             if not held or read_facts(folder)["state"] not in WAITING:
-                return held
+                return True
             if stop_asked(folder):
                 note_end(Home.open(root), mark_stopped(folder))
             else:
@@ -89,8 +95,9 @@ def attempt(root: Path, run_id: str, port: int, secret: bytes) -> bool:
 
 def carry_out(root: Path, run_id: str, port: int, secret: bytes) -> None:
     """One run from where it stands to its end, as one Flower run."""
-    flower_run = _start_flower_run(root / "runs" / run_id, port)
-    token = _acquire(flower_run, port, secret)
+    with starting(root):
+        flower_run = _start_flower_run(root / "runs" / run_id, port)
+        token = _acquire(flower_run, port, secret)
     grid = Mailbox(f"{LOOPBACK}:{port}", token, partial(heed_stop, root / "runs" / run_id, within_stage=True))
     client = grid._runtime_client  # the grid's own connection: Flower has no public door to its task calls
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
@@ -110,6 +117,14 @@ def carry_out(root: Path, run_id: str, port: int, secret: bytes) -> None:
         heartbeat.stop()
         client.PushTaskOutput(PushTaskOutputRequest(sub_status=outcome, details=""))
         grid.close()
+
+
+@contextlib.contextmanager
+def starting(root: Path) -> Iterator[None]:
+    """One process at a time starts a run in Flower and takes its task, so that a task which nobody took is a dead one's."""
+    with (root / "starting.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _start_flower_run(folder: Path, port: int) -> int:

@@ -3,7 +3,8 @@
     loopback only     Flower's SuperLink with its full API (Control, Runtime, Fleet) and a durable database
     gateway, public   TLS 1.3 with a site's certificate; passes what a node needs of the Fleet API (`fl_server.gateway`)
     service, public   the gRPC consortium service (`fl_server.consortium`)
-    executor          a child process that carries out queued runs, one after the other (`fl_server.executor`)
+    executors         child processes, `runs_at_once` of them, each carrying out one queued run after the other
+                      (`fl_server.executor`)
 
 Flower 1.41's Control API has no authentication: whoever reaches it can submit code or stop runs. So it never leaves loopback,
 and the gateway lists the paths it passes instead of those it blocks.
@@ -91,7 +92,7 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
         notifier.start()
     background = [
         outside,
-        asyncio.create_task(_keep_executor(home, port, secret)),
+        *(asyncio.create_task(_keep_executor(home, port, secret)) for _ in range(settings.runs_at_once)),
         asyncio.create_task(_keep_revoked_out(home, port)),
         asyncio.create_task(_keep_writing(refusals)),
     ]

@@ -258,10 +258,20 @@ class Progress:
 
     def _on_checkpoint_damaged(self, event: Mapping[str, Any]) -> None:
         again = int(event["goes_on_after"])
-        self.rounds = [each for each in self.rounds if each.round <= again]
+        self._forget_from(again + 1)
+        self._note(event, f"the checkpoint of round {int(event['round'])} was damaged; going on after round {again}")
+
+    def _on_restarted(self, event: Mapping[str, Any]) -> None:
+        first, after = int(event["first"]), int(event["after"])
+        self._forget_from(first)
+        self._note(
+            event, f"restarted from round {first} after round {after}; what these rounds had learned was given up"
+        )
+
+    def _forget_from(self, first: int) -> None:
+        self.rounds = [each for each in self.rounds if each.round < first]
         for name, part in self.sites.items():
             part.rounds = sum(name in each.contributors for each in self.rounds)
-        self._note(event, f"the checkpoint of round {int(event['round'])} was damaged; going on after round {again}")
 
     def _on_finished(self, event: Mapping[str, Any]) -> None:
         self.test_auroc = _number(event["auroc"])
@@ -377,6 +387,11 @@ def find(runs: Path, text: str) -> Path:
 def queue(facts: list[dict[str, Any]]) -> list[str]:
     """Ids of the runs that wait for their turn or have it, in the order in which they are carried out."""
     return [str(each["run_id"]) for each in facts if each.get("state") in ("queued", "running")]
+
+
+def ahead(waiting: list[str], run_id: str, at_once: int) -> int:
+    """How many runs of the queue `waiting` have to end before this one begins, where `at_once` are carried out side by side."""
+    return max(0, waiting.index(run_id) + 1 - at_once)
 
 
 def ended(facts: Mapping[str, Any]) -> bool:

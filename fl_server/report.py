@@ -236,6 +236,10 @@ def _gaps(results: Results) -> list[str]:
         f"{site} did not {what} in {_ranges(numbers)}: {reason}" for (site, what, reason), numbers in rounds.items()
     ]
     found += [
+        f"the run was restarted from round {each.first} after round {each.after}: what these rounds had learned was given up"
+        for each in results.restarts
+    ]
+    found += [
         f"{site} came{'' if seconds is None else f' {seconds:.0f} s'} too late in round {entry.round}; its report was not used"
         for entry in results.rounds
         for site, seconds in entry.late.items()

@@ -586,6 +586,9 @@ class _Teller:
     def _flagged(self, event: dict[str, Any]) -> None:
         _line(f"round {event['round']}: the update of {event['site']} is {event['why']} (norm {event['norm']:g})")
 
+    def _restarted(self, event: dict[str, Any]) -> None:
+        _line(f"restarted from round {event['first']} after round {event['after']}")
+
     def _joined(self, event: dict[str, Any]) -> None:
         _line(
             f"round {event['round']}: {', '.join(event['sites'])} approved since the launch, and takes part from here on"

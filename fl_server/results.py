@@ -88,6 +88,14 @@ class Round(Document):
     late: dict[Name, Seconds | None] = Field(default={})
 
 
+class Restart(Document):
+    """A person had the rounds from `first` to `after` given up, and trained again under later attempts."""
+
+    first: Annotated[int, Field(ge=1, le=10_000)]
+    after: Annotated[int, Field(ge=1, le=10_000)]
+    at: datetime
+
+
 class Results(Document):
     """The results document of a run, version 3. `ingested`: images in the archives of the sites of `test`; `grades`: images of
     the test split by reference grade and called grade (`models.grades`), of a task without grades empty.
@@ -109,6 +117,7 @@ class Results(Document):
     groups: Annotated[list[GroupCounts], Field(max_length=10_000)]
     grades: Annotated[list[list[Count]], Field(max_length=33)]
     ingested: Count
+    restarts: list[Restart] = Field(default=[], max_length=10_000)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class ServerFile(Document):
         le=3650,
         description="how long a certificate of a site or researcher is valid; it is renewed in its last third",
     )
-
+    runs_at_once: int = Field(default=1, ge=1, le=16, description="runs that are carried out side by side")
     syslog: TargetText | None = Field(
         default=None,
         description="where journal lines are sent as well: udp://host:514, tcp://host:601 or unix:///dev/log",

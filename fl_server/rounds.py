@@ -74,11 +74,15 @@ def choose(
 
 @dataclass(frozen=True)
 class Call:
-    """One order to one site's node. `limit_s`: how long its report is waited for, where that is less than the round's timeout."""
+    """One order to one site's node. `limit_s`: how long its report is waited for, where that is less than the round's timeout.
+
+    `busy`: the node may be at work for another run and answer this order after that, so it is waited for to its limit.
+    """
 
     order: Order
     node: int
     limit_s: float = math.inf
+    busy: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Overdue:
 class Gathering:
     """Orders on their way, one to each site. Iterate `reports()` once; then `missing` says who did not report, and why.
 
-    With `enough`, the sites that are still missing LINGER_S after it became true are not waited for; nor are those that
+    With `enough`, sites without other work that are missing LINGER_S after it became true are not waited for; nor are those that
     `gone` names meanwhile, with its code as the reason; nor, where no images are needed, those that are offline for GRACE_S.
     `took`: seconds from the orders to each report. `overdue`: what earlier exchanges gave up, and this one will.
     """
@@ -166,7 +170,8 @@ class Gathering:
                     yield site, report
             now = time.monotonic()
             if self.enough is not None and self.enough():
-                ends, self.enough = {site: min(end, now + LINGER_S) for site, end in ends.items()}, None
+                quick = {site: min(end, now + LINGER_S) for site, end in ends.items() if not self.calls[site].busy}
+                ends, self.enough = ends | quick, None
             if waiting and now > look:
                 look = now + GONE_LOOK_S
                 waiting = self._without(waiting, {**self._left(waiting.values(), now), **self.gone()})

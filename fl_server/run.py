@@ -160,6 +160,9 @@ class Run:
         if study.digest != facts["digest"]:
             raise DocumentError(f"{folder}: study.json is not the study that was launched")
         run = cls(folder, study, facts)
+        if first := int(facts.get("restart_at", 0)):
+            given_up = [number for number in checkpoint.kept(folder) if number >= first]
+            checkpoint.set_aside(folder, given_up, "discarded")
         run._load_checkpoint()
         return run
 
@@ -178,6 +181,8 @@ class Run:
         self.facts.setdefault("started", now())
         self.facts["lost"] = [*self.facts.get("lost", []), *self.lost]
         self.facts |= {"state": "running", "round": len(self.history), "label": self._labelled("running")}
+        if self.facts.pop("restart_at", None):
+            self.event("restarted", **self.facts["restarts"][-1])  # before it is done: once more is better than never
         self.next_attempt()
         for number in self.lost:
             log.error("run %s: the checkpoint of round %d was damaged and is set aside", self.run_id, number)
@@ -281,6 +286,7 @@ class Run:
             "groups": test.groups,
             "grades": test.grades,
             "ingested": test.ingested,
+            "restarts": self.restarts,
         }
         model = self.best if self.best is not None else self.model
         if model is None:
@@ -329,6 +335,35 @@ class Run:
         """End a run that was asked to stop: state stopped, until it is launched again."""
         self.facts = mark_stopped(self.folder)
 
+    def restart_at(self, first: int) -> int:
+        """Give up what was committed from round `first` on, durably and in one step; the number of rounds that are given up.
+
+        Attempts go on counting, so nothing that was sent before is sent again, and what patients were charged stays charged.
+        Raises RunError if the model that round `first` starts from is on the disk no more.
+        """
+        done, there = len(self.history), checkpoint.kept(self.folder)
+        if not 1 <= first <= done + 1:
+            raise RunError(
+                f"run {self.run_id} has {done} committed rounds, so it cannot restart from round {first}",
+                remedy=f"Name a round from 1 to {done + 1}.",
+            )
+        if first > 1 and not checkpoint.is_sound(self.folder, first - 1):
+            able = [n for n in range(1, done + 2) if n == 1 or n - 1 in there]
+            raise RunError(
+                f"the model that round {first} of run {self.run_id} started from is no longer on the disk",
+                remedy=f"The last {checkpoint.KEPT} rounds are kept: restart from round {', '.join(map(str, able))}.",
+            )
+        if first <= done:
+            told = {"first": first, "after": done, "at": now()}
+            self.facts |= {"restart_at": first, "round": first - 1, "restarts": [*self.restarts, told]}
+            self._save_facts()  # from here on it holds; `open` carries it out
+        return done + 1 - first
+
+    @property
+    def restarts(self) -> list[dict[str, Any]]:
+        """When a person had rounds given up, and which: from `first` to `after`."""
+        return list(self.facts.get("restarts", []))
+
     def requeue(self) -> None:
         """A failed or stopped run, launched again: it goes on at the first round that is not committed. Its events start anew."""
         events = self.folder / "events.jsonl"
@@ -345,10 +380,11 @@ class Run:
         keys.write_private(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())
 
     def _labelled(self, label: str) -> str:
-        """`label`, and which rounds were trained a second time because their checkpoints were damaged."""
+        """`label`, and which rounds were trained a second time: their checkpoints were damaged, or a person wished it."""
         lost = sorted(set(self.facts.get("lost", [])))
         told = f"; the checkpoint of round {', '.join(map(str, lost))} was damaged, and the round trained again"
-        return label + told if lost else label
+        again = (f"; restarted from round {each['first']} after round {each['after']}" for each in self.restarts)
+        return label + (told if lost else "") + "".join(again)
 
     def _load_checkpoint(self) -> None:
         committed = 0 if self.study.task.kind == "counting" else int(self.facts["round"])

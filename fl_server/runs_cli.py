@@ -1,4 +1,4 @@
-"""`fl-server runs`, `show`, `watch`, `stop` and `resume`: the coordinator's commands about training runs."""
+"""`fl-server runs`, `show`, `watch`, `stop`, `resume` and `extend`: the coordinator's commands about training runs."""
 
 import json
 import time
@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fl_server.progress import STAGES, Onlooker, Progress, duration, find, printable, queue, remedy_of
+from fl_server.progress import STAGES, Onlooker, Progress, ahead, duration, find, printable, queue, remedy_of
 from fl_server.roster import Home
 from fl_server.run import Run, ask_to_stop, holding, list_runs, mark_stopped, read_facts, stop_asked
 from models.study import Study
-from privacy.errors import MessageMalformed, RunError, TooFewApprovals
+from privacy.errors import DocumentError, MessageMalformed, RunError, TooFewApprovals
 
 EXIT_CODES = {"complete": 0, "failed": 1, "partial": 3, "stopped": 4}
 """Of `watch`. 2 is the exit code of a command line that is not understood."""
@@ -34,12 +34,12 @@ RunArgument = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (runs, show, watch, stop, resume):
+    for command in (runs, show, watch, stop, resume, extend):
         app.command()(command)
 
 
 def runs(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
-    """List the training runs and their state. Runs are carried out one after the other, oldest first."""
+    """List the training runs and their state. The oldest have their turn first, as many at once as server.yaml says."""
     from fl_server.consortium import run_records
 
     opened = Home.open(home)
@@ -50,14 +50,14 @@ def runs(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
         rows = [vars(run) | {key: facts.get(run.run_id, {}).get(key) for key in more} for run in found]
         for row in rows:
             row["stopping"] = stop_asked(opened.runs / row["run_id"]) or None
-            row["before_it"] = waiting.index(row["run_id"]) if row["run_id"] in waiting else None
+            row["before_it"] = _ahead(opened, row["run_id"], waiting)
         typer.echo(json.dumps({"runs": rows}, indent=2))
         return
     table = _table("run", "study", "state", "round", "label", "digest")
     for run in found:
         each = facts.get(run.run_id, {})
         rounds = f"{each.get('round', '?')} of {each.get('rounds', '?')}"
-        label = _label(opened.runs / run.run_id, run.label, waiting)
+        label = _label(opened.runs / run.run_id, run.label, _ahead(opened, run.run_id, waiting))
         table.add_row(run.run_id, printable(run.study), printable(run.state, 20), rounds, label, run.digest[:12])
     if table.row_count:
         _screen().print(table)
@@ -69,11 +69,11 @@ def show(run: RunArgument, home: HomeOption = Path(), as_json: JsonOption = Fals
     """Show one run: its rounds, who is at which stage, who is missing and what helps, losses, and how long it will take."""
     opened = Home.open(home)
     folder = find(opened.runs, run)
-    progress, ahead = Onlooker(folder).look(), _ahead(opened, folder.name)
+    progress, before_it = Onlooker(folder).look(), _ahead(opened, folder.name)
     if as_json:
-        typer.echo(json.dumps(progress.to_json() | {"before_it": ahead}, indent=2))
+        typer.echo(json.dumps(progress.to_json() | {"before_it": before_it}, indent=2))
         return
-    for name, text in _head(progress, ahead):
+    for name, text in _head(progress, before_it):
         _screen().print(f"{name:<10} {text}", soft_wrap=True)
     _screen().print()
     _screen().print(_sites_table(progress))
@@ -96,8 +96,8 @@ def watch(
 
     opened = Home.open(home)
     folder = find(opened.runs, run)
-    if not as_json and (ahead := _ahead(opened, folder.name)):
-        _screen().print(f"queued; {_runs(ahead)} before it")
+    if not as_json and (before_it := _ahead(opened, folder.name)):
+        _screen().print(f"queued; {_runs(before_it)} before it")
     lines = (text for _, text in consortium.follow(folder, lambda: True))
     try:
         if as_json:
@@ -144,7 +144,20 @@ def stop(
         typer.echo(f"Wait for it: fl-server watch {folder.name}")
 
 
-def resume(run: RunArgument, home: HomeOption = Path(), as_json: JsonOption = False) -> None:
+def resume(
+    run: RunArgument,
+    home: HomeOption = Path(),
+    from_round: Annotated[
+        int | None,
+        typer.Option(
+            "--from-round",
+            metavar="K",
+            help="Train round K and all after it again: 1, or a round after one of the last two committed. What they had "
+            "learned is given up; what they cost patients stays spent.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Queue a stopped or failed run again; it goes on at the first round that is not committed."""
     opened = Home.open(home)
     folder = find(opened.runs, run)
@@ -158,14 +171,43 @@ def resume(run: RunArgument, home: HomeOption = Path(), as_json: JsonOption = Fa
         stopped = Run.open(folder)
         approved = opened.roster.approvals(stopped.study.digest)
         _require_quorum(stopped.study, approved)
+        given_up = 0
+        if from_round is not None:
+            given_up = stopped.restart_at(from_round)
+            opened.journal.append("run-restarted", run=folder.name, round=from_round, given_up=given_up)
         stopped.facts["sites"] = approved
         stopped.requeue()
         opened.journal.append("run-resumed", run=folder.name, sites=approved)
-    ahead = _ahead(opened, folder.name)
+    before_it = _ahead(opened, folder.name)
     if as_json:
-        typer.echo(json.dumps({"run_id": folder.name, "state": "queued", "before_it": ahead}))
+        typer.echo(json.dumps({"run_id": folder.name, "state": "queued", "before_it": before_it, "given_up": given_up}))
     else:
-        typer.echo(f"{folder.name}: queued{f'; {_runs(ahead)} before it' if ahead else ''}")
+        if given_up:
+            typer.echo(f"Given up: rounds {from_round} to {given_up + (from_round or 0) - 1}.")
+        typer.echo(f"{folder.name}: queued{f'; {_runs(before_it)} before it' if before_it else ''}")
+
+
+def extend(
+    run: RunArgument,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, max=10_000, help="Rounds to train on for.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write the study; it must not exist.")],
+    home: HomeOption = Path(),
+) -> None:
+    """Write a study that trains on for more rounds where a finished run ended; sites approve it anew, as any study.
+
+    It starts from the run's released model, which is kept as weights here, and every patient stays on the same side of the split.
+    """
+    from fl_server.extension import extended  # torch takes two seconds to load
+
+    opened = Home.open(home)
+    folder = find(opened.runs, run)
+    if out.exists():
+        raise DocumentError(f"{out} exists already", remedy="Choose another name; nothing was overwritten.")
+    text, kept = extended(opened, folder, rounds)
+    opened.journal.append("weights-added", sha256=kept.sha256, bytes=kept.bytes)
+    out.write_text(text, encoding="utf-8")
+    typer.echo(f"Wrote {out}. The researcher reads it, then runs: fl-study submit {out}")
+    typer.echo("The sites approve it as a study of its own, with an ε of its own if it is private.")
 
 
 def _require_quorum(study: Study, approved: list[str]) -> None:
@@ -199,30 +241,29 @@ def _ended_as(folder: Path) -> str:
     return "running"
 
 
-def _ahead(home: Home, run_id: str) -> int | None:
-    """How many runs have their turn before this one; None if it does not wait."""
-    waiting = queue(list_runs(home.runs))
-    return waiting.index(run_id) if run_id in waiting else None
+def _ahead(home: Home, run_id: str, waiting: list[str] | None = None) -> int | None:
+    """How many runs have to end before this one begins; None if it neither waits nor has its turn."""
+    waiting = queue(list_runs(home.runs)) if waiting is None else waiting
+    return ahead(waiting, run_id, home.settings.runs_at_once) if run_id in waiting else None
 
 
 def _runs(count: int | None) -> str:
     return f"{count} run{'' if count == 1 else 's'}"
 
 
-def _label(folder: Path, label: str, waiting: list[str]) -> str:
+def _label(folder: Path, label: str, before_it: int | None) -> str:
     if asked := stop_asked(folder):
         return "stopping" if asked == "now" else "stopping after the present stage"
-    if label == "queued" and folder.name in waiting:
-        ahead = waiting.index(folder.name)
-        return f"queued, {_runs(ahead)} before it" if ahead else "queued, next"
+    if label == "queued" and before_it is not None:
+        return f"queued, {_runs(before_it)} before it" if before_it else "queued, next"
     return printable(label)
 
 
-def _head(progress: Progress, ahead: int | None) -> Iterator[tuple[str, str]]:
+def _head(progress: Progress, before_it: int | None) -> Iterator[tuple[str, str]]:
     facts = progress.facts
     yield "Run", printable(facts.get("run_id", ""))
     yield "Study", printable(f"{facts.get('study')} ({str(facts.get('digest'))[:12]}), by {facts.get('researcher')}")
-    more = f"; {_runs(ahead)} before it" if ahead and progress.state == "queued" else ""
+    more = f"; {_runs(before_it)} before it" if before_it and progress.state == "queued" else ""
     yield "State", f"{progress.label}{more}"
     if progress.state == "running":
         yield "Now", progress.sentence()

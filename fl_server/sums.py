@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from fl_server.pace import Pace
 from fl_server.roster import Home
 from fl_server.rounds import Call, Due, Gathering, Overdue, Tell, choose
-from fl_server.run import Run
+from fl_server.run import Run, list_runs
 from fl_server.sightings import Sightings
 from models import contributions
 from models.contributions import Contribution, Float32, Kind
@@ -148,7 +148,7 @@ class Summing:
 
     def __init__(self, grid: Grid, run: Run, home: Home) -> None:
         self.grid, self.run, self.study, self.journal = grid, run, run.study, home.journal
-        self.parties = home.roster
+        self.parties, self.runs = home.roster, home.runs
         self.signing, self.aggregator = home.coordinator_key, home.aggregator_key
         self.number = 0  # of the last sum; counted anew in each attempt
         self.offline: dict[str, str] = {}
@@ -208,10 +208,21 @@ class Summing:
             due, seconds = self.latecomers.pop()
             self.pace.note({due.site: due.order}, {due.site: seconds}, {})
         self.tell("asked", stage=stage, round=next(iter(calls.values())).order.round, sites=list(calls))
-        timed = {site: replace(call, limit_s=self.pace.limit_s(site, call.order)) for site, call in calls.items()}
+        busy = self._busy_elsewhere()
+        timed = {
+            site: replace(call, busy=True)
+            if site in busy
+            else replace(call, limit_s=self.pace.limit_s(site, call.order))
+            for site, call in calls.items()
+        }
         self.exchange = Gathering(self.grid, timed, self.timeout_s, self.tell, enough, self._gone)
         self.exchange.overdue = self.overdue
         return self.exchange
+
+    def _busy_elsewhere(self) -> set[str]:
+        """Sites that have a part in another run that is under way: what was measured says nothing about how long they need."""
+        others = [facts for facts in list_runs(self.runs) if facts["state"] == "running"]
+        return {str(site) for facts in others if facts["run_id"] != self.run.run_id for site in facts.get("sites", [])}
 
     def _came_late(self, due: Due, now: float) -> None:
         """Thank and name a site whose report came after nobody waited for it any more."""

@@ -160,6 +160,13 @@ class Initial(Document):
         pattern=r"^[0-9a-f]{64}$",
         description="SHA-256 of the file, which the coordinator holds (`fl-server weights add FILE`)",
     )
+    study: str = Field(
+        default="",
+        exclude_if=lambda value: not value,
+        pattern=r"^([0-9a-f]{64})?$",
+        description="digest of the study that trained these weights at these sites (`fl-server extend`): each patient stays on "
+        "the same side of the split, so that nobody who was trained on is tested on",
+    )
 
 
 class Network(Document):
@@ -180,6 +187,7 @@ class Network(Document):
     def words(self) -> str:
         """Network, start, and what of it is trained, for people."""
         start = f", from weights {self.initial.sha256[:12]}" if self.initial is not None else ""
+        start += f" of study {self.initial.study[:12]}" if self.initial is not None and self.initial.study else ""
         return f"{self.name}{start}{'' if self.trained == 'all' else f', {self.trained} alone trained'}"
 
 

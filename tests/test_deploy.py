@@ -76,6 +76,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     made = Shared(tmp_path_factory.mktemp("deploy") / "stage")
     try:
         made.found()
+        settings = made.coordinator / "server.yaml"
+        settings.write_text(settings.read_text().replace("# runs_at_once: 2", "runs_at_once: 2"))
         made.serve()
         made.join_researcher()
         at_once(lambda name: made.open_hospital(name, SITES[name], 16, minimum_patients=2))
@@ -245,6 +247,20 @@ def test_a_site_pauses_in_the_middle_of_a_run_and_comes_back(stage: Shared) -> N
     assert results["label"] == f"partial (3 of 4, north missed {len(without)} of 8 rounds: {why})"
     shown = stage.command("fl-server", "show", folder.name, "--home", str(stage.coordinator))
     assert f"{8 - len(without)} of 8" in shown and "site-paused" in shown
+
+
+def test_two_runs_are_carried_out_side_by_side(stage: Shared) -> None:
+    """Two executors, and nodes that answer one order at a time: each run commits rounds while the other does, with everybody."""
+    folders = [launch(stage, submit(stage, title, rounds=4, timeout_s=120)) for title in ("one", "another")]
+    for folder in folders:
+        wait_for(lambda folder=folder: ended(folder), "the end of both runs")  # type: ignore[misc]
+    spans = []
+    for folder in folders:
+        told = events_of(folder)
+        assert told[-1]["event"] == "finished" and told[-1]["label"] == "complete", told[-1]
+        moments = [event["at"] for event in told if event["event"] == "round_done"]
+        spans.append((moments[0], moments[-1]))
+    assert max(first for first, _ in spans) < min(last for _, last in spans), "one run waited for the other's end"
 
 
 def test_a_worker_killed_while_it_trains_costs_an_attempt_and_the_run_goes_on_with_it(stage: Shared) -> None:
