@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fl_client import archive_cli, data_cli, enrol, export_cli
+from fl_client import archive_cli, data_cli, enrol, export_cli, standing
 from fl_client.policy import Pause
 from fl_client.site import Site
 from models.questions import Counting
@@ -90,6 +90,7 @@ def check(
             _tell(f"“{asked.title}” asks for numbers and trains nothing; {numbers}")
             asked = None
     looked = Inspection(home, asked)
+    standing.note(home, [finding.subject for finding in looked.findings if not finding.good])
     if page is not None:
         from fl_client.readiness_page import check_place, write_page
 

@@ -37,6 +37,8 @@ from privacy.calls import (
     Signed,
     Statement,
     details_of,
+    numbers_of,
+    versions_in,
 )
 from privacy.errors import (
     CertificateRevoked,
@@ -52,6 +54,7 @@ from privacy.errors import (
     TooFewApprovals,
     TrustError,
 )
+from privacy.greeting import Readiness, own
 from privacy.heads import SignedHead
 
 SKEW_SECONDS = 120
@@ -71,6 +74,7 @@ RECORD_BYTES_MAX = 4 * 1024 * 1024
 RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 
 CALLERS: dict[str, tuple[PartyRole, ...]] = {
+    "Greet": ("site", "researcher"),
     "Renew": ("site", "researcher"),
     "Witness": ("site",),
     "Offers": ("site",),
@@ -259,16 +263,27 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
                 node_id = self._hooks.enrolled(party.name, party.role, keys.public_pem(party.public_key))
                 if node_id is not None:
                     self._home.roster.set_node(party.name, node_id)
+        self._home.roster.tell(party.name, versions_in(request))
         return pb.EnrolReply(
             certificate=keys.certificate_pem(party.certificate),
             coordinator_key=keys.public_pem(self._home.coordinator_key),
             gateway_port=self._home.settings.gateway_port,
+            versions=numbers_of(own()),
         )
 
     def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewReply:  # noqa: N802  name in consortium.proto
+        party = self._caller(context)
+        self._home.roster.tell(party.name, versions_in(request))
         with self._enrolling:
-            certificate = authority.renew(self._home, self._caller(context), request.csr)
-        return pb.RenewReply(certificate=keys.certificate_pem(certificate))
+            certificate = authority.renew(self._home, party, request.csr)
+        return pb.RenewReply(certificate=keys.certificate_pem(certificate), versions=numbers_of(own()))
+
+    def Greet(self, request: pb.GreetRequest, context: Any) -> pb.GreetReply:  # noqa: N802  name in consortium.proto
+        party, told = self._caller(context), request.readiness
+        looked = party.role == "site" and request.HasField("readiness")
+        readiness = Readiness.read(told.ready, told.reasons) if looked else None
+        self._home.roster.tell(party.name, versions_in(request), readiness)
+        return pb.GreetReply(versions=numbers_of(own()))
 
     def Witness(self, request: pb.WitnessRequest, context: Any) -> pb.WitnessReply:  # noqa: N802  name in consortium.proto
         site, head = self._caller(context), SignedHead.read(request.head)

@@ -69,7 +69,8 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
     outer = listen(settings.listen, settings.gateway_port)
     superlink = Doorbell(superlink_app(home.root / "superlink" / "superlink.sqlite", port, secret))
     server = _Server(uvicorn.Config(superlink, log_config=None, access_log=False))
-    gateway = Gateway(superlink, keys.load_certificate(home.ca_pem), roster_of(home), home.journal.append, limits)
+    ca, told = keys.load_certificate(home.ca_pem), home.roster.tell
+    gateway = Gateway(superlink, ca, roster_of(home), home.journal.append, limits, told)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
