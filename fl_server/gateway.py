@@ -242,10 +242,10 @@ class Gateway:
             log_config=None,
             access_log=False,
             proxy_headers=False,
-            headers=[(HEADER, str(own()))],
         )
         self.config.load()
         self.state = ServerState()
+        self.state.default_headers = [(HEADER.encode(), str(own()).encode())]
         self._ca, self._roster, self._told = ca, roster, told
         self._heard: dict[str, tuple[Versions, float]] = {}
         self._standing = Standing({}, ())
