@@ -17,7 +17,7 @@ from fl_client.policy import Pause
 from fl_client.site import Site
 from models.questions import Counting
 from models.study import Study
-from privacy import heads, journal_cli, keys
+from privacy import crash_cli, heads, journal_cli, keys, logs
 from privacy.calls import Enrolment
 from privacy.console import run as run_command
 from privacy.console import show_version
@@ -530,6 +530,7 @@ def _book(home: Path) -> Book:
 
 
 app.add_typer(journal_cli.commands(_book), name="journal")
+app.add_typer(crash_cli.app, name="crash")
 
 
 def _tell(sentence: str) -> None:
@@ -551,12 +552,13 @@ def start(
     """Run the node until Ctrl-C: it connects outwards only, and carries out orders of approved studies."""
     from fl_client import node
 
-    Site.settings_of(home)  # before a log is opened in a folder that is no site's
+    settings = Site.settings_of(home)  # before a log is opened in a folder that is no site's
     logging.getLogger("httpx").setLevel(logging.WARNING)
     for number in (signal.SIGINT, signal.SIGTERM):  # a service manager's stop is a person's Ctrl-C
         signal.signal(number, signal.default_int_handler)
     try:
-        with guarded(home, level=logging.INFO if verbose else logging.ERROR):
+        file = logs.handler(home, "node", settings.log)
+        with guarded(home, level=logging.INFO if verbose else logging.ERROR, file=file):
             node.serve(home, _say, metrics_port)
     except KeyboardInterrupt:
         _say("The node has stopped.")

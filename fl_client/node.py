@@ -298,6 +298,7 @@ def _serve(site: Site, tell: Tell, vitals: Vitals) -> None:
             try:
                 with connect(site) as connection:
                     tell(f"{site.name} is connected and waits for orders.")
+                    log.info("connected")
                     if (found := skew(own(), connection.client.versions, "this site", "the coordinator")) is not None:
                         tell(f"{found.sentence} {found.remedy}")
                     pause, vitals.connected = RETRY_FIRST_S, True
@@ -306,6 +307,7 @@ def _serve(site: Site, tell: Tell, vitals: Vitals) -> None:
             except (Unreachable, DiskUnusable) as error:
                 # Without a line in the journal nothing leaves, so an order that came meanwhile stays without an answer.
                 vitals.connected = False
+                log.warning("not connected: %s; trying again in %s s", error.code, pause)
                 tell(f"{error}; trying again in {pause:g} s")
                 time.sleep(pause)
                 pause = min(pause * 2, RETRY_MOST_S)
@@ -369,7 +371,9 @@ def _answer_orders(
                 continue
             pause, began = PAUSE_FIRST_S, time.monotonic()
             unsent.append(reply(message))
-            tell(_sentence(unsent[-1], time.monotonic() - began))
+            took = time.monotonic() - began
+            log.info("an order was answered: %s, in %.1f s", _outcome(unsent[-1]), took)
+            tell(_sentence(unsent[-1], took))
     finally:
         done.set()
 

@@ -14,7 +14,7 @@ from fl_server.roster import Home, Party
 from fl_server.settings import ServerFile
 from fl_server.standings import Told
 from models.study import parse
-from privacy import console, heads, journal_cli, keys
+from privacy import console, crash_cli, heads, journal_cli, keys, logs
 from privacy.deidentify import guarded
 from privacy.errors import RunError
 from privacy.greeting import Versions, own
@@ -233,7 +233,7 @@ def start(home: HomeOption = Path()) -> None:
     opened = Home.open(home)
     from fl_server import link
 
-    with guarded(opened.root):
+    with guarded(opened.root, file=logs.handler(opened.root, "coordinator", opened.settings.log)):
         link.serve(opened)
 
 
@@ -288,7 +288,7 @@ def dashboard(  # noqa: PLR0913, PLR0917  each parameter is one option
         typer.echo("The password is set. A dashboard that is running takes it from the next login on.")
         return
     where = screen.Address(listen, port, tuple(host or ()), certificate, key, login)
-    with guarded(opened.root):
+    with guarded(opened.root, file=logs.handler(opened.root, "dashboard", opened.settings.log)):
         screen.serve(opened, where, typer.echo)
 
 
@@ -300,6 +300,7 @@ def _book(home: Path) -> Book:
 
 
 app.add_typer(journal_cli.commands(_book), name="journal")
+app.add_typer(crash_cli.app, name="crash")
 app.add_typer(weights_cli.app, name="weights")
 
 

@@ -100,6 +100,7 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
         f"Coordinator {settings.name} is ready: gateway {settings.host}:{settings.gateway_port}, "
         f"consortium service {settings.host}:{settings.service_port}. Stop it with Ctrl-C."
     )
+    log.info("the coordinator is ready")
     outside.add_done_callback(lambda _: stop.set())  # a coordinator without its gateway is better started again
     try:
         await stop.wait()

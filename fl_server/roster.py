@@ -7,6 +7,7 @@
     ├── roster.sqlite        this module's tables (0600)
     ├── journal.jsonl        what the coordinator did, hash-chained
     ├── runs/<run_id>/       durable state of each run
+    ├── logs/, crashes/      what the processes did, and reports of errors that nobody foresaw, without identifiers
     └── superlink/           Flower's database
 
 Rules: a token is stored only as its hash; an invitation makes one party and no second one; a name belongs to one key, and

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from fl_server.notify import Target
 from models.study import Document, Name
+from privacy.logs import LogFiles
 from privacy.syslog import TargetText
 
 _HOST = re.compile(r"(?=.*[a-z.])[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
@@ -34,6 +35,8 @@ class ServerFile(Document):
         default=None,
         description="where journal lines are sent as well: udp://host:514, tcp://host:601 or unix:///dev/log",
     )
+
+    log: LogFiles = Field(default=LogFiles(), description="log files of coordinator, executor and dashboard")
 
     notify: list[Target] = Field(default=[], max_length=16, description="who is told of news, and of which")
 
