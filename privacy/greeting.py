@@ -84,7 +84,7 @@ class Skew:
 
     @property
     def remedy(self) -> str:
-        return f"{self.who[0].upper()}{self.who[1:]} has to upgrade to Isocenter {self.to}."
+        return f"{_begun(self.who)} has to upgrade to Isocenter {self.to}."
 
 
 def skew(here: Versions, there: Versions | None, us: str, them: str) -> Skew | None:
@@ -96,12 +96,17 @@ def skew(here: Versions, there: Versions | None, us: str, them: str) -> Skew | N
     if there == here:
         return None
     told = f"Isocenter {there.release}" if there else "an Isocenter that tells no version yet"
-    sentence = f"{them[0].upper()}{them[1:]} runs {told}, {us} {here.release}"
+    sentence = f"{_begun(them)} runs {told}, {us} {here.release}"
     must = there is not None and there.wire != here.wire
     if there is not None and must:
         sentence += f"; their messages (wire {there.wire} and {here.wire}) are not understood by each other"
     later, who = (here, them) if there is None or there < here else (there, us)
     return Skew(who, later.release, must, f"{sentence}.")
+
+
+def _begun(who: str) -> str:
+    """As a sentence begins; the name of a party stays as it is."""
+    return f"{who[0].upper()}{who[1:]}" if " " in who else who
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def test_versions_and_readiness_are_told_in_numbers_and_words(show: Shown, cast:
         "not ready images, labels, disk 0.0.9 upgrade" in text
         and "west never connected never not told not told" in text
     )
-    assert f"South has to upgrade to Isocenter {here.release}." in text
+    assert f"south has to upgrade to Isocenter {here.release}." in text
     assert f"This coordinator has to upgrade to Isocenter {here.major}.{here.minor + 1}.0." in text
     assert "south is not ready: images, labels, disk." in text
 
