@@ -71,6 +71,9 @@ CHUNK_BYTES = 256 * 1024
 POLL_SECONDS = 0.2  # how often a watched file is looked at
 GRACE_SECONDS = 2.0  # a run notes its end in run.json before it writes its last event
 RECORD_BYTES_MAX = 4 * 1024 * 1024
+GATEWAY = "isocenter.v1.Gateway"  # what the health service calls the port for training
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 
 CALLERS: dict[str, tuple[PartyRole, ...]] = {
@@ -100,10 +103,18 @@ class Hooks:
     """(digest, researcher) -> run id. The approvals were counted already."""
 
 
-def serve(home: Home, hooks: Hooks, refused: Callable[[str], object] = lambda code: None) -> Any:
+def health_status() -> Any:
+    """For grpc.health.v1: "" for the whole, SERVICE, and GATEWAY, which serves once somebody says so."""
+    status = health.HealthServicer()
+    status.set(GATEWAY, NOT_SERVING)
+    return status
+
+
+def serve(home: Home, hooks: Hooks, refused: Callable[[str], object] = lambda code: None, status: Any = None) -> Any:
     """A started `grpc.Server` on the service port, with a health service. Raises DocumentError if the port is taken.
 
-    `refused` gets the public code of each call that ends with an error.
+    `refused` gets the public code of each call that ends with an error. `status`: what the health service answers from
+    (`health_status`), for whoever knows more than this service does.
     """
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="consortium"),
@@ -120,8 +131,8 @@ def serve(home: Home, hooks: Hooks, refused: Callable[[str], object] = lambda co
         ],
     )
     _generated.add_ConsortiumServicer_to_server(Consortium(home, hooks), server)
-    status = health.HealthServicer()
-    status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    status = status or health_status()
+    status.set(SERVICE, SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     keys.load_key(home.tls_key)  # refuses a key that others can read, before it is used
     pair = (home.tls_key.read_bytes(), home.tls_pem.read_bytes())
@@ -151,8 +162,10 @@ class Gate:
 
     def intercept_service(self, continuation: Callable[[Any], Any], call: Any) -> Any:
         handler = continuation(call)
+        if handler is not None and call.method == HEALTH_CHECK:
+            return _open(handler)
         if handler is None or not call.method.startswith(f"/{SERVICE}/"):
-            return handler
+            return None  # nothing else is served: a Watch of the health service would hold a place for as long as anybody likes
 
         def admitted(raw: bytes, context: Any) -> Any:
             self.admit(call.method, raw, context.invocation_metadata())
@@ -219,6 +232,15 @@ class Gate:
         if error.remedy != type(error).remedy:
             context.set_trailing_metadata(((REMEDY, error.remedy.encode()),))
         context.abort(_status(error), details_of(error))
+
+
+def _open(handler: Any) -> Any:
+    """The handler of an unsigned unary call, which has to send its request in time as well."""
+
+    def answer(requests: Iterator[bytes], context: Any) -> Any:
+        return handler.unary_unary(handler.request_deserializer(_only(requests, context)), context)
+
+    return grpc.stream_unary_rpc_method_handler(answer, response_serializer=handler.response_serializer)
 
 
 def _only(requests: Iterator[bytes], context: Any) -> bytes:
