@@ -12,13 +12,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fl_client import archive_cli, data_cli, enrol, export_cli
+from fl_client import archive_cli, data_cli, enrol, export_cli, standing
 from fl_client.consent import consents, find_consent
 from fl_client.policy import Pause
 from fl_client.site import Site
 from models.questions import Counting
 from models.study import Study
-from privacy import heads, journal_cli, keys
+from privacy import crash_cli, heads, journal_cli, keys, logs
 from privacy.calls import Enrolment
 from privacy.console import run as run_command
 from privacy.console import show_version
@@ -91,6 +91,7 @@ def check(
             _tell(f"“{asked.title}” asks for numbers and trains nothing; {numbers}")
             asked = None
     looked = Inspection(home, asked)
+    standing.note(home, [finding.subject for finding in looked.findings if not finding.good])
     if page is not None:
         from fl_client.readiness_page import check_place, write_page
 
@@ -553,6 +554,7 @@ def _book(home: Path) -> Book:
 
 
 app.add_typer(journal_cli.commands(_book), name="journal")
+app.add_typer(crash_cli.app, name="crash")
 
 
 def _tell(sentence: str) -> None:
@@ -574,12 +576,13 @@ def start(
     """Run the node until Ctrl-C: it connects outwards only, and carries out orders of approved studies."""
     from fl_client import node
 
-    Site.settings_of(home)  # before a log is opened in a folder that is no site's
+    settings = Site.settings_of(home)  # before a log is opened in a folder that is no site's
     logging.getLogger("httpx").setLevel(logging.WARNING)
     for number in (signal.SIGINT, signal.SIGTERM):  # a service manager's stop is a person's Ctrl-C
         signal.signal(number, signal.default_int_handler)
     try:
-        with guarded(home, level=logging.INFO if verbose else logging.ERROR):
+        file = logs.handler(home, "node", settings.log)
+        with guarded(home, level=logging.INFO if verbose else logging.ERROR, file=file):
             node.serve(home, _say, metrics_port)
     except KeyboardInterrupt:
         _say("The node has stopped.")

@@ -3,8 +3,8 @@
 A line is in the journal before what it tells of is sent, so this can name something that a broken connection kept here, and
 never leave out something that left. Words name the most that a line of its kind can hold: under differential privacy updates
 have noise, and losses and small counts are withheld. Bytes are those of content, what is summed or shared, and keys; not names,
-times, signatures, figures, and what the connection adds. Heartbeats and signed requests carry the site's name and the time, and
-have no lines.
+times, signatures, figures, and what the connection adds. Heartbeats and signed requests carry the site's name, the time and the
+version of Isocenter, and have no lines.
 """
 
 import re
@@ -74,6 +74,11 @@ WORDS: dict[str, Callable[[Facts], str]] = {
     "export": lambda facts: (
         f"{_count(facts['images'], 'image')} of {_count(facts['patients'], 'patient')}, handed over by a person here: "
         f"{'de-identified DICOM copies' if facts['what'] == 'dicom' else 'metadata for an imaging hub'}"
+    ),
+    "readiness": lambda facts: (
+        "word that this site is ready"
+        if facts["ready"]
+        else f"word that this site is not ready: {', '.join(facts['reasons'])}"
     ),
     "no-order": _fixed("error code, because what came was no order"),
     "train-report": _trained,

@@ -16,6 +16,7 @@ from privacy import calls, keys
 from privacy import consortium_pb2 as pb
 from privacy.calls import Decision, Enrolment, InvitationLine, Statement
 from privacy.errors import DocumentError, IsocenterError, MessageMalformed, RunUnknown, TrustError, Unreachable
+from privacy.greeting import Versions
 from privacy.journal import Journal
 
 DIGEST_LEAST = 6  # characters of a digest that a person has to type
@@ -46,6 +47,12 @@ def join(line: str, home: Path) -> Enrolment:
     elif settings.coordinator is None:
         keys.write_private(path, _completed(path, enrolment).encode())
     return enrolment
+
+
+def greet(home: Path) -> Versions | None:
+    """What the coordinator runs, None if it is too old to tell; it is told what runs here. Raises what a call raises."""
+    with _caller(home) as caller:
+        return caller.greet()
 
 
 def fetch_offers(home: Path) -> list[Offer]:

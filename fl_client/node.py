@@ -62,8 +62,10 @@ from privacy.errors import (
     NodeRunning,
     NotEnrolled,
     Unreachable,
+    VersionSkew,
     WrongAuthority,
 )
+from privacy.greeting import HEADER, Versions, own, skew
 from privacy.syslog import Forwarder
 from privacy.wire import REPORTS, Refusal, Report, decode
 
@@ -82,11 +84,11 @@ log = logging.getLogger("isocenter.node")
 class Connection:
     """One activated Fleet connection; raises httpx errors when the link breaks."""
 
-    client: FleetHttpClient
+    client: "_Fleet"
     node: Node
     beating: threading.Lock = field(default_factory=threading.Lock)
 
-    def renew(self, client: FleetHttpClient) -> None:
+    def renew(self, client: "_Fleet") -> None:
         """Go on as the same node over another client, such as one with a renewed certificate; the old one is closed.
 
         Between orders, by the thread that receives and sends; heartbeats wait meanwhile.
@@ -178,7 +180,7 @@ def connect(site: Site) -> Iterator[Connection]:
         client.close()
 
 
-def fleet_client(site: Site) -> FleetHttpClient:
+def fleet_client(site: Site) -> "_Fleet":
     """A client for the gateway named in site.yaml, with the site's present certificate; nothing is sent yet."""
     if site.settings.coordinator is None:
         raise NotEnrolled("site.yaml names no coordinator")
@@ -239,8 +241,18 @@ class _Fleet(FleetHttpClient):
         # Flower's client goes wherever an answer sends it, and wherever an environment variable says. Ours goes to the gateway.
         self._client.close()
         self._client = httpx.Client(
-            verify=context, timeout=CALL_TIMEOUT_S, follow_redirects=False, trust_env=False, http2=False
+            verify=context,
+            timeout=CALL_TIMEOUT_S,
+            follow_redirects=False,
+            trust_env=False,
+            http2=False,
+            headers={HEADER: str(own())},
+            event_hooks={"response": [self._hear]},
         )
+        self.versions: Versions | None = None  # of the gateway, by its last answer
+
+    def _hear(self, answer: httpx.Response) -> None:
+        self.versions = Versions.read(answer.headers.get(HEADER, ""))
 
 
 def serve(home: Path, tell: Tell, metrics_port: int | None = None) -> None:
@@ -265,7 +277,7 @@ def serve(home: Path, tell: Tell, metrics_port: int | None = None) -> None:
 def _serve(site: Site, tell: Tell, vitals: Vitals) -> None:
     worker, unsent, pause, upkeep = Worker(site), deque[Message](), RETRY_FIRST_S, Upkeep(site.home, tell)
 
-    def fresh() -> FleetHttpClient | None:
+    def fresh() -> _Fleet | None:
         if not upkeep.renewed.is_set():
             return None
         upkeep.renewed.clear()
@@ -286,12 +298,16 @@ def _serve(site: Site, tell: Tell, vitals: Vitals) -> None:
             try:
                 with connect(site) as connection:
                     tell(f"{site.name} is connected and waits for orders.")
+                    log.info("connected")
+                    if (found := skew(own(), connection.client.versions, "this site", "the coordinator")) is not None:
+                        tell(f"{found.sentence} {found.remedy}")
                     pause, vitals.connected = RETRY_FIRST_S, True
                     reply = vitals.counting(partial(answer, site=site, worker=worker), _outcome)
                     _answer_orders(connection, reply, unsent, tell, fresh)
             except (Unreachable, DiskUnusable) as error:
                 # Without a line in the journal nothing leaves, so an order that came meanwhile stays without an answer.
                 vitals.connected = False
+                log.warning("not connected: %s; trying again in %s s", error.code, pause)
                 tell(f"{error}; trying again in {pause:g} s")
                 time.sleep(pause)
                 pause = min(pause * 2, RETRY_MOST_S)
@@ -314,10 +330,15 @@ def answer(message: Message, site: Site, worker: Worker) -> Message:
             return orders.refuse(message, site, error.code)
         present.note_settings()
         return orders.answer(message, present, worker.carry_out)
-    except MessageMalformed:
+    except MessageMalformed as error:
         # Without an answer the coordinator would wait for its deadline; the text is one of our public codes.
-        site.journal.append("no-order", code=MessageMalformed.code)
-        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, MessageMalformed.code), reply_to=message)
+        site.journal.append("no-order", code=error.code)
+        number = (
+            ErrorCode.MOD_FAILED_PRECONDITION
+            if isinstance(error, VersionSkew)
+            else ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+        )
+        return Message(Error(number, error.code), reply_to=message)
 
 
 def _answer_orders(
@@ -325,7 +346,7 @@ def _answer_orders(
     reply: Callable[[Message], Message],
     unsent: deque[Message],
     tell: Tell,
-    fresh: Callable[[], FleetHttpClient | None],
+    fresh: Callable[[], "_Fleet | None"],
 ) -> None:
     """Work through orders one by one until the link breaks, with heartbeats from a thread of their own.
 
@@ -350,7 +371,9 @@ def _answer_orders(
                 continue
             pause, began = PAUSE_FIRST_S, time.monotonic()
             unsent.append(reply(message))
-            tell(_sentence(unsent[-1], time.monotonic() - began))
+            took = time.monotonic() - began
+            log.info("an order was answered: %s, in %.1f s", _outcome(unsent[-1]), took)
+            tell(_sentence(unsent[-1], took))
     finally:
         done.set()
 
@@ -362,6 +385,8 @@ def _keep_beating(connection: Connection, done: threading.Event) -> None:
 
 
 def _sentence(reply: Message, seconds: float) -> str:
+    if reply.has_error() and reply.error.reason == VersionSkew.code:
+        return f"an order of another version of Isocenter was refused ({VersionSkew.code}). {VersionSkew.remedy}"
     if reply.has_error():
         return f"a message that is no order was answered with an error ({MessageMalformed.code})"
     report: Report = decode(reply, *REPORTS)
@@ -372,7 +397,7 @@ def _sentence(reply: Message, seconds: float) -> str:
 def _outcome(reply: Message) -> str:
     """What came of an order, in one enumerated word: a kind of report, or the code of a refusal."""
     if reply.has_error():
-        return MessageMalformed.code
+        return VersionSkew.code if reply.error.reason == VersionSkew.code else MessageMalformed.code
     report: Report = decode(reply, *REPORTS)
     return report.code if isinstance(report, Refusal) else report.kind
 

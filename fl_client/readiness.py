@@ -1,31 +1,27 @@
 """Whether a site is ready, as a list of findings: each says what was looked at, and what to do where it is not good."""
 
 import functools
-import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fl_client import sandbox
+from fl_client import sandbox, standing
 from fl_client.consent import consents
-from fl_client.enrol import fingerprint
+from fl_client.enrol import greet
 from fl_client.facts import Facts, facts_of
 from fl_client.index import Index
 from fl_client.site import Site
 from fl_client.sources import Reason
 from models.labels import LabelTable
 from models.study import Protection, Study
-from privacy import keys
-from privacy.errors import DataError, IsocenterError
+from privacy.errors import DataError, IsocenterError, VersionSkew
+from privacy.greeting import own, skew
 
 if TYPE_CHECKING:
     from fl_client.preview import Preview
 
-FREE_BYTES_LEAST = 2 * 1024**3  # a network's weights, a worker's scratch and a log; the cache is counted at ingestion
-CERTIFICATE_DAYS_LEAST = 7  # a node renews ten days before the end of thirty
 CONNECT_S = 5.0
 _AT_LEAST: dict[Protection, str] = {
     "masked": "masked",
@@ -144,30 +140,6 @@ def _finding(site: Inspection, subject: str, look: Callable[[Inspection], str], 
         return Finding(subject, False, f"cannot be looked at ({type(error).__name__}); run `fl-client ingest` again.")
 
 
-def _settings(looked: Inspection) -> str:
-    return f"site {Site.settings_of(looked.home).site}"
-
-
-def _membership(looked: Inspection) -> str:
-    site = Site.open(looked.home)
-    own = fingerprint(keys.point_hex(keys.load_key(looked.home / "keys" / "site.key").public_key()))
-    return f"joined as {site.name}; the private key is readable by you alone; its fingerprint is {own}"
-
-
-def _certificate(looked: Inspection) -> str:
-    path = looked.home / "keys" / "site.pem"
-    if not path.is_file():
-        raise IsocenterError("no certificate yet.", remedy="Run `fl-client join LINE`.")
-    certificate = keys.load_certificate(path.read_bytes())
-    days = (certificate.not_valid_after_utc - datetime.now(UTC)).days
-    if days < CERTIFICATE_DAYS_LEAST:
-        raise IsocenterError(
-            f"the certificate ends in {days} days, and was not renewed.",
-            remedy="Start the node, which renews it; if it has ended, join again with a new invitation in this folder.",
-        )
-    return f"valid for {days} more days"
-
-
 def _reachable(looked: Inspection, which: str) -> str:
     coordinator = Site.open(looked.home).settings.coordinator
     if coordinator is None:
@@ -184,6 +156,22 @@ def _reachable(looked: Inspection, which: str) -> str:
     return f"{address} answers"
 
 
+def _versions(looked: Inspection) -> str:
+    """Whether both sides run the same; what is not known because nothing answers is no fault of this machine."""
+    here = own()
+    sentence = f"this site runs Isocenter {here.release} (wire {here.wire})"
+    try:
+        there = greet(looked.home)
+    except (IsocenterError, OSError):
+        return f"{sentence}; the coordinator could not be asked"
+    found = skew(here, there, "this site", "the coordinator")
+    if found is None:
+        return f"{sentence}, and so does the coordinator"
+    if found.must:
+        raise VersionSkew(found.sentence, remedy=found.remedy)
+    raise WorthALook(f"{found.sentence} {found.remedy}")
+
+
 def _images(looked: Inspection) -> str:
     index = looked.index
     if not index.taken:
@@ -197,13 +185,6 @@ def _labels(looked: Inspection) -> str:
     unmapped = sum(sum(words.values()) for words in table.unmapped.values())
     note = f"; {unmapped} label words are not mapped and count as missing" if unmapped else ""
     return f"{len(table)} rows for {', '.join(table.mapping.targets)}{note}"
-
-
-def _disk(looked: Inspection) -> str:
-    free = shutil.disk_usage(looked.home).free
-    if free < FREE_BYTES_LEAST:
-        raise IsocenterError(f"{free / 1024**3:.1f} GiB free.", remedy="Free at least 2 GiB on this disk.")
-    return f"{free / 1024**3:.0f} GiB free"
 
 
 def _worker(looked: Inspection) -> str:
@@ -229,13 +210,6 @@ def _budget(looked: Inspection) -> str:
         f"ε {shown(found.total)} of {found.caps['total']:g} charged to the most used patient, {shown(found.year)} of "
         f"{found.caps['year']:g} in the last 365 days{unbounded}"
     )
-
-
-def _journal(looked: Inspection) -> str:
-    from privacy.journal import verify
-
-    path = looked.home / "journal.jsonl"
-    return f"{verify(path)} entries, unbroken" if path.exists() else "empty"
 
 
 # What the data look like. What is worth a look is no reason not to work: a site may have its reasons, a study its own minimum.
@@ -368,18 +342,19 @@ def _words(counts: dict[str, int]) -> str:
 
 
 _LOOKS: list[tuple[str, Callable[[Inspection], str]]] = [
-    ("site.yaml", _settings),
-    ("membership", _membership),
-    ("certificate", _certificate),
+    ("site.yaml", lambda looked: standing.settings(looked.home)),
+    ("membership", lambda looked: standing.membership(looked.home)),
+    ("certificate", lambda looked: standing.certificate(looked.home)),
     ("gateway", lambda looked: _reachable(looked, "gateway")),
     ("service", lambda looked: _reachable(looked, "service")),
+    ("versions", _versions),
     ("images", _images),
     ("labels", _labels),
-    ("disk", _disk),
+    ("disk", lambda looked: standing.disk(looked.home)),
     ("worker", _worker),
     ("policy", _policy),
     ("budget", _budget),
-    ("journal", _journal),
+    ("journal", lambda looked: standing.journal(looked.home)),
 ]
 _COUNTS: list[tuple[str, Callable[[Inspection], str]]] = [
     ("damage", _damaged),

@@ -9,6 +9,8 @@
       orders.sqlite           what was answered, so that no order is answered twice
       ledger.sqlite           what was spent of each patient's privacy, by all studies, for ever
       paused.json             there while the site is paused; studies/<digest>.paused.json while one study is
+      logs/                   what node and worker did, as JSON lines without anything of a patient (0700)
+      crashes/                reports of errors that nobody foresaw, without anything of a patient (0700)
       private/                full texts of what went wrong, for people here only (0700)
       journal.jsonl           everything this site sent or refused, hash-chained
 
@@ -52,6 +54,7 @@ from privacy.errors import (
     StudyNotApproved,
 )
 from privacy.journal import Journal
+from privacy.logs import LogFiles
 from privacy.noise import GRID_BITS
 from privacy.sharing import Encoding
 from privacy.syslog import TargetText
@@ -157,6 +160,7 @@ class SiteFile(Document):
     policy: Policy = Policy()
     approve: list[Rule] = Field(default=[], max_length=100, description="studies that are approved without asking")
     resources: Resources = Resources()
+    log: LogFiles = Field(default=LogFiles(), description="log files of the node and of the process that trains")
     syslog: TargetText | None = Field(
         default=None,
         description="where journal lines are sent as well: udp://host:514, tcp://host:601 or unix:///dev/log",

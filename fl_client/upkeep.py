@@ -1,4 +1,4 @@
-"""What a node does beside orders, in a thread of its own: certificate, statements, rules, heads of journals.
+"""What a node does beside orders, in a thread of its own: greeting, certificate, statements, rules, heads of journals.
 
 Each round of upkeep is one connection to the consortium service. Whatever fails is tried again at the next; nothing here holds up
 an order, and nothing here is needed to refuse one.
@@ -11,14 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fl_client import enrol, rules
+from fl_client import enrol, rules, standing
 from fl_client.site import SiteFile
 from models.study import read
 from privacy import calls, heads, keys
 from privacy.errors import IsocenterError, TrustError, Unreachable
+from privacy.greeting import Readiness, own, skew
 from privacy.journal import Journal
 
 PERIOD_S = 60.0
+READY_S = 600.0  # readiness is looked at this often: the journal is verified for it
 EXCHANGE_S = 900.0  # heads are exchanged this often while the journal grows
 EXCHANGE_MOST_S = 86_400.0  # and this often while it does not
 log = logging.getLogger("isocenter.upkeep")
@@ -38,6 +40,7 @@ class Upkeep:
         self._told = ""
         self._held = self._certificate()  # what the node connects with, until `renewed` is set
         self._exchanged_s, self._exchanged_head = -EXCHANGE_MOST_S, ""
+        self._looked_s, self._skew = -READY_S, ""
 
     def start(self) -> None:
         self._thread.start()
@@ -73,10 +76,30 @@ class Upkeep:
                 fingerprint = keys.fingerprint(keys.load_certificate(now))
                 Journal(self.home / "journal.jsonl").append("renewed", certificate=fingerprint)
                 self.renewed.set()
+            self._greet(caller)
             enrol.redeliver(self.home, caller)
             for digest in rules.carry_out(self.home, self.tell):
                 log.info("study %s was approved by rule", digest[:12])
             self._exchange(caller)
+
+    def _greet(self, caller: calls.Caller) -> None:
+        """Exchange versions, and tell whether this site is ready; people here hear once of a skew."""
+        found = skew(own(), caller.greet(self._readiness()), "this site", "the coordinator")
+        said = f"{found.sentence} {found.remedy}" if found else ""
+        if said and said != self._skew:
+            self.tell(said)
+        self._skew = said
+
+    def _readiness(self) -> Readiness | None:
+        """Whether this site is ready, if it is time to look; in the journal before it is told, where it is news."""
+        if time.monotonic() - self._looked_s < READY_S:
+            return None
+        self._looked_s = time.monotonic()
+        found, journal = standing.told(self.home), Journal(self.home / "journal.jsonl")
+        before = journal.last("readiness")
+        if before is None or (before["ready"], before["reasons"]) != (int(found.ready), list(found.reasons)):
+            journal.append("readiness", ready=int(found.ready), reasons=list(found.reasons))
+        return found
 
     def _service(self) -> str | None:
         coordinator = read(SiteFile, SiteFile.path(self.home)).coordinator

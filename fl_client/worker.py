@@ -41,8 +41,8 @@ from fl_client.orders import Work
 from fl_client.protection import Signing, Vault
 from fl_client.site import Resources, Site, SiteFile
 from models.study import Study
-from privacy import deidentify, keys
-from privacy.errors import AuditFailed, IsocenterError, LimitExceeded, MessageMalformed, WorkerDied
+from privacy import deidentify, keys, logs
+from privacy.errors import AuditFailed, DocumentError, IsocenterError, LimitExceeded, MessageMalformed, WorkerDied
 from privacy.wire import BYTES_MAX, ORDERS, RECORD, REPORTS, Crossing, Order, Refusal, Report
 
 STARTS_MAX = 3  # of a worker in a row: once may be an accident, and so may the memory of another program
@@ -281,7 +281,8 @@ def main(hidden: bool, orders: int, answers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the group; the node ends the worker in order
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     line = Line(Connection(orders, writable=False), Connection(answers, readable=False))
-    deidentify.guard(Path(sys.argv[1]).parent, native=True)  # the keys' folder stands in the site's home
+    home = Path(sys.argv[1]).parent  # the keys' folder stands in the site's home
+    deidentify.guard(home, native=True, file=logs.handler(home, "worker", _log_files(home)))
     shield = sandbox.Shield(hidden, sandbox.confine())
     try:
         work = _warm(line)
@@ -291,6 +292,14 @@ def main(hidden: bool, orders: int, answers: int) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             line.send("report", facts_of(_attempt(work, *_next(line))))
+
+
+def _log_files(home: Path) -> logs.LogFiles:
+    """As site.yaml says; as usual while it cannot be read, because a worker starts all the same."""
+    try:
+        return Site.settings_of(home).log
+    except DocumentError:
+        return logs.LogFiles()
 
 
 def _end_with_parent(parent: int) -> None:

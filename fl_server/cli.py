@@ -1,19 +1,23 @@
 """`fl-server`: the coordinator's commands."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from fl_server import runs_cli, weights_cli
-from fl_server.roster import Home, Party, ServerFile
+from fl_server.roster import Home, Party
+from fl_server.settings import ServerFile
+from fl_server.standings import Told
 from models.study import parse
-from privacy import console, heads, journal_cli, keys
+from privacy import console, crash_cli, heads, journal_cli, keys, logs
 from privacy.deidentify import guarded
 from privacy.errors import RunError
+from privacy.greeting import Versions, own
 from privacy.journal_cli import Book
 
 if TYPE_CHECKING:
@@ -98,23 +102,30 @@ def sites(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
     """List the enrolled hospitals and researchers, the open invitations, and the authority's fingerprint."""
     opened = Home.open(home)
     parties, waiting = [*opened.roster.sites(), *opened.roster.researchers()], opened.roster.invitations()
+    told = opened.roster.told()
     if as_json:
         document = {
             "consortium": opened.settings.name,
             "fingerprint": opened.ca_fingerprint,
-            "sites": [_party_json(party) for party in parties if party.role == "site"],
-            "researchers": [_party_json(party) for party in parties if party.role == "researcher"],
+            "isocenter": _versions_json(own()),
+            "sites": [_party_json(party, told) for party in parties if party.role == "site"],
+            "researchers": [_party_json(party, told) for party in parties if party.role == "researcher"],
             "invitations": [{"name": each.name, "role": each.role, "expires": each.expires} for each in waiting],
         }
         typer.echo(json.dumps(document, indent=2))
         return
-    table = _table("name", "role", "joined", "last seen", "certificate until")
+    table = _table("name", "role", "joined", "last seen", "certificate until", "version", "ready")
     for party in parties:
         until = f"revoked {party.revoked[:10]}" if party.revoked else _until(party)
-        table.add_row(party.name, party.role, _minute(party.joined), _minute(party.last_seen), until)
-    for each in waiting:
-        table.add_row(each.name, each.role, "invited", "", f"(invitation) {each.expires[:10]}")
+        each, site = told.get(party.name, Told()), party.role == "site"
+        said = (each.versions.release if each.versions else "not told", each.ready_words() if site else "")
+        table.add_row(party.name, party.role, _minute(party.joined), _minute(party.last_seen), until, *said)
+    for open_one in waiting:
+        table.add_row(open_one.name, open_one.role, "invited", "", f"(invitation) {open_one.expires[:10]}", "", "")
     _show(table, "Nobody is enrolled or invited yet: fl-server invite NAME")
+    for party in parties:
+        if not party.revoked and (skew := told.get(party.name, Told()).skew(party.name)):
+            typer.echo(f"{skew.sentence} {skew.remedy}")
     typer.echo("Authority (sites compare this over the telephone):")
     grouped = keys.grouped(opened.ca_fingerprint)
     typer.echo(f"  {grouped[:39]}\n  {grouped[40:]}")
@@ -222,7 +233,7 @@ def start(home: HomeOption = Path()) -> None:
     opened = Home.open(home)
     from fl_server import link
 
-    with guarded(opened.root):
+    with guarded(opened.root, file=logs.handler(opened.root, "coordinator", opened.settings.log)):
         link.serve(opened)
 
 
@@ -277,7 +288,7 @@ def dashboard(  # noqa: PLR0913, PLR0917  each parameter is one option
         typer.echo("The password is set. A dashboard that is running takes it from the next login on.")
         return
     where = screen.Address(listen, port, tuple(host or ()), certificate, key, login)
-    with guarded(opened.root):
+    with guarded(opened.root, file=logs.handler(opened.root, "dashboard", opened.settings.log)):
         screen.serve(opened, where, typer.echo)
 
 
@@ -289,10 +300,18 @@ def _book(home: Path) -> Book:
 
 
 app.add_typer(journal_cli.commands(_book), name="journal")
+app.add_typer(crash_cli.app, name="crash")
 app.add_typer(weights_cli.app, name="weights")
 
 
-def _party_json(party: Party) -> dict[str, str | None]:
+def _versions_json(versions: Versions | None) -> dict[str, Any] | None:
+    return None if versions is None else {"version": versions.release, "wire": versions.wire}
+
+
+def _party_json(party: Party, told: dict[str, Told]) -> dict[str, Any]:
+    found = told.get(party.name, Told())
+    skew, readiness = found.skew(party.name), found.readiness
+    ready = None if readiness is None else {**asdict(readiness), "looked": found.looked}
     return {
         "name": party.name,
         "node_id": None if party.node_id is None else str(party.node_id),  # 64 bits: too long for some readers of JSON
@@ -300,6 +319,9 @@ def _party_json(party: Party) -> dict[str, str | None]:
         "last_seen": party.last_seen,
         "certificate_until": party.certificate.not_valid_after_utc.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "revoked": party.revoked,
+        "isocenter": _versions_json(found.versions),
+        "skew": None if skew is None else {"upgrade": skew.who, "to": skew.to, "must": skew.must},
+        **({"readiness": ready} if party.role == "site" else {}),
     }
 
 

@@ -37,6 +37,8 @@ from privacy.calls import (
     Signed,
     Statement,
     details_of,
+    numbers_of,
+    versions_in,
 )
 from privacy.errors import (
     CertificateRevoked,
@@ -52,6 +54,7 @@ from privacy.errors import (
     TooFewApprovals,
     TrustError,
 )
+from privacy.greeting import Readiness, own
 from privacy.heads import SignedHead
 
 SKEW_SECONDS = 120
@@ -68,9 +71,13 @@ CHUNK_BYTES = 256 * 1024
 POLL_SECONDS = 0.2  # how often a watched file is looked at
 GRACE_SECONDS = 2.0  # a run notes its end in run.json before it writes its last event
 RECORD_BYTES_MAX = 4 * 1024 * 1024
+GATEWAY = "isocenter.v1.Gateway"  # what the health service calls the port for training
+HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 RUN_ID = re.compile(r"[a-z0-9-]{1,64}")
 
 CALLERS: dict[str, tuple[PartyRole, ...]] = {
+    "Greet": ("site", "researcher"),
     "Renew": ("site", "researcher"),
     "Witness": ("site",),
     "Offers": ("site",),
@@ -96,10 +103,18 @@ class Hooks:
     """(digest, researcher) -> run id. The approvals were counted already."""
 
 
-def serve(home: Home, hooks: Hooks, refused: Callable[[str], object] = lambda code: None) -> Any:
+def health_status() -> Any:
+    """For grpc.health.v1: "" for the whole, SERVICE, and GATEWAY, which serves once somebody says so."""
+    status = health.HealthServicer()
+    status.set(GATEWAY, NOT_SERVING)
+    return status
+
+
+def serve(home: Home, hooks: Hooks, refused: Callable[[str], object] = lambda code: None, status: Any = None) -> Any:
     """A started `grpc.Server` on the service port, with a health service. Raises DocumentError if the port is taken.
 
-    `refused` gets the public code of each call that ends with an error.
+    `refused` gets the public code of each call that ends with an error. `status`: what the health service answers from
+    (`health_status`), for whoever knows more than this service does.
     """
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="consortium"),
@@ -116,8 +131,8 @@ def serve(home: Home, hooks: Hooks, refused: Callable[[str], object] = lambda co
         ],
     )
     _generated.add_ConsortiumServicer_to_server(Consortium(home, hooks), server)
-    status = health.HealthServicer()
-    status.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    status = status or health_status()
+    status.set(SERVICE, SERVING)
     health_pb2_grpc.add_HealthServicer_to_server(status, server)
     keys.load_key(home.tls_key)  # refuses a key that others can read, before it is used
     pair = (home.tls_key.read_bytes(), home.tls_pem.read_bytes())
@@ -147,8 +162,10 @@ class Gate:
 
     def intercept_service(self, continuation: Callable[[Any], Any], call: Any) -> Any:
         handler = continuation(call)
+        if handler is not None and call.method == HEALTH_CHECK:
+            return _open(handler)
         if handler is None or not call.method.startswith(f"/{SERVICE}/"):
-            return handler
+            return None  # nothing else is served: a Watch of the health service would hold a place for as long as anybody likes
 
         def admitted(raw: bytes, context: Any) -> Any:
             self.admit(call.method, raw, context.invocation_metadata())
@@ -217,6 +234,15 @@ class Gate:
         context.abort(_status(error), details_of(error))
 
 
+def _open(handler: Any) -> Any:
+    """The handler of an unsigned unary call, which has to send its request in time as well."""
+
+    def answer(requests: Iterator[bytes], context: Any) -> Any:
+        return handler.unary_unary(handler.request_deserializer(_only(requests, context)), context)
+
+    return grpc.stream_unary_rpc_method_handler(answer, response_serializer=handler.response_serializer)
+
+
 def _only(requests: Iterator[bytes], context: Any) -> bytes:
     """The one request of a call; a call that does not send it within REQUEST_S is cancelled, which raises grpc.RpcError."""
     late = threading.Timer(REQUEST_S, context.cancel)
@@ -259,16 +285,27 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
                 node_id = self._hooks.enrolled(party.name, party.role, keys.public_pem(party.public_key))
                 if node_id is not None:
                     self._home.roster.set_node(party.name, node_id)
+        self._home.roster.tell(party.name, versions_in(request))
         return pb.EnrolReply(
             certificate=keys.certificate_pem(party.certificate),
             coordinator_key=keys.public_pem(self._home.coordinator_key),
             gateway_port=self._home.settings.gateway_port,
+            versions=numbers_of(own()),
         )
 
     def Renew(self, request: pb.RenewRequest, context: Any) -> pb.RenewReply:  # noqa: N802  name in consortium.proto
+        party = self._caller(context)
+        self._home.roster.tell(party.name, versions_in(request))
         with self._enrolling:
-            certificate = authority.renew(self._home, self._caller(context), request.csr)
-        return pb.RenewReply(certificate=keys.certificate_pem(certificate))
+            certificate = authority.renew(self._home, party, request.csr)
+        return pb.RenewReply(certificate=keys.certificate_pem(certificate), versions=numbers_of(own()))
+
+    def Greet(self, request: pb.GreetRequest, context: Any) -> pb.GreetReply:  # noqa: N802  name in consortium.proto
+        party, told = self._caller(context), request.readiness
+        looked = party.role == "site" and request.HasField("readiness")
+        readiness = Readiness.read(told.ready, told.reasons) if looked else None
+        self._home.roster.tell(party.name, versions_in(request), readiness)
+        return pb.GreetReply(versions=numbers_of(own()))
 
     def Witness(self, request: pb.WitnessRequest, context: Any) -> pb.WitnessReply:  # noqa: N802  name in consortium.proto
         site, head = self._caller(context), SignedHead.read(request.head)

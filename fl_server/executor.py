@@ -37,6 +37,7 @@ from fl_server.link import LOOPBACK, control
 from fl_server.mailbox import Mailbox
 from fl_server.roster import Home
 from fl_server.run import heed_stop, holding, list_runs, mark_stopped, read_facts, stop_asked
+from privacy import logs
 from privacy.deidentify import guarded
 from privacy.errors import IsocenterError, RunError
 
@@ -103,6 +104,7 @@ def carry_out(root: Path, run_id: str, port: int, secret: bytes) -> None:
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
     outcome = SubStatus.FAILED
+    log.info("run %s is carried out", run_id)
     try:
         given = client.PullTaskInput(PullTaskInputRequest())
         # Message() needs to know which task it is created in.
@@ -113,6 +115,7 @@ def carry_out(root: Path, run_id: str, port: int, secret: bytes) -> None:
         context.run_config = {"home": str(root), "run": run_id}
         app(grid, context)
         outcome = SubStatus.COMPLETED
+        log.info("run %s came to its end", run_id)
     finally:
         heartbeat.stop()
         client.PushTaskOutput(PushTaskOutputRequest(sub_status=outcome, details=""))
@@ -174,7 +177,7 @@ def main() -> None:
         bytes.fromhex(sys.stdin.buffer.readline().decode().strip()),
     )
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with guarded(root):
+    with guarded(root, file=logs.handler(root, "executor", Home.open(root).settings.log)):
         execute(root, port, secret)
 
 

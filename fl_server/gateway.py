@@ -35,6 +35,7 @@ from fl_server.doorbell import BODY_BYTES_MAX, Application, Channel, Scope
 from fl_server.roster import Home
 from privacy import keys
 from privacy.errors import CertificateExpired, CertificateRevoked, IsocenterError, NotEnrolled, TrustError
+from privacy.greeting import HEADER, Versions, own
 
 FLEET_PATHS = frozenset(
     f"/v1/fleet/{name}"
@@ -79,6 +80,7 @@ STALE_S = 30.0  # a roster that could not be read for so long admits nobody
 LINGER_S = 1.0  # a refused caller that is still sending gets to read why
 CLOSE_S = 1.0  # at the end, for answers that are under way
 UNACKNOWLEDGED_S = 60  # a peer that vanished, or never reads, is dropped by the kernel
+HEARD_S = 10.0  # between two notes of other versions that one site tells
 REPORT_FIRST_S, REPORT_MOST_S = 10.0, 600.0
 """Between two journal lines about one kind of refusal; doubled while it goes on, so that no attack fills the disk."""
 
@@ -135,6 +137,7 @@ class Head:
     path: str
     length: int
     shown: bytes
+    versions: Versions | None = None
 
 
 class Refused(Exception):
@@ -175,7 +178,8 @@ def read_head(head: bytes) -> Head:
         raise Refused(UNMEASURED)
     if int(length) > (BODY_BYTES_MAX if path == "/v1/fleet/push-object" else SMALL_BYTES_MAX):
         raise Refused(TOO_LARGE)
-    return Head(path, int(length), fields.get(KEY_HEADER, b""))
+    told = Versions.read(fields.get(HEADER.encode(), b"").decode("ascii"))
+    return Head(path, int(length), fields.get(KEY_HEADER, b""), told)
 
 
 def answer(code: str) -> bytes:
@@ -226,15 +230,24 @@ class Gateway:
         roster: Callable[[], Standing],
         note: Callable[..., object],
         limits: Limits,
+        told: Callable[[str, Versions], object] = lambda site, versions: None,
     ) -> None:
-        """`roster` and `note` (Journal.append) may block: each is called in a thread."""
+        """`roster`, `note` (Journal.append) and `told` (Roster.tell) may block: each is called in a thread."""
         self.app, self.limits, self.refusals = app, limits, Refusals(note)
         self.config = uvicorn.Config(
-            app, http="h11", ws="none", lifespan="off", log_config=None, access_log=False, proxy_headers=False
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
         )
         self.config.load()
         self.state = ServerState()
-        self._ca, self._roster = ca, roster
+        self.state.default_headers = [(HEADER.encode(), str(own()).encode())]
+        self._ca, self._roster, self._told = ca, roster, told
+        self._heard: dict[str, tuple[Versions, float]] = {}
         self._standing = Standing({}, ())
         self._looked_at = float("-inf")
         self._looked = asyncio.Event()
@@ -285,6 +298,18 @@ class Gateway:
             return Identity(error.code if isinstance(error, TrustError) else TrustError.code)
         period = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         return Identity(None, name, keys.point_hex(key), base64.b64encode(keys.public_pem(key)), *period)
+
+    async def hear(self, identity: Identity, versions: Versions | None) -> None:
+        """Note the versions that an admitted site tells, when they are others than before; not more often than HEARD_S."""
+        now = asyncio.get_running_loop().time()
+        before, at = self._heard.get(identity.name, (None, -HEARD_S))
+        if versions is None or versions == before or now - at < HEARD_S:
+            return
+        self._heard[identity.name] = versions, now
+        try:
+            await asyncio.to_thread(self._told, identity.name, versions)
+        except (IsocenterError, OSError) as error:
+            log.error("the roster does not take what a site told: %s", error)
 
     def crowded(self, identity: Identity) -> bool:
         """Whether there are too many connections, or too many of this site. Strangers together count as one site."""
@@ -395,6 +420,7 @@ class _Connection(H11Protocol):
         self._gateway, self._limits = gateway, gateway.limits
         self._stage: Literal["head", "body", "answer", "over"] = "head"
         self._head, self._left, self._sent = bytearray(), 0, 0
+        self._versions: Versions | None = None
         self._began = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -484,6 +510,7 @@ class _Connection(H11Protocol):
         if self._gateway.announced(self.identity) + asked.length > BODY_BYTES_MAX:
             raise Refused(TOO_MANY)
         self.announced = self._left = asked.length
+        self._versions = asked.versions
         self._stage, self._sent, self._began = "body", 0, self.loop.time()
         self._wait(self._limits.body_s, self._body_is_late)
         super().data_received(head)
@@ -495,6 +522,7 @@ class _Connection(H11Protocol):
             self.refuse(code)
             return
         self.admitted = True
+        await self._gateway.hear(self.identity, self._versions)
 
         async def counted(event: MutableMapping[str, Any]) -> None:
             self._sent += len(event.get("body", b""))

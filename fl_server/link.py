@@ -64,13 +64,13 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
     logging.getLogger("flwr").setLevel(
         logging.WARNING
     )  # a line per node and message is for -v, not for a service's log
-    settings, secret = home.settings, secrets.token_bytes(32)
+    settings, secret, ca = home.settings, secrets.token_bytes(32), keys.load_certificate(home.ca_pem)
     inner = listen(LOOPBACK, 0)
     port = inner.getsockname()[1]
     outer = listen(settings.listen, settings.gateway_port)
     superlink = Doorbell(superlink_app(home.root / "superlink" / "superlink.sqlite", port, secret))
     server = _Server(uvicorn.Config(superlink, log_config=None, access_log=False))
-    gateway = Gateway(superlink, keys.load_certificate(home.ca_pem), roster_of(home), home.journal.append, limits)
+    gateway = Gateway(superlink, ca, roster_of(home), home.journal.append, limits, home.roster.tell)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -82,7 +82,10 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
             raise RunError("the SuperLink or the gateway did not start", remedy="See the lines above.")
         await asyncio.sleep(0.02)
     refusals = Refusals(home.journal.append, "call-refused")
-    service = await asyncio.to_thread(consortium.serve, home, hooks(home, port), refusals.count)
+    status = consortium.health_status()
+    service = await asyncio.to_thread(consortium.serve, home, hooks(home, port), refusals.count, status)
+    status.set(consortium.GATEWAY, consortium.SERVING)
+    outside.add_done_callback(lambda _: status.set(consortium.GATEWAY, consortium.NOT_SERVING))
     await asyncio.to_thread(home.note_settings)
     forwarder = Forwarder(home.journal.path, settings.syslog, home.root / "syslog.json") if settings.syslog else None
     if forwarder:
@@ -100,10 +103,12 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
         f"Coordinator {settings.name} is ready: gateway {settings.host}:{settings.gateway_port}, "
         f"consortium service {settings.host}:{settings.service_port}. Stop it with Ctrl-C."
     )
+    log.info("the coordinator is ready")
     outside.add_done_callback(lambda _: stop.set())  # a coordinator without its gateway is better started again
     try:
         await stop.wait()
     finally:
+        status.enter_graceful_shutdown()
         stopped = service.stop(grace=1)
         for task in reversed(background):
             task.cancel()

@@ -42,15 +42,24 @@ class Figures(Collector):
         until = GaugeMetricFamily(
             "isocenter_certificate_end_timestamp_seconds", "End of a party's certificate.", labels=["party", "role"]
         )
+        ready = GaugeMetricFamily("isocenter_site_ready", "1 if a site told last that it is ready.", labels=["site"])
+        skew = GaugeMetricFamily(
+            "isocenter_party_upgrade", "1: versions differ; 2: messages are not understood; 0: equal.", labels=["party"]
+        )
         for row in [*now.sites, *now.researchers]:
             if row.revoked:
                 continue
+            if row.told.versions:
+                found = row.told.skew(row.name)
+                skew.add_metric([row.name], 0.0 if found is None else 1.0 + found.must)
+            if row.role == "site" and row.told.readiness:
+                ready.add_metric([row.name], float(row.told.readiness.ready))
             until.add_metric([row.name, row.role], row.until.timestamp())
             if row.role == "site":
                 if row.online is not None:
                     online.add_metric([row.name], float(row.online))
                 seen.add_metric([row.name], row.seen_s or 0.0)
-        yield from (online, seen, until)
+        yield from (online, seen, until, ready, skew)
 
     def _runs(self) -> Iterator[Metric]:
         runs = self.overview.look().runs

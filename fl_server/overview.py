@@ -1,8 +1,8 @@
 """The consortium as it stands at this moment, for the dashboard, metrics and alerts: who is here, what runs, what needs somebody.
 
 Only reads, but for what opening a home does. Whether a node is connected is known to Flower's SuperLink alone, whose database is
-looked into; where that cannot be read, nobody is called online or silent. What a site found out about its own data
-(`fl-client check`) never leaves it, so a site is called ready when nothing that the coordinator knows stands in its way.
+looked into; where that cannot be read, nobody is called online or silent. Of what a site found out about its own data
+(`fl-client check`) it tells single words, such as labels; figures and sentences stay there.
 """
 
 import datetime as dt
@@ -27,10 +27,12 @@ from fl_server import weights
 from fl_server.progress import Onlooker, Progress, printable
 from fl_server.roster import Home, Offered, Party
 from fl_server.run import list_runs
+from fl_server.standings import Told
 from models.study import Study
 from privacy import accounting, heads, keys
 from privacy.calls import SERVICE
 from privacy.errors import IsocenterError, JournalDamaged, RunUnknown, SignatureInvalid
+from privacy.greeting import Versions, own
 
 FRESH_S = 1.0  # how long a look counts
 SILENT_S = 15 * 60.0  # without a heartbeat, which come every minute, before somebody is told
@@ -68,6 +70,7 @@ class SiteRow:
     until: dt.datetime
     days_left: float
     revoked: str | None
+    told: Told = field(default_factory=Told)
 
     @property
     def active(self) -> bool:
@@ -143,6 +146,7 @@ class Snapshot:
     weights: list[tuple[str, int]]
     disk: Disk
     attention: list[Attention]
+    versions: Versions = field(default_factory=own)
 
     @property
     def queue(self) -> list[str]:
@@ -185,8 +189,9 @@ class Overview:
     def _look(self, now: float) -> Snapshot:
         home, until = self.home, online_until(self.home.root)
         runs = list(self._runs())
-        sites = [site_row(party, until, now) for party in home.roster.sites()]
-        researchers = [site_row(party, None, now) for party in home.roster.researchers()]
+        told = home.roster.told()
+        sites = [site_row(party, until, now, told.get(party.name)) for party in home.roster.sites()]
+        researchers = [site_row(party, None, now, told.get(party.name)) for party in home.roster.researchers()]
         by_digest: dict[str, list[str]] = {}
         for run in runs:
             by_digest.setdefault(str(run.facts.get("digest")), []).append(str(run.facts["run_id"]))
@@ -241,7 +246,7 @@ def online_until(root: Path) -> dict[int, float] | None:
     return {int(node) % 2**64: float(until or 0.0) for node, until in rows}  # signed there, unsigned everywhere else
 
 
-def site_row(party: Party, until: dict[int, float] | None, now: float) -> SiteRow:
+def site_row(party: Party, until: dict[int, float] | None, now: float, told: Told | None = None) -> SiteRow:
     """What is known of one party, and the word for it. `until` None: nothing is known of connections."""
     ends = party.certificate.not_valid_after_utc
     left = (ends.timestamp() - now) / 86_400
@@ -250,7 +255,9 @@ def site_row(party: Party, until: dict[int, float] | None, now: float) -> SiteRo
     seen = max(called, min(now, heard or 0.0)) or None
     online = None if until is None or party.role != "site" else bool(heard and heard > now)
     tone, state = _standing(party, left, online, seen, now)
-    return SiteRow(party.name, party.role, tone, state, party.joined, online, seen, ends, left, party.revoked)
+    return SiteRow(
+        party.name, party.role, tone, state, party.joined, online, seen, ends, left, party.revoked, told or Told()
+    )
 
 
 def _standing(party: Party, left: float, online: bool | None, seen: float | None, now: float) -> tuple[Tone, str]:
@@ -413,6 +420,7 @@ def _of_parties(now: Snapshot, home: Home) -> Iterator[Attention]:
             yield Attention(
                 "look", f"{party.name} is silent since {since}.", "Ask the site to start its node: fl-client start"
             )
+        yield from _of_what_was_told(party)
     waiting = [name for name, *_ in home.roster.requests()]
     if waiting:
         yield Attention(
@@ -420,6 +428,17 @@ def _of_parties(now: Snapshot, home: Home) -> Iterator[Attention]:
             f"{', '.join(waiting)} wait for a signature of the offline authority.",
             "fl-server requests --out LIST",
         )
+
+
+def _of_what_was_told(party: SiteRow) -> Iterator[Attention]:
+    if found := party.told.skew(party.name):
+        yield Attention("bad" if found.must else "look", found.sentence, found.remedy)
+    readiness = party.told.readiness
+    if party.role == "site" and readiness is not None and not readiness.ready:
+        words = ", ".join(readiness.reasons)
+        paused = readiness.reasons == ("paused",)
+        remedy = "Its people resume it: fl-client resume" if paused else "Its people see more: fl-client check"
+        yield Attention("look", f"{party.name} is not ready: {words}.", remedy)
 
 
 def _of_runs(now: Snapshot) -> Iterator[Attention]:

@@ -7,6 +7,7 @@
     ├── roster.sqlite        this module's tables (0600)
     ├── journal.jsonl        what the coordinator did, hash-chained
     ├── runs/<run_id>/       durable state of each run
+    ├── logs/, crashes/      what the processes did, and reports of errors that nobody foresaw, without identifiers
     └── superlink/           Flower's database
 
 Rules: a token is stored only as its hash; an invitation makes one party and no second one; a name belongs to one key, and
@@ -16,8 +17,6 @@ anything is answered.
 """
 
 import datetime as dt
-import ipaddress
-import re
 import secrets
 import sqlite3
 import time
@@ -27,14 +26,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Literal
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from pydantic import Field, field_validator
 
-from fl_server.notify import Target
-from models.study import Document, Name, Study, read
+from fl_server import standings
+from fl_server.settings import ServerFile
+from fl_server.standings import Told
+from models.study import Study, read
 from privacy import disk, keys
 from privacy.calls import Decision, InvitationLine, PartyRole, Statement, token_hash
 from privacy.errors import (
@@ -50,53 +49,12 @@ from privacy.errors import (
     StudyConflict,
     TrustError,
 )
+from privacy.greeting import Readiness, Versions
 from privacy.journal import Journal
-from privacy.syslog import TargetText
 
-VERSION = 2  # SQLite's user_version of roster.sqlite
+VERSION = 3  # SQLite's user_version of roster.sqlite
 SECONDS_BUSY = 20.0  # how long a writer waits for another process's transaction
 NONCES_PER_PARTY = 20_000  # of the last minutes: more than 80 calls a second from one party is no honest use
-_HOST = re.compile(r"(?=.*[a-z.])[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
-
-
-class ServerFile(Document):
-    """server.yaml: owned by the coordinator."""
-
-    version: Literal[1] = Field(description="version of this file's layout")
-    name: Name = Field(description="the consortium's name, as sites and researchers see it")
-    host: str = Field(description="what the hospitals connect to: a DNS name in lower case or an IPv4 address")
-    listen: str = Field(default="127.0.0.1", description="address of this machine on which the two ports listen")
-    gateway_port: int = Field(default=9440, ge=1, le=65535, description="port for training (mutual TLS)")
-    service_port: int = Field(default=9441, ge=1, le=65535, description="port for joining, studies, approvals, results")
-    invitation_hours: int = Field(default=72, ge=1, le=24 * 30, description="how long an invitation can be used")
-    certificate_days: int = Field(
-        default=30,
-        ge=1,
-        le=3650,
-        description="how long a certificate of a site or researcher is valid; it is renewed in its last third",
-    )
-    runs_at_once: int = Field(default=1, ge=1, le=16, description="runs that are carried out side by side")
-    syslog: TargetText | None = Field(
-        default=None,
-        description="where journal lines are sent as well: udp://host:514, tcp://host:601 or unix:///dev/log",
-    )
-
-    notify: list[Target] = Field(default=[], max_length=16, description="who is told of news, and of which")
-
-    @field_validator("host")
-    @classmethod
-    def _host(cls, host: str) -> str:
-        if not _HOST.fullmatch(host):
-            raise ValueError("expected a DNS name in lower case or an IPv4 address")
-        return host
-
-    @field_validator("listen")
-    @classmethod
-    def _address(cls, listen: str) -> str:
-        try:
-            return str(ipaddress.IPv4Address(listen))
-        except ValueError:
-            raise ValueError("expected an IPv4 address of this machine, such as 127.0.0.1 or 0.0.0.0") from None
 
 
 @dataclass(frozen=True)
@@ -309,10 +267,11 @@ class Roster:
         with self._transaction() as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
             disk.require_known(path, version, VERSION)
-            if version == 1:
+            if 0 < version < VERSION:
                 disk.keep_copy_of_database(path, version)
+            if version == 1:
                 db.execute("ALTER TABLE parties ADD COLUMN revoked TEXT")
-            for statement in _TABLES.split(";"):
+            for statement in (_TABLES + standings.TABLE).split(";"):
                 db.execute(statement)
             db.execute(f"PRAGMA user_version = {VERSION}")
 
@@ -520,6 +479,16 @@ class Roster:
             )
             return [OpenInvitation(name, role, _iso(expires)) for name, role, expires in found]
 
+    def tell(self, name: str, versions: Versions | None, readiness: Readiness | None = None) -> None:
+        """Note what a party told of itself; None of either leaves what is known of it."""
+        with self._transaction() as db:
+            standings.note(db, name, versions, readiness, _iso())
+
+    def told(self) -> dict[str, Told]:
+        """What each party that ever told anything of itself told last, by name."""
+        with self._transaction() as db:
+            return standings.read(db)
+
     def set_node(self, name: str, node_id: int) -> None:
         """Note the Flower node of a site."""
         with self._transaction() as db:
@@ -674,6 +643,7 @@ def _enrolled(db: sqlite3.Connection, name: str, role: str, certificate: x509.Ce
         )
         db.execute(f"UPDATE parties SET {renewed} WHERE name = ?", (*shown, _iso(), name))  # noqa: S608  fixed columns
         db.execute("DELETE FROM decisions WHERE site = ?", (name,))
+        standings.forget(db, name)
     return _party(db, name)
 
 

@@ -14,7 +14,7 @@ from flwr.app.error import Error
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from privacy.errors import MessageMalformed, QuorumLost
+from privacy.errors import MessageMalformed, QuorumLost, VersionSkew
 from privacy.wire import (
     REPORTS,
     EvaluateOrder,
@@ -252,4 +252,6 @@ class Gathering:
 def flower_reason(error: Error) -> str:
     """Flower's numeric error as one of our words; its text is never read: it may hold anything."""
     unavailable = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+    if error.code == ErrorCode.MOD_FAILED_PRECONDITION:  # what a node answers to an order of another wire version
+        return VersionSkew.code
     return "unavailable" if error.code in unavailable else "internal"

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from fl_server import app as coordinator
 from fl_server import authority, counting, report, weights
-from fl_server.roster import Home, ServerFile
+from fl_server.roster import Home
 from fl_server.run import Run, read_facts
+from fl_server.settings import ServerFile
 from models.study import Study
 from privacy import keys
 from privacy.errors import RunError, StudyConflict

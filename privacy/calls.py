@@ -40,14 +40,17 @@ from privacy.errors import (
     NotEnrolled,
     TrustError,
     Unreachable,
+    VersionSkew,
     WrongAuthority,
 )
+from privacy.greeting import Readiness, Versions, own
 from privacy.heads import SignedHead
 
 Decision = Literal["approved", "declined"]
 PartyRole = Literal["site", "researcher"]
 
 SERVICE = "isocenter.v1.Consortium"
+GREET_SECONDS = 5.0  # it is asked for by people who look, and again by every node in a minute
 CALL_SECONDS = 30.0  # every unary call; a coordinator that needs longer is not well
 HANDSHAKE_SECONDS = 10.0
 LAUNCH_SECONDS = 120.0  # a launch waits for the SuperLink to accept the run
@@ -150,7 +153,11 @@ def join(line: str, folder: Path, role: PartyRole = "site") -> Enrolment:
     key_path = folder / f"{role}.key"
     key = keys.load_key(key_path) if key_path.exists() else keys.make_key(key_path)
     request = pb.EnrolRequest(
-        name=invitation.name, role=role, token=invitation.token, csr=keys.make_csr(key, invitation.name)
+        name=invitation.name,
+        role=role,
+        token=invitation.token,
+        csr=keys.make_csr(key, invitation.name),
+        versions=numbers_of(own()),
     )
     channel = _channel(service, keys.certificate_pem(ca))
     try:
@@ -360,7 +367,8 @@ class Caller:
         held = keys.load_certificate(path.read_bytes())
         if not keys.renewal_due(held):
             return False
-        reply = self._call("Renew", pb.RenewRequest(csr=keys.make_csr(self._key, self.name)))
+        request = pb.RenewRequest(csr=keys.make_csr(self._key, self.name), versions=numbers_of(own()))
+        reply = self._call("Renew", request)
         renewed, ca = keys.load_certificate(reply.certificate), keys.load_certificate((folder / "ca.pem").read_bytes())
         keys.check_issued(ca, renewed, self.name, role)
         if (
@@ -370,6 +378,15 @@ class Caller:
             raise TrustError("the coordinator answered with a certificate that renews nothing")
         keys.write_public(path, keys.certificate_pem(renewed))
         return True
+
+    def greet(self, readiness: Readiness | None = None) -> Versions | None:
+        """Tell our versions, and of a site whether it is ready; the coordinator's, None if it is too old to tell."""
+        told = None if readiness is None else pb.Readiness(ready=readiness.ready, reasons=readiness.reasons)
+        request = pb.GreetRequest(versions=numbers_of(own()), readiness=told)
+        try:
+            return versions_in(self._call("Greet", request, GREET_SECONDS))
+        except VersionSkew:
+            return None
 
     def witness(self, head: SignedHead) -> SignedHead:
         """Site: have the coordinator witness the head of this site's journal; the head of its own, still to be checked."""
@@ -472,6 +489,17 @@ def _store_one(part: Path, pieces: Iterable[pb.Chunk], name: str) -> None:
         raise MessageMalformed(f"{name} broke off or was changed on the way: its SHA-256 is not the announced one")
 
 
+def numbers_of(versions: Versions) -> pb.Versions:
+    wire, major, minor, patch = versions.numbers
+    return pb.Versions(wire=wire, major=major, minor=minor, patch=patch)
+
+
+def versions_in(message: Any) -> Versions | None:
+    """The versions that a request or reply tells, None if it tells none."""
+    told = message.versions
+    return Versions.of(told.wire, told.major, told.minor, told.patch) if message.HasField("versions") else None
+
+
 # Channel and failures ------------------------------------------------------------------------------------------------
 
 
@@ -527,7 +555,7 @@ def _translated(error: Any, address: str) -> IsocenterError:
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Unreachable(f"{address} is too busy, or the message is too large", remedy="Try again in a minute.")
     if code == grpc.StatusCode.UNIMPLEMENTED:
-        return MessageMalformed(f"{address} does not know this call")
+        return VersionSkew(f"{address} does not know this call; its Isocenter is of an earlier version")
     return IsocenterError(f"the call to {address} failed ({code.name.lower().replace('_', ' ')})")
 
 

@@ -6,39 +6,81 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Versions(_message.Message):
+    __slots__ = ("wire", "major", "minor", "patch")
+    WIRE_FIELD_NUMBER: _ClassVar[int]
+    MAJOR_FIELD_NUMBER: _ClassVar[int]
+    MINOR_FIELD_NUMBER: _ClassVar[int]
+    PATCH_FIELD_NUMBER: _ClassVar[int]
+    wire: int
+    major: int
+    minor: int
+    patch: int
+    def __init__(self, wire: _Optional[int] = ..., major: _Optional[int] = ..., minor: _Optional[int] = ..., patch: _Optional[int] = ...) -> None: ...
+
 class EnrolRequest(_message.Message):
-    __slots__ = ("name", "role", "token", "csr")
+    __slots__ = ("name", "role", "token", "csr", "versions")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     CSR_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
     name: str
     role: str
     token: str
     csr: bytes
-    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., token: _Optional[str] = ..., csr: _Optional[bytes] = ...) -> None: ...
+    versions: Versions
+    def __init__(self, name: _Optional[str] = ..., role: _Optional[str] = ..., token: _Optional[str] = ..., csr: _Optional[bytes] = ..., versions: _Optional[_Union[Versions, _Mapping]] = ...) -> None: ...
 
 class EnrolReply(_message.Message):
-    __slots__ = ("certificate", "coordinator_key", "gateway_port")
+    __slots__ = ("certificate", "coordinator_key", "gateway_port", "versions")
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     COORDINATOR_KEY_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_PORT_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
     certificate: bytes
     coordinator_key: bytes
     gateway_port: int
-    def __init__(self, certificate: _Optional[bytes] = ..., coordinator_key: _Optional[bytes] = ..., gateway_port: _Optional[int] = ...) -> None: ...
+    versions: Versions
+    def __init__(self, certificate: _Optional[bytes] = ..., coordinator_key: _Optional[bytes] = ..., gateway_port: _Optional[int] = ..., versions: _Optional[_Union[Versions, _Mapping]] = ...) -> None: ...
 
 class RenewRequest(_message.Message):
-    __slots__ = ("csr",)
+    __slots__ = ("csr", "versions")
     CSR_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
     csr: bytes
-    def __init__(self, csr: _Optional[bytes] = ...) -> None: ...
+    versions: Versions
+    def __init__(self, csr: _Optional[bytes] = ..., versions: _Optional[_Union[Versions, _Mapping]] = ...) -> None: ...
 
 class RenewReply(_message.Message):
-    __slots__ = ("certificate",)
+    __slots__ = ("certificate", "versions")
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
     certificate: bytes
-    def __init__(self, certificate: _Optional[bytes] = ...) -> None: ...
+    versions: Versions
+    def __init__(self, certificate: _Optional[bytes] = ..., versions: _Optional[_Union[Versions, _Mapping]] = ...) -> None: ...
+
+class Readiness(_message.Message):
+    __slots__ = ("ready", "reasons")
+    READY_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    ready: bool
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ready: _Optional[bool] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class GreetRequest(_message.Message):
+    __slots__ = ("versions", "readiness")
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    READINESS_FIELD_NUMBER: _ClassVar[int]
+    versions: Versions
+    readiness: Readiness
+    def __init__(self, versions: _Optional[_Union[Versions, _Mapping]] = ..., readiness: _Optional[_Union[Readiness, _Mapping]] = ...) -> None: ...
+
+class GreetReply(_message.Message):
+    __slots__ = ("versions",)
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    versions: Versions
+    def __init__(self, versions: _Optional[_Union[Versions, _Mapping]] = ...) -> None: ...
 
 class WitnessRequest(_message.Message):
     __slots__ = ("head",)

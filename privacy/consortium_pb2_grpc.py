@@ -44,6 +44,11 @@ class ConsortiumStub:
                 request_serializer=privacy_dot_consortium__pb2.RenewRequest.SerializeToString,
                 response_deserializer=privacy_dot_consortium__pb2.RenewReply.FromString,
                 _registered_method=True)
+        self.Greet = channel.unary_unary(
+                '/isocenter.v1.Consortium/Greet',
+                request_serializer=privacy_dot_consortium__pb2.GreetRequest.SerializeToString,
+                response_deserializer=privacy_dot_consortium__pb2.GreetReply.FromString,
+                _registered_method=True)
         self.Witness = channel.unary_unary(
                 '/isocenter.v1.Consortium/Witness',
                 request_serializer=privacy_dot_consortium__pb2.WitnessRequest.SerializeToString,
@@ -103,6 +108,13 @@ class ConsortiumServicer:
 
     def Renew(self, request, context):
         """Site, researcher: the present certificate of the caller's key, a new one if two thirds of its time are over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Greet(self, request, context):
+        """Site, researcher: which versions both sides run; of a site also whether it is ready. Sent by a node every minute.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -183,6 +195,11 @@ def add_ConsortiumServicer_to_server(servicer, server):
                     servicer.Renew,
                     request_deserializer=privacy_dot_consortium__pb2.RenewRequest.FromString,
                     response_serializer=privacy_dot_consortium__pb2.RenewReply.SerializeToString,
+            ),
+            'Greet': grpc.unary_unary_rpc_method_handler(
+                    servicer.Greet,
+                    request_deserializer=privacy_dot_consortium__pb2.GreetRequest.FromString,
+                    response_serializer=privacy_dot_consortium__pb2.GreetReply.SerializeToString,
             ),
             'Witness': grpc.unary_unary_rpc_method_handler(
                     servicer.Witness,
@@ -284,6 +301,33 @@ class Consortium:
             '/isocenter.v1.Consortium/Renew',
             privacy_dot_consortium__pb2.RenewRequest.SerializeToString,
             privacy_dot_consortium__pb2.RenewReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Greet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isocenter.v1.Consortium/Greet',
+            privacy_dot_consortium__pb2.GreetRequest.SerializeToString,
+            privacy_dot_consortium__pb2.GreetReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,6 +9,8 @@ made, before any handler of anybody sees it:
     of any other logger   one fixed sentence, whatever the library wrote; warnings and uncaught errors are records too
     tracebacks            the class of the error
 
+An error that nobody foresaw also leaves a report without identifiers (`privacy.crash`).
+
 The whole text is in HOME/private/private.log (0600, turned over by size), under the token that the screen shows. A token is a
 keyed hash (`privacy.keys.token`): the same text has the same token wherever it appears at one site, another one at another
 site, and nobody without the site's key can tell from it what was hashed.
@@ -34,20 +36,27 @@ from pathlib import Path
 from typing import Any
 
 from privacy import errors, keys
+from privacy.crash import Crashes, is_defined
+from privacy.logs import FileHandler
 
 OURS = frozenset(("isocenter", "fl_client", "fl_server", "models", "privacy"))
 FOLDER, FILE, NATIVE_FILE = "private", "private.log", "native.log"
 FILE_BYTES_MAX = 8 * 1024 * 1024  # of each file; private.log also has one before it
 ENTRY_CHARACTERS_MAX = 64 * 1024  # a traceback through torch is about 10,000
 WATCH_S = 5.0
+REPORTED = frozenset(("train-report", "evaluate-report", "keys-report", "unmask-report", "refusal"))  # of privacy.wire
 ENGINES = frozenset(("vmap", "loop", "loop-bf16"))
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RUN = re.compile(r"[a-z][a-z0-9-]{0,63}-[0-9]{8}-[0-9]{6}-[0-9a-f]{6}")  # made by the coordinator, of a study's name
 _LIBRARY = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,31}")
 
 
-def guard(home: Path, *, level: int = logging.WARNING, native: bool = False) -> Callable[[], None]:
+def guard(
+    home: Path, *, level: int = logging.WARNING, native: bool = False, file: FileHandler | None = None
+) -> Callable[[], None]:
     """Make every log record of this process safe from now on, and show those of `level` or above on standard error.
+
+    `file`: gets the records of our own loggers from INFO on, and of others from WARNING on (`privacy.logs`).
 
     `native`: what compiled code writes to standard output and error goes to HOME/private/native.log; our log still goes where
     standard error went. Calling it again changes nothing. Returns what undoes it. Raises OSError if HOME cannot be written.
@@ -62,9 +71,13 @@ def guard(home: Path, *, level: int = logging.WARNING, native: bool = False) -> 
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
     root, before = logging.getLogger(), (sys.excepthook, threading.excepthook, sys.unraisablehook)
     root_before = (root.level, root.handlers[:])
-    logging.setLogRecordFactory(_Factory(store, made))
-    root.handlers = [handler]
+    crashes = Crashes(home, file.process if file else "command")
+    logging.setLogRecordFactory(_Factory(store, made, crashes))
+    root.handlers = [handler] if file is None else [handler, file]
     root.setLevel(min(level, logging.WARNING))
+    ours = {logging.getLogger(name): logging.getLogger(name).level for name in OURS}
+    for logger in ours if file is not None else ():
+        logger.setLevel(min(level, logging.INFO))
     logging.captureWarnings(True)
     sys.excepthook = lambda kind, error, trace: _uncaught((kind, error, trace))
     threading.excepthook = lambda hook: _uncaught((hook.exc_type, hook.exc_value, hook.exc_traceback))
@@ -77,15 +90,17 @@ def guard(home: Path, *, level: int = logging.WARNING, native: bool = False) -> 
         logging.captureWarnings(False)
         root.setLevel(root_before[0])
         root.handlers = root_before[1]
+        for logger, its_level in ours.items():
+            logger.setLevel(its_level)
         sys.excepthook, threading.excepthook, sys.unraisablehook = before
 
     return undo
 
 
 @contextlib.contextmanager
-def guarded(home: Path, *, level: int = logging.WARNING) -> Iterator[None]:
+def guarded(home: Path, *, level: int = logging.WARNING, file: FileHandler | None = None) -> Iterator[None]:
     """`guard` for as long as it is entered. An error that nobody foresaw leaves it as exit code 1, its text in private.log."""
-    undo = guard(home, level=level)
+    undo = guard(home, level=level, file=file)
     try:
         yield
     except (errors.IsocenterError, OSError):
@@ -146,24 +161,27 @@ class _Store:
 class _Factory:
     """Makes the records of all loggers of the process, each of them safe."""
 
-    def __init__(self, store: _Store, made: Callable[..., logging.LogRecord]) -> None:
-        self.store, self.made = store, made
+    def __init__(self, store: _Store, made: Callable[..., logging.LogRecord], crashes: Crashes) -> None:
+        self.store, self.made, self.crashes = store, made, crashes
         kinds, todo = set(), [errors.IsocenterError]
         while todo:
             kinds.add(kind := todo.pop())
             todo += kind.__subclasses__()
-        self.words = errors.public_codes() | ENGINES | {kind.remedy for kind in kinds}
+        self.words = errors.public_codes() | ENGINES | REPORTED | {kind.remedy for kind in kinds}
 
     def __call__(self, *given: Any, **named: Any) -> logging.LogRecord:
         record = self.made(*given, **named)
         library = str(record.name).split(".", maxsplit=1)[0]
         text = self._ours(record) if library in OURS else None
+        if library in OURS and record.levelno >= logging.ERROR and record.exc_info and record.exc_info[1]:
+            self.crashes.note(record.exc_info[1])
         if text is None:
             name = library if _LIBRARY.fullmatch(library) else "a library"
             text = f"a message of {name} was kept in {FILE}, entry {self.store.keep(_whole(record))}"
             record.name = name
         record.msg, record.args = text, ()
         record.exc_info = record.exc_text = record.stack_info = None
+        record.safe = True
         return record
 
     def _ours(self, record: logging.LogRecord) -> str | None:
@@ -181,7 +199,7 @@ class _Factory:
         if not hidden:
             return text
         kind = record.exc_info[0] if record.exc_info else None
-        named = f"{kind.__name__}; " if kind else ""
+        named = f"{_named(kind)}; " if kind else ""
         return f"{text} [{named}{FILE}, entry {self.store.keep(_whole(record))}]"
 
     def _shown(self, argument: object) -> object | None:
@@ -191,7 +209,7 @@ class _Factory:
         if isinstance(argument, numbers.Real):
             return float(argument)
         if isinstance(argument, type):
-            return argument.__name__
+            return _named(argument)
         if isinstance(argument, enum.Enum):
             return str(argument.name)
         if type(argument) is str and (
@@ -202,7 +220,12 @@ class _Factory:
 
     def _token(self, argument: object) -> str:
         token = self.store.token(_text_of(argument))
-        return f"{type(argument).__name__} {token}" if isinstance(argument, BaseException) else token
+        return f"{_named(type(argument))} {token}" if isinstance(argument, BaseException) else token
+
+
+def _named(kind: type) -> str:
+    """The name of a class that a program defines; one that was made while it ran may be named after an input."""
+    return kind.__name__ if is_defined(kind) else "a class"
 
 
 def _uncaught(error: Any) -> None:

@@ -59,6 +59,7 @@
     ├── JournalDamaged            a line of a journal was changed, removed, reordered or cut off
     ├── DiskUnusable              a disk that is full, read-only or failing
     ├── MessageMalformed          a message or record that does not follow its schema
+    │   └── VersionSkew           a message of a version that this Isocenter does not speak
     ├── NodeRunning               a second node for one site's home
     ├── WorkerDied                the process that trains ended without an answer
     └── LimitExceeded             the process that trains took more memory or time than site.yaml gives it
@@ -376,6 +377,13 @@ class MessageMalformed(IsocenterError):
     code = "message-malformed"
     remedy = (
         "Both sides must run the same version of Isocenter; compare `fl-client --version` and `fl-server --version`."
+    )
+
+
+class VersionSkew(MessageMalformed):
+    code = "version-skew"
+    remedy = (
+        "One side has to upgrade: `fl-client check` at the site, or `fl-server sites` at the coordinator, says which."
     )
 
 

@@ -35,9 +35,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from privacy import keys
-from privacy.errors import MessageMalformed, OrderForged, SignatureInvalid, public_codes
+from privacy.errors import MessageMalformed, OrderForged, SignatureInvalid, VersionSkew, public_codes
+from privacy.greeting import NUMBER_MAX, WIRE
 
-VERSION = 3
+VERSION = WIRE
 ORDER_LABEL = b"isocenter/v1/order"
 VECTOR_MAX = 2**28  # 1 GiB of float32; the largest network offered has 7 million parameters
 FIGURES_MAX = 32 * 7  # targets x (AUROC, lower and upper ends of its two intervals, negatives, positives)
@@ -140,8 +141,7 @@ class Crossing:
             raise MessageMalformed("a message is exactly one record")
         given: dict[str, Any] = dict(record)
         version, kind = given.pop("version", None), given.pop("kind", None)
-        if type(version) is not int or version != VERSION:
-            raise MessageMalformed(f"only wire version {VERSION} is spoken here")
+        require_spoken(version)
         if kind != cls.kind:
             raise MessageMalformed(f"expected a {cls.kind!r} message")
         schema = cls.fields()
@@ -332,10 +332,23 @@ def decode(message: Message, *kinds: type[M]) -> M:
         raise MessageMalformed("the Flower message carries an error instead of content")
     record = message.content.get(RECORD)
     kind = record.get("kind") if isinstance(record, ConfigRecord) else None
+    if isinstance(record, ConfigRecord) and "version" in record:
+        require_spoken(record["version"])  # first: another version may have other kinds
     for candidate in kinds:
         if candidate.kind == kind:
             return candidate.from_records(message.content)
     raise MessageMalformed("a message of another kind was expected")
+
+
+def require_spoken(version: object) -> None:
+    """Raise VersionSkew for a message of another wire version, MessageMalformed for what is no version."""
+    if type(version) is not int or not 0 < version <= NUMBER_MAX:
+        raise MessageMalformed(f"only wire version {VERSION} is spoken here")
+    if version != VERSION:
+        later = "later" if version > VERSION else "earlier"
+        raise VersionSkew(
+            f"a message of wire version {version}, and version {VERSION} is spoken here; the sender's is {later}"
+        )
 
 
 def _check(name: str, value: Any) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fl_server import consortium
-from fl_server.roster import Home, ServerFile
+from fl_server.roster import Home
+from fl_server.settings import ServerFile
 from models.study import Study
 from privacy import keys
 from privacy.calls import Caller, Enrolment, PartyRole, Statement, join

@@ -18,6 +18,7 @@ from fl_server.roster import Home
 from fl_server.run import Run
 from models.study import Study
 from privacy import calls, keys
+from privacy.greeting import Readiness, Versions, own
 
 EVIL = "<img src=x onerror=alert(1)>\x1b[2J"
 SITES = ("north", "south", "west")
@@ -42,6 +43,10 @@ def furnished(folder: Path) -> tuple[Home, Study, Run]:
     for name, decision in (("north", "approved"), ("west", "declined")):
         statement = calls.Statement(plan.digest, name, decision, int(time.time() * 1000))  # type: ignore[arg-type]
         home.roster.decide(statement, keys.sign(secret[name], keys.STUDY_DECISION, statement.body()))
+    here = own()
+    home.roster.tell("north", here, Readiness(True))
+    home.roster.tell("south", Versions(here.wire - 1, 0, 0, 9), Readiness(False, ("images", "labels", "disk")))
+    home.roster.tell("ada", Versions(here.wire, here.major, here.minor + 1, 0))
     online(home, north=3600.0, south=-7200.0)
     run = Run.create(home.runs, plan, "ada", list(SITES))
     run.start()

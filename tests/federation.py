@@ -13,8 +13,9 @@ from fl_client.cohort import Cohort
 from fl_client.ingest import Index
 from fl_server import app as coordinator
 from fl_server import authority
-from fl_server.roster import Home, ServerFile
+from fl_server.roster import Home
 from fl_server.run import Run
+from fl_server.settings import ServerFile
 from models.labels import LabelTable
 from models.study import Study
 from privacy import keys

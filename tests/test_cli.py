@@ -173,7 +173,7 @@ def test_check_tells_a_ready_site_from_one_that_lost_its_cache(call: Call, tmp_p
     hospital = Hospital.open(tmp_path)
     code, out, _ = call(fl_client, "check", "--home", hospital.home, "--json")
     found = {finding["subject"]: finding for finding in json.loads(out)["findings"]}
-    assert code == 1 and len(found) == 19  # this one has no coordinator in its site.yaml
+    assert code == 1 and len(found) == 20  # this one has no coordinator in its site.yaml
     assert found["images"]["good"] and found["labels"]["good"]
     for path in (hospital.home / "state").iterdir():
         path.rename(path.with_name(path.name + ".lost"))

@@ -38,7 +38,7 @@ from privacy import keys
 from privacy.errors import CohortTooSmall, DocumentError, IsocenterError, LabelTableError
 
 SUBJECTS = [
-    *("site.yaml", "membership", "certificate", "gateway", "service", "images"),
+    *("site.yaml", "membership", "certificate", "gateway", "service", "versions", "images"),
     *("labels", "disk", "worker", "policy", "budget", "journal"),
 ]
 """What `--json` has held since the first version."""

@@ -29,7 +29,7 @@ from fl_client.site import SiteFile  # noqa: E402
 from fl_client.sources import Reason  # noqa: E402
 from fl_server import cli as server_cli  # noqa: E402
 from fl_server import research as research_cli  # noqa: E402
-from fl_server.roster import ServerFile  # noqa: E402
+from fl_server.settings import ServerFile  # noqa: E402
 from models.study import Document, Study  # noqa: E402
 from privacy import errors, wire  # noqa: E402
 

@@ -1,6 +1,7 @@
 """Hostile requests to the public port of a real coordinator. After each of them an honest site is answered."""
 
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from gate import BEAT, CALLS, Gate, code, flowers, opened, request, status
 
 from fl_server.link import superlink_app
+from privacy.greeting import HEADER, own
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +193,17 @@ FIELDS = {
 def test_a_header_that_could_be_read_in_two_ways_is_malformed(gate: Gate, name: str) -> None:
     answer = gate.say(request(gate, f"POST {BEAT} HTTP/1.1".encode(), FIELDS[name]) + b"0\r\n\r\n")
     assert (status(answer), code(answer)) == (400, "message-malformed")
+
+
+def test_versions_are_exchanged_and_what_is_none_is_passed_over(gate: Gate) -> None:
+    """Other versions are noted at most every ten seconds, so the first one stays; the answer tells the coordinator's."""
+    for text in (b"<b>.0.0.0", b"9" * 500, b"3.0.1", b"4.1.2.3", b"4.1.2.4"):
+        answer = gate.say(request(gate, f"POST {BEAT} HTTP/1.1".encode(), b"Isocenter-Versions: " + text))
+        assert flowers(answer) and f"\r\n{HEADER}: {own()}\r\n".encode() in answer
+    end = time.monotonic() + 5
+    while (told := gate.home.roster.told()["north"].versions) == own() and time.monotonic() < end:  # as it joined
+        time.sleep(0.05)
+    assert str(told) == "4.1.2.3"
 
 
 LENGTHS = ["+5", "-1", "0x10", "1e3", "05", "00", "5.0", "5, 5", "5 5", "five", "\u00b2", "99999999999", '"5"', "5;q=1"]

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from fl_server import cli
 from fl_server import weights as store
-from fl_server.roster import Home, ServerFile
+from fl_server.roster import Home
+from fl_server.settings import ServerFile
 from models import networks, weights
 from models.study import Study
 from privacy.errors import DocumentError, StudyConflict

@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from fl_server.overview import Overview
 from privacy import keys
 from privacy.errors import DocumentError
 
+PROMTOOL = shutil.which("promtool")
 FOLDER = Path(__file__).resolve().parent.parent / "deploy" / "monitoring"
 
 
@@ -163,6 +166,30 @@ def test_alerts_and_panels_ask_for_what_exists(
     used_names |= {word.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for word in group.split(",")}
     assert used_names <= labels, f"{where}: {used_names - labels}"
     assert expression.count("(") == expression.count(")")
+
+
+def test_every_alert_is_tried_firing_and_silent() -> None:
+    rules = yaml.safe_load((FOLDER / "alerts.yml").read_text())
+    tried = yaml.safe_load((FOLDER / "alerts_test.yml").read_text())
+    fires = {each["alertname"] for test in tried["tests"] for each in test["alert_rule_test"] if each.get("exp_alerts")}
+    assert fires == {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
+    asked = {re.split(r"[{ ]", series["series"])[0] for test in tried["tests"] for series in test["input_series"]}
+    assert asked == {
+        name for where, expression, _ in expressions() if where in fires for name in metrics_in(expression)
+    }
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="there is no promtool here")
+@pytest.mark.parametrize(
+    "words", [("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml")], ids=lambda words: words[0]
+)
+def test_prometheus_own_tool_takes_the_rules_and_they_do_what_they_should(words: tuple[str, ...]) -> None:
+    done = subprocess.run([str(PROMTOOL), *words], cwd=FOLDER, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def metrics_in(expression: str) -> set[str]:
+    return set(re.findall(r"isocenter_\w+", expression))
 
 
 def test_every_alert_says_what_to_do() -> None:

@@ -24,7 +24,7 @@ import sbom  # noqa: E402  the lines above make these importable for the script
 from test_docs import DOCUMENTS, PROGRAMS, command_names, command_of  # noqa: E402
 
 from fl_server import consortium, gateway  # noqa: E402
-from fl_server.roster import ServerFile  # noqa: E402
+from fl_server.settings import ServerFile  # noqa: E402
 from privacy import calls, deidentify  # noqa: E402
 
 THREATS = ROOT / "docs" / "threat-model.md"

@@ -103,6 +103,16 @@ def test_errors_keep_their_class_and_lose_their_text(shown: list[str], tmp_path:
     assert "Traceback" in private(tmp_path) and f"KeyError: '{MARK}'" in private(tmp_path)
 
 
+def test_a_class_made_while_the_program_ran_is_not_named(shown: list[str]) -> None:
+    log, made = logging.getLogger("isocenter"), type(MARK, (ValueError,), {})
+    log.error("%s and %s", made, made())
+    try:
+        raise made(MARK)
+    except ValueError:
+        log.exception("it failed")
+    assert len(shown) == 2 and MARK not in "".join(shown) and "a class" in shown[0]
+
+
 def test_what_cannot_be_formatted_or_shown_breaks_nothing(shown: list[str], tmp_path: Path) -> None:
     class Bad:
         def __str__(self) -> str:

@@ -64,6 +64,32 @@ def everything(show: Shown, cast: tuple[Home, Study, Run]) -> dict[str, str]:
     return {path: answer.text for path, answer in found.items()}
 
 
+def test_versions_and_readiness_are_told_in_numbers_and_words(show: Shown, cast: tuple[Home, Study, Run]) -> None:
+    from privacy.greeting import own
+
+    text = " ".join(Page(everything(show, cast)["/"]).text.split())
+    here = own()
+    assert f"north online just now ready {here.release}" in text
+    assert (
+        "not ready images, labels, disk 0.0.9 upgrade" in text
+        and "west never connected never not told not told" in text
+    )
+    assert f"south has to upgrade to Isocenter {here.release}." in text
+    assert f"This coordinator has to upgrade to Isocenter {here.major}.{here.minor + 1}.0." in text
+    assert "south is not ready: images, labels, disk." in text
+
+
+def test_pages_begin_alike_those_of_login_and_trouble_too(show: Shown) -> None:
+    import httpx
+
+    heads = [show.screen.login_page(""), httpx.get(f"{show.address}/nothing").text, httpx.get(show.address).text]
+    for text in heads:
+        head = text.partition("</head>")[0]
+        assert head.count("<meta") == 3 and 'rel="icon"' in head and "<title>" in head and "dashboard.css" in head
+    titles = [text.partition("<title>")[2].partition("</title>")[0] for text in heads]
+    assert titles == ["Log in – chest", "There is no such page here. – chest", "Overview – chest"]
+
+
 def test_pages_say_what_there_is(show: Shown, cast: tuple[Home, Study, Run]) -> None:
     run = cast[2]
     pages = {path: " ".join(Page(text).text.split()) for path, text in everything(show, cast).items()}

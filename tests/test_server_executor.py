@@ -7,8 +7,9 @@ import pytest
 from test_server_run import study
 
 from fl_server import executor
-from fl_server.roster import Home, ServerFile
+from fl_server.roster import Home
 from fl_server.run import Run
+from fl_server.settings import ServerFile
 from privacy.errors import DocumentError
 
 

@@ -12,8 +12,9 @@ from test_server_run import done, sheet, study
 
 from fl_server import executor
 from fl_server.progress import Onlooker, Progress, duration, find, printable, remedy_of
-from fl_server.roster import Home, ServerFile
+from fl_server.roster import Home
 from fl_server.run import Run, ask_to_stop, holding, list_runs, mark_stopped, read_facts, stop_asked
+from fl_server.settings import ServerFile
 from privacy.errors import RunStopped, RunUnknown
 
 ZERO = np.zeros(3, np.float32)

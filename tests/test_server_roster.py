@@ -19,7 +19,8 @@ from typer.testing import CliRunner
 
 from fl_server import authority
 from fl_server.cli import app
-from fl_server.roster import Home, Party, Roster, ServerFile
+from fl_server.roster import Home, Party, Roster
+from fl_server.settings import ServerFile
 from models.study import read
 from privacy import keys
 from privacy.calls import InvitationLine, Statement, token_hash

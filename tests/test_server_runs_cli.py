@@ -14,8 +14,9 @@ from typer.testing import CliRunner, Result
 
 from fl_server.app import note_end, note_missing_ends
 from fl_server.cli import app
-from fl_server.roster import Home, ServerFile
+from fl_server.roster import Home
 from fl_server.run import Run, ask_to_stop, holding, read_facts
+from fl_server.settings import ServerFile
 from privacy import journal
 from privacy.errors import RunError, RunUnknown, TooFewApprovals
 

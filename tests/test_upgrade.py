@@ -21,11 +21,13 @@ from fl_client.consent import Consent
 from fl_client.fetching import Plan
 from fl_client.policy import Pause
 from fl_client.site import ORDERS_VERSION, Site
+from fl_server.roster import VERSION as ROSTER_VERSION
 from fl_server.roster import Roster
 from fl_server.run import Run, read_facts
 from privacy import disk, journal
 from privacy.calls import Enrolment
 from privacy.errors import NewerVersion, PrivacyError
+from privacy.greeting import Readiness, Versions
 from privacy.journal import Journal
 from privacy.ledger import Ledger
 
@@ -107,9 +109,19 @@ def test_a_roster_before_revocations_is_brought_forward_and_kept(old: Path) -> N
         database.execute("PRAGMA user_version = 1")
     database.close()
     names = {site.name for site in Roster(path).sites()}
-    assert names == {"north", "south", "east"} and version_of(path) == 2
+    assert names == {"north", "south", "east"} and version_of(path) == ROSTER_VERSION
     copy = path.with_name("roster.sqlite.v1")
     assert version_of(copy) == 1 and {row[0] for row in rows(copy, "parties")} == names
+
+
+def test_a_roster_before_versions_were_exchanged_is_brought_forward_and_kept(old: Path) -> None:
+    path = old / "roster.sqlite"
+    before = version_of(path)
+    roster = Roster(path)
+    assert roster.told() == {} and version_of(path) == ROSTER_VERSION > before
+    assert version_of(path.with_name(f"roster.sqlite.v{before}")) == before
+    roster.tell("north", Versions(3, 0, 1, 0), Readiness(True))
+    assert Roster(path).told()["north"].versions == Versions(3, 0, 1, 0)
 
 
 def as_json(path: Path, version: int) -> None:
