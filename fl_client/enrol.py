@@ -54,7 +54,7 @@ def fetch_offers(home: Path) -> list[Offer]:
     An offer that fails a check is left out, logged and noted in the journal: one bad study does not hide the others.
     """
     site = Enrolment.open(home / "keys").name
-    with _caller(home) as caller:
+    with open_caller(home) as caller:
         found = caller.offers()
     ca = keys.load_certificate((home / "keys" / "ca.pem").read_bytes())
     coordinator = keys.load_public((home / "keys" / "coordinator.pem").read_bytes())
@@ -178,7 +178,7 @@ def decide(home: Path, offer: Offer, decision: Decision, rule: int = 0) -> None:
         Consent(replace(offer, decision=decision), statement, signature).store(home)
         Journal(home / "journal.jsonl").append(decision, study=offer.digest, rule=rule)
     try:
-        with _caller(home) as caller:
+        with open_caller(home) as caller:
             caller.decide(statement.body(), signature)
     except Unreachable as error:
         raise Unreachable(
@@ -226,7 +226,8 @@ def _unsent(home: Path, digest: str) -> Path:
     return home / "studies" / f"{digest}.unsent"
 
 
-def _caller(home: Path) -> calls.Caller:
+def open_caller(home: Path) -> calls.Caller:
+    """Signed calls of this site to its coordinator, at the address of site.yaml."""
     coordinator = read(SiteFile, SiteFile.path(home)).coordinator
     return calls.Caller.open(home / "keys", coordinator.service if coordinator else None)
 

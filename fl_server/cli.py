@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fl_server import runs_cli, weights_cli
+from fl_server import published_cli, runs_cli, weights_cli
 from fl_server.roster import Home, Party, ServerFile
 from models.study import parse
 from privacy import console, heads, journal_cli, keys
@@ -214,6 +214,7 @@ def accept(
 
 
 runs_cli.add_to(app)
+published_cli.add_to(app)
 
 
 @app.command()

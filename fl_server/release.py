@@ -31,11 +31,15 @@ RESULTS = ("card.json", "model.safetensors", "results.json")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the researcher says of a release: its `version`, the `attack` on it, signed heads of the journals it is tied to."""
+    """What is said of a release beside its run: its `version`, the `attack` on it, signed heads of the journals it is tied to.
+
+    `coordinator`: the key that signed the coordinator's head among them, as `keys.point_hex` writes it; "" without one.
+    """
 
     version: str = "1.0.0"
     attack: dict[str, Any] | None = None
     heads: Sequence[SignedHead] = ()
+    coordinator: str = ""
 
 
 def package(folder: Path, wanted: Wanted, key: keys.PrivateKey) -> bytes:
@@ -66,7 +70,7 @@ def package(folder: Path, wanted: Wanted, key: keys.PrivateKey) -> bytes:
         "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "lineage": {"parent": initial.sha256 if initial is not None else None, "round": card["selected_round"]},
         "heads": [asdict(head) for head in wanted.heads],
-    }
+    } | ({"coordinator": wanted.coordinator} if wanted.coordinator else {})
     files = {
         "card.json": json.dumps(described, indent=1, allow_nan=False).encode(),
         "card.md": _in_words(study, described).encode(),
