@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fl_client import archive_cli, data_cli, enrol, export_cli
+from fl_client import archive_cli, data_cli, enrol, evaluate_cli, export_cli
 from fl_client.policy import Pause
 from fl_client.site import Site
 from models import catalogue_cli
@@ -573,6 +573,7 @@ def _note(home: Path, kind: str, notice: Notice) -> None:
 
 
 catalogue_cli.add_to(app, enrol.open_caller, _note)
+app.command()(evaluate_cli.evaluate)
 app.command()(data_cli.phantom)
 
 
