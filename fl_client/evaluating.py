@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ UNKNOWN = "Not Reported"  # MELODY leaves this word out of its groups
 SEXES = {"F": "Female", "M": "Male", "O": "Other"}
 COLUMNS = ("case_name", "truth", "age", "ethnicity", "race", "sex", "intersectional_race_ethnicity", "manufacturer")
 """Of MELODY's table of truth and demographics, in the spelling of its own examples; `manufacturer` is one more category to it."""
+CASES_MIN = 10  # of a group that MELODY shows
 LABELS = ["<18", "18-29", "30-39", "40-49", "50-64", "65-74", "75-84", "85+"]
 
 Float64 = NDArray[np.float64]
@@ -190,7 +192,7 @@ def _tables(
     files: dict[str, list[list[object]] | dict[str, Any]] = {}
     for table in _rows(package, scored):
         truth, scores = f"truth-{table.name}.csv", f"scores-{table.name}.csv"
-        files[truth] = [list(COLUMNS), *([cases[n], label, *_groups(seen[n])] for n, label, _ in table.rows)]
+        files[truth] = _usable([list(COLUMNS), *([cases[n], label, *_groups(seen[n])] for n, label, _ in table.rows)])
         told: list[list[object]] = [[cases[n], f"{score:.8g}"] for n, _, score in table.rows]
         files[scores] = [["case_name", model], *told]
         files[f"melody-{table.name}.yaml"] = _settings(truth, scores, table)
@@ -229,6 +231,18 @@ def _groups(seen: Observed) -> list[object]:
     return [age, seen.ethnicity or UNKNOWN, seen.race or UNKNOWN, sex, both, seen.vendor or UNKNOWN]
 
 
+def _usable(rows: list[list[object]]) -> list[list[object]]:
+    """The table without the categories in which no group has MELODY's least number of cases: it ends with an error on those."""
+    kept = [0, 1]
+    for place in range(2, len(rows[0])):
+        said = [row[place] for row in rows[1:] if row[place] not in ("", UNKNOWN)]
+        if rows[0][place] == "age":
+            said = [int(np.searchsorted(AGE_EDGES, cast(int, age), "right")) for age in said]
+        if max(Counter(said).values(), default=0) >= CASES_MIN:
+            kept.append(place)
+    return [[row[place] for place in kept] for row in rows]
+
+
 def _settings(truth: str, scores: str, table: _Table) -> dict[str, Any]:
     """What MELODY's config.yaml says, for a start in the folder itself. Truth is 0 and 1, so any threshold in between fits it."""
     saved = {kind: {"save": False, "file prefix": f"{kind}_"} for kind in ("qwk", "eod", "aaod")}
@@ -243,7 +257,7 @@ def _settings(truth: str, scores: str, table: _Table) -> dict[str, Any]:
         "output": saved,
         "numeric_cols": {"age_binned": {"raw column": "age", "bins": bins, "labels": LABELS}},
         "binary threshold": table.threshold,
-        "min count per category": 10,
+        "min count per category": CASES_MIN,
         "bootstrap": {"iterations": intervals.RESAMPLES, "seed": 42},
         "plot": {"custom_orders": {}},
     }

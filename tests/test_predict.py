@@ -108,7 +108,7 @@ def test_a_card_counts_in_tens_and_says_nothing_of_small_classes(few: bool, resu
         (copy / "results.json").write_text(json.dumps(document))
     card = json.loads(Package.read(release.package(copy, release.Wanted(), KEY)).files["card.json"])
     found = card["metrics"]
-    assert set(found) == {"label", "selected_round", "test_missing", "pooled", "sites"}
+    assert set(found) == {"label", "selected_round", "test_missing", "pooled", "sites", "subgroups"}
     for name, number in numbers({"pooled": found["pooled"], "sites": found["sites"]}):
         if name.rpartition(".")[2] in ("patients", "images", "positives", "negatives"):
             assert number % 10 == 0, name
