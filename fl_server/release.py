@@ -21,7 +21,7 @@ from fl_server.measures import TOO_FEW, gap, measure
 from fl_server.results import canonical, check
 from models import exporting, registry
 from models.contributions import RELEASE_DECIMALS
-from models.sections import MASKED_SITES_MIN, RELEASE_MIN
+from models.sections import LONGEST_SIDE_PX, MASKED_SITES_MIN, RELEASE_MIN
 from models.study import Study
 from privacy import keys
 from privacy.errors import MessageMalformed, RunUnknown
@@ -92,6 +92,8 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
         "reference_standard": "The label table of each site, with the site's own words for each target.",
         "preprocessing": study.images.model_dump(mode="json"),
         "preprocessing_sha256": keys.digest(canonical(study.images.model_dump(mode="json"))),
+        # Sites may reduce otherwise (site.yaml), and nobody else is told; this is what they do if they say nothing.
+        "longest_side_px": LONGEST_SIDE_PX,
         "privacy_sentences": [statement.sentence() for statement in study.statements()],
         "metrics": _figures(metrics),
         "attack": wanted.attack,

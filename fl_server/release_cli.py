@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from models import catalogue_cli
 from models.registry import Package
@@ -92,27 +92,32 @@ def verify(package: PackageFile, trust: Trust = None, as_json: AsJson = False) -
 
 def predict(
     package: PackageFile,
-    folder: Annotated[Path, typer.Argument(help="Folder with DICOM radiographs, at any depth.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with DICOM radiographs or CT series, at any depth.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Table of scores; it must not exist.")] = Path("scores.csv"),
     trust: Trust = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Confined processes that read files.")] = 1,
 ) -> None:
-    """Score the radiographs of a folder, prepared as in training; what is left out is counted by reason."""
+    """Score the radiographs or CT volumes of a folder, prepared as in training; what is left out is counted by reason."""
     found = Package.open(package, trust)
     _free(out)
-    with Progress(console=Console(stderr=True)) as bars:
-        bar = bars.add_task("scoring", total=None)
-        scored = pkgutil.resolve_name(SCORE)(
-            found, folder, jobs, lambda done, total: bars.update(bar, completed=done, total=total)
-        )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        scored = pkgutil.resolve_name(SCORE)(found, folder, jobs, tell)
     with out.open("x", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["file", "sop_instance_uid", *found.study.task.targets])
-        table.writerows([name, uid, *(f"{score:.8f}" for score in scores)] for name, uid, scores in scored.rows)
+        table.writerow(["file", scored.uid, *found.study.task.targets])
+        table.writerows([row.file, row.uid, *(f"{score:.8f}" for score in row.scores)] for row in scored.rows)
     out.chmod(0o600)  # scores of patients
     _line(f"{len(scored.rows)} scored: {out}")
     for reason, count in sorted(scored.left_out.items()):
-        _line(f"left out, {reason}: {count}")
+        _line(f"files left out, {reason}: {count}")
 
 
 def export(

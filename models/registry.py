@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from models.sections import LONGEST_SIDE_PX, LONGEST_SIDE_RANGE
 from models.study import Study
 from privacy import keys
 from privacy.errors import IsocenterError, PackageRefused
@@ -137,6 +138,7 @@ class Package:
             raise PackageRefused("the study is another than the manifest names")
         package = cls(manifest, found, study, fingerprint(signer), trusted is not None, keys.digest(content))
         package._check_lineage()
+        _ = package.longest_side_px
         if not package.tensors or not all(np.isfinite(tensor).all() for tensor in package.tensors.values()):
             raise PackageRefused("the weights hold values that are not finite numbers, or none at all")
         return package
@@ -178,6 +180,18 @@ class Package:
         found = load(self.files["model.safetensors"])
         if any(tensor.dtype != np.float32 for tensor in found.values()):
             raise PackageRefused("the weights are not all float32")
+        return found
+
+    @cached_property
+    def longest_side_px(self) -> int:
+        """To which radiographs were reduced before they came to the grid; a card that says nothing is older than the setting.
+
+        Raises PackageRefused for what is no such number.
+        """
+        found = json.loads(self.files["card.json"]).get("longest_side_px", LONGEST_SIDE_PX)
+        low, high = LONGEST_SIDE_RANGE
+        if type(found) is not int or not low <= found <= high:
+            raise PackageRefused("the model card says no side of radiographs that sites can have")
         return found
 
     @property

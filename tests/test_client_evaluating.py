@@ -30,8 +30,8 @@ KEY = ec.derive_private_key(7, ec.SECP256R1())
 FIXED = {"youden": {"threshold": 0.5}}
 
 
-def packaged(wanted: Study, seed: int = 1) -> bytes:
-    """A model of `wanted` with weights that nobody trained, and a threshold on its card."""
+def packaged(wanted: Study, seed: int = 1, **said: object) -> bytes:
+    """A model of `wanted` with weights that nobody trained. On its card: a threshold, and what is `said`."""
     vector = networks.to_vector(networks.build(wanted))
     vector = vector + np.random.default_rng(seed).normal(0, 0.2, vector.shape).astype(np.float32)
     facts = {
@@ -49,6 +49,7 @@ def packaged(wanted: Study, seed: int = 1) -> bytes:
         "run_id": "run-1",
         "selected_round": 1,
         "metrics": {"pooled": {"targets": targets}},
+        **said,
     }
     files = {
         "card.json": json.dumps(card).encode(),

@@ -147,10 +147,12 @@ def test_scores_are_those_of_the_study_and_what_is_left_out_is_counted(
     uids = [member.image.sop_uid for member in joined if splits[member.token] == "test"]
     expected = dict(zip(uids, learning.predict(exporting.network(Package.open(package)), members)[:, 0], strict=True))
     images = home / "hospital" / "dicom"
-    scored = scoring.score(Package.open(package), images, 0, lambda done, total: None)
-    every = np.array([row[2][0] for row in scored.rows])
-    by_uid = {uid: scores[0] for _, uid, scores in scored.rows}
-    assert len(expected) > 5 and len(by_uid) == len(scored.rows) - 1  # one file was sent twice
+    told = list[tuple[str, int, int]]()
+    scored = scoring.score(Package.open(package), images, 0, lambda *news: told.append(news))
+    every = np.array([row.scores[0] for row in scored.rows])
+    by_uid = {row.uid: row.scores[0] for row in scored.rows}
+    assert len(expected) > 5 and len(by_uid) == len(scored.rows) and scored.left_out["duplicate"] >= 1
+    assert told[-1][1] == told[-1][2] and {stage for stage, _, _ in told} == {"looking at files", "scoring images"}
     assert all(abs(by_uid[uid] - score) < 1e-6 for uid, score in expected.items())
     assert len({round(float(score), 5) for score in expected.values()}) > 5  # swapped images would be seen
     files = sum(path.is_file() for path in images.rglob("*"))
