@@ -433,7 +433,10 @@ def test_the_sbom_is_the_lock() -> None:
 def test_the_sbom_names_exactly_the_pins_that_are_needed_to_run() -> None:
     pinned = dict(re.findall(r"^([a-z0-9-]+)==(.+)$", lock(), re.MULTILINE))
     assert len(pinned) == len([line for line in lock().splitlines() if line and not line.startswith("#")])
-    parts, rest = json.loads(sbom.WRITTEN.read_text(encoding="utf-8"))["components"], {*f"{DEV_ONLY} {EXTRA_ONLY}".split()}
+    parts, rest = (
+        json.loads(sbom.WRITTEN.read_text(encoding="utf-8"))["components"],
+        {*f"{DEV_ONLY} {EXTRA_ONLY}".split()},
+    )
     assert {p["name"]: p["version"] for p in parts} == {n: v for n, v in pinned.items() if n not in rest}
     assert [p["purl"] for p in parts] == [f"pkg:pypi/{p['name']}@{p['version']}" for p in parts]
     assert pinned.keys() >= rest
