@@ -12,10 +12,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fl_client import archive_cli, data_cli, enrol, export_cli, standing
+from fl_client import archive_cli, data_cli, enrol, evaluate_cli, export_cli, standing
 from fl_client.consent import consents, find_consent
 from fl_client.policy import Pause
 from fl_client.site import Site
+from models import catalogue_cli
+from models.catalogue import Notice
 from models.questions import Counting
 from models.study import Study
 from privacy import crash_cli, heads, journal_cli, keys, logs
@@ -593,6 +595,12 @@ def _say(sentence: str) -> None:
     console.print(f"{stamp} {sentence}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _note(home: Path, kind: str, notice: Notice) -> None:
+    Site.open(home).journal.append(kind, model=notice.sha256, name=notice.name)
+
+
+catalogue_cli.add_to(app, enrol.open_caller, _note)
+app.command()(evaluate_cli.evaluate)
 app.command()(data_cli.phantom)
 
 

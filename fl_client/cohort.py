@@ -81,7 +81,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     `known` float32 (N, T), 1 where labelled; `patients` int64 (N,), numbers from 0 that mean nothing outside this object.
     `identities[n]`: by what patient n is known again (number and images, hashed), whatever study, folder or name it comes back
     under. `public_size`: patients of the training split in tens, as they were when the study began here. `observed[i]`: what is
-    known of image i, for the subgroups that the study names; empty if it names none.
+    known of image i, for the subgroups that the study names; empty if it names none. `members[i]`: image i itself.
     """
 
     def __init__(self, members: list[Member], images: torch.Tensor, names: list[str]) -> None:
@@ -93,6 +93,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         tokens = {token: number for number, token in enumerate(sorted({member.token for member in members}))}
         self.patients = torch.tensor([tokens[member.token] for member in members], dtype=torch.int64)
         self.identities = _identities(members)
+        self.members = members
         self._names = names
         self.ingested = 0
         self.public_size = 0
@@ -116,7 +117,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         members, left_out = join(index, labels, study)
         placed = Pins({}, {}) if split == "external" else _pinned(pins, members, study)
         mine = [member for member in members if split in ("external", placed.splits.get(member.token))]
-        cohort = cls(mine, _grid(index, study, split, mine), names)
+        cohort = cls.of(index, study, split, mine)
         cohort.ingested, cohort.left_out, cohort.public_size = index.taken, left_out, placed.public_size
         if study.evaluation.subgroups:
             cohort.observed = agreed([observe(member.image, labels) for member in mine])
@@ -124,6 +125,11 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         if patients < least:
             raise CohortTooSmall(f"the {split} split has {patients} labelled patients and the study asks for {least}")
         return cohort
+
+    @classmethod
+    def of(cls, index: Index, study: Study, split: Split, members: list[Member]) -> "Cohort":
+        """These members on the study's grid. Raises CacheLost."""
+        return cls(members, _grid(index, study, split, members), study.task.targets)
 
     @staticmethod
     def identities_of(index: Index, labels: LabelTable, study: Study, split: Split, pins: Path) -> list[set[str]]:

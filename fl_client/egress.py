@@ -27,8 +27,17 @@ UNKNOWN = "a line that this version has no words for"
 RELEASE = "release"
 """Kind of the line that tells norm and ε of an update before it is protected; the report of the same order tells that it left."""
 STAYS = frozenset(
-    {"settings", "paused", "resumed", "offer-refused", "budget", "worker-replaced", "torn-line-set-aside"}
-    | {"head-witnessed", "head-contradicted", "variate-absent", RELEASE}
+    {
+        "settings",
+        "paused",
+        "resumed",
+        "offer-refused",
+        "budget",
+        "worker-replaced",
+        "torn-line-set-aside",
+        "model-pulled",
+    }
+    | {"evaluation-written", "head-witnessed", "head-contradicted", "variate-absent", RELEASE}
 )
 """Kinds of lines about what stayed here."""
 
@@ -80,6 +89,7 @@ WORDS: dict[str, Callable[[Facts], str]] = {
         if facts["ready"]
         else f"word that this site is not ready: {', '.join(facts['reasons'])}"
     ),
+    "model-asked": lambda facts: f"request for the released model {facts['name']}: its SHA-256",
     "no-order": _fixed("error code, because what came was no order"),
     "train-report": _trained,
     "evaluate-report": _evaluated,

@@ -51,7 +51,7 @@ def join(line: str, home: Path) -> Enrolment:
 
 def greet(home: Path) -> Versions | None:
     """What the coordinator runs, None if it is too old to tell; it is told what runs here. Raises what a call raises."""
-    with _caller(home) as caller:
+    with open_caller(home) as caller:
         return caller.greet()
 
 
@@ -61,7 +61,7 @@ def fetch_offers(home: Path) -> list[Offer]:
     An offer that fails a check is left out, logged and noted in the journal: one bad study does not hide the others.
     """
     site = Enrolment.open(home / "keys").name
-    with _caller(home) as caller:
+    with open_caller(home) as caller:
         found = caller.offers()
     ca = keys.load_certificate((home / "keys" / "ca.pem").read_bytes())
     coordinator = keys.load_public((home / "keys" / "coordinator.pem").read_bytes())
@@ -189,7 +189,7 @@ def decide(home: Path, offer: Offer, decision: Decision, rule: int = 0) -> None:
         Consent(replace(offer, decision=decision), statement, signature).store(home)
         Journal(home / "journal.jsonl").append(decision, study=offer.digest, rule=rule)
     try:
-        with _caller(home) as caller:
+        with open_caller(home) as caller:
             caller.decide(statement.body(), signature)
     except Unreachable as error:
         raise Unreachable(
@@ -237,7 +237,8 @@ def _unsent(home: Path, digest: str) -> Path:
     return home / "studies" / f"{digest}.unsent"
 
 
-def _caller(home: Path) -> calls.Caller:
+def open_caller(home: Path) -> calls.Caller:
+    """Signed calls of this site to its coordinator, at the address of site.yaml."""
     coordinator = read(SiteFile, SiteFile.path(home)).coordinator
     return calls.Caller.open(home / "keys", coordinator.service if coordinator else None)
 

@@ -40,6 +40,7 @@ from fl_client.archive import ArchiveSettings
 from fl_client.consent import approved
 from fl_client.policy import Pause, Policy, Rule, broken
 from models.labels import LabelMap
+from models.sections import LONGEST_SIDE_PX, LONGEST_SIDE_RANGE
 from models.study import Document, Name, Study, read
 from privacy import disk, keys
 from privacy.errors import (
@@ -108,7 +109,10 @@ class Source(Document):
         description="DICOM only; who an image is of. header: Patient ID; folder: the first folder below `folder` is the patient",
     )
     longest_side_px: int = Field(
-        default=1024, ge=64, le=4096, description="cached radiographs are reduced to this, never enlarged"
+        default=LONGEST_SIDE_PX,
+        ge=LONGEST_SIDE_RANGE[0],
+        le=LONGEST_SIDE_RANGE[1],
+        description="cached radiographs are reduced to this, never enlarged",
     )
     scaling: Literal["percentiles", "window"] = Field(
         default="percentiles",

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fl_server import runs_cli, weights_cli
+from fl_server import published_cli, runs_cli, weights_cli
 from fl_server.roster import Home, Party
 from fl_server.settings import ServerFile
 from fl_server.standings import Told
@@ -225,6 +225,7 @@ def accept(
 
 
 runs_cli.add_to(app)
+published_cli.add_to(app)
 
 
 @app.command()

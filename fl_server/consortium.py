@@ -13,8 +13,10 @@ import logging
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from fl_server import authority, weights
+from fl_server import authority, published, weights
 from fl_server.roster import Home, Offered, Party
 from fl_server.run import ENDED
 from models.study import Study
@@ -68,6 +70,10 @@ REQUEST_S = 5.0  # in which a call has to have sent its request
 HANDSHAKE_MS = 10_000
 METADATA_BYTES_MAX = 16 * 1024
 CHUNK_BYTES = 256 * 1024
+FETCH_BYTES = 64 * 1024**2  # of a model in one call; the caller goes on with another
+FETCHES_MAX = 32  # calls for models that may hold a thread at once
+FETCHES_EACH = 2  # of them of one party
+FETCH_S = 600.0  # a caller that reads slower than that is cut off, and goes on where it was
 POLL_SECONDS = 0.2  # how often a watched file is looked at
 GRACE_SECONDS = 2.0  # a run notes its end in run.json before it writes its last event
 RECORD_BYTES_MAX = 4 * 1024 * 1024
@@ -88,6 +94,9 @@ CALLERS: dict[str, tuple[PartyRole, ...]] = {
     "Launch": ("researcher",),
     "Watch": ("researcher",),
     "Results": ("researcher",),
+    "Head": ("researcher",),
+    "Models": ("site", "researcher"),
+    "Fetch": ("site", "researcher"),
 }
 _generated: Any = consortium_pb2_grpc  # the generated module carries no annotations
 _log = logging.getLogger(__name__)
@@ -274,6 +283,7 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
         self._home, self._hooks = home, hooks
         self._watchers = threading.BoundedSemaphore(WATCHERS_MAX)
         self._enrolling = threading.Lock()
+        self._fetches, self._fetching = Counter[str](), threading.Lock()
 
     def _caller(self, context: Any) -> Party:
         return self._home.roster.party(Signed.read(context.invocation_metadata()).name)
@@ -392,6 +402,45 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
         self._home.journal.append("results-sent", run=request.run_id, researcher=self._caller(context).name)
         for path in present:
             yield from _chunks(path)
+
+    def Head(self, request: pb.HeadRequest, context: Any) -> pb.HeadReply:  # noqa: N802  name in consortium.proto
+        own = heads.own_head(self._home.journal, heads.COORDINATOR, self._home.coordinator_key)
+        return pb.HeadReply(head=own.to_bytes())
+
+    def Models(self, request: pb.ModelsRequest, context: Any) -> pb.ModelsReply:  # noqa: N802  name in consortium.proto
+        offered = [entry for entry in published.entries(self._home) if entry.withdrawn is None]
+        notices = [pb.Published(notice=entry.notice.body(), signature=entry.signature) for entry in offered]
+        return pb.ModelsReply(models=notices)
+
+    def Fetch(self, request: pb.FetchRequest, context: Any) -> Iterator[pb.Piece]:  # noqa: N802  name in consortium.proto
+        party = self._caller(context)
+        path = published.path_of(self._home, request.sha256)
+        with self._fetch_of(party.name, context):
+            if request.first == 0:
+                self._home.journal.append("model-sent", model=request.sha256, party=party.name)
+            with path.open("rb") as file:
+                file.seek(request.first)
+                for _ in range(FETCH_BYTES // CHUNK_BYTES):
+                    if not (data := file.read(CHUNK_BYTES)):
+                        return
+                    yield pb.Piece(data=data)
+
+    @contextmanager
+    def _fetch_of(self, party: str, context: Any) -> Iterator[None]:
+        """A place among those who fetch, for FETCH_S at most. Raises RunError if there is none."""
+        with self._fetching:
+            if self._fetches[party] >= FETCHES_EACH or self._fetches.total() >= FETCHES_MAX:
+                raise RunError("too many models are being fetched", remedy="Try again in a minute.")
+            self._fetches[party] += 1
+        late = threading.Timer(FETCH_S, context.cancel)
+        late.daemon = True
+        late.start()
+        try:
+            yield
+        finally:
+            late.cancel()
+            with self._fetching:
+                self._fetches[party] -= 1
 
     def _own(self, digest: str, researcher: Party) -> Offered:
         offered = self._home.roster.study(digest)

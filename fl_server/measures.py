@@ -187,7 +187,7 @@ def _division(evaluation: Evaluation, place: int, division: str, fixed: Mapping[
             rule: _beside(Confusion.at(histogram, place, cut.edge), Confusion.at(told[reference], place, cut.edge))
             for rule, cut in fixed.items()
         }
-    return {"groups": entries, "reference": reference, "gap": _gap({name: entries[name] for name in told})}
+    return {"groups": entries, "reference": reference, "gap": gap({name: entries[name] for name in told})}
 
 
 def not_told(study: Study) -> str:
@@ -209,7 +209,7 @@ def _beside(its: Confusion, reference: Confusion) -> dict[str, Any]:
     return entry | {"eod": eod, "eod_interval": list(ends), "aaod": (abs(eod) + away) / 2}
 
 
-def _gap(told: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
+def gap(told: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
     """Best less worst AUROC, with the interval of a difference between these two. None with fewer than two groups.
 
     The two were picked because they lie apart: the gap is larger than it would be again, and its interval knows nothing of it.

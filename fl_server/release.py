@@ -1,7 +1,8 @@
 """What goes into a released model: the weights of a run under their layers' names, its study, and what may be said of it.
 
 The card goes to people outside the consortium, so it says less than the report of the run: figures of the test split, with every
-count rounded down to tens and no figure of a class below ten; nothing of single rounds, of times, or of archives.
+count rounded down to tens, shares to hundredths, no figure of a class below ten, and no group of fewer than three sites; nothing
+of single rounds, of times, or of archives.
 """
 
 import datetime as dt
@@ -16,26 +17,31 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fl_server import evidence
-from fl_server.measures import TOO_FEW, measure
+from fl_server.measures import TOO_FEW, gap, measure
 from fl_server.results import canonical, check
 from models import exporting, registry
 from models.contributions import RELEASE_DECIMALS
-from models.sections import RELEASE_MIN
+from models.sections import LONGEST_SIDE_PX, MASKED_SITES_MIN, RELEASE_MIN
 from models.study import Study
 from privacy import keys
 from privacy.errors import MessageMalformed, RunUnknown
 from privacy.heads import SignedHead
 
+GROUP_SITES_MIN = MASKED_SITES_MIN  # whatever the study's protection: a card is read by people who agreed to nothing
 RESULTS = ("card.json", "model.safetensors", "results.json")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the researcher says of a release: its `version`, the `attack` on it, signed heads of the journals it is tied to."""
+    """What is said of a release beside its run: its `version`, the `attack` on it, signed heads of the journals it is tied to.
+
+    `coordinator`: the key that signed the coordinator's head among them, as `keys.point_hex` writes it; "" without one.
+    """
 
     version: str = "1.0.0"
     attack: dict[str, Any] | None = None
     heads: Sequence[SignedHead] = ()
+    coordinator: str = ""
 
 
 def package(folder: Path, wanted: Wanted, key: keys.PrivateKey) -> bytes:
@@ -66,7 +72,7 @@ def package(folder: Path, wanted: Wanted, key: keys.PrivateKey) -> bytes:
         "created": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "lineage": {"parent": initial.sha256 if initial is not None else None, "round": card["selected_round"]},
         "heads": [asdict(head) for head in wanted.heads],
-    }
+    } | ({"coordinator": wanted.coordinator} if wanted.coordinator else {})
     files = {
         "card.json": json.dumps(described, indent=1, allow_nan=False).encode(),
         "card.md": _in_words(study, described).encode(),
@@ -86,6 +92,8 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
         "reference_standard": "The label table of each site, with the site's own words for each target.",
         "preprocessing": study.images.model_dump(mode="json"),
         "preprocessing_sha256": keys.digest(canonical(study.images.model_dump(mode="json"))),
+        # Sites may reduce otherwise (site.yaml), and nobody else is told; this is what they do if they say nothing.
+        "longest_side_px": LONGEST_SIDE_PX,
         "privacy_sentences": [statement.sentence() for statement in study.statements()],
         "metrics": _figures(metrics),
         "attack": wanted.attack,
@@ -98,19 +106,60 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Of metrics.json what leaves the consortium: label, selected round, and test figures pooled and per site."""
+    """Of metrics.json what leaves the consortium: label, selected round, and test figures pooled, per site and per group."""
     pooled = metrics["pooled"]
-    targets = {name: _target(entry) for name, entry in pooled["targets"].items()}
+    targets = {name: _target(entry) | {"operating": _operating(entry)} for name, entry in pooled["targets"].items()}
     counts = {name: pooled[name] // RELEASE_MIN * RELEASE_MIN for name in ("patients", "images")}
+    grades = metrics["grades"] and _rounded({name: metrics["grades"][name] for name in ("kappa", "interval", "mae")})
     return {
         "label": metrics["label"],
         "selected_round": metrics["selected_round"],
         "test_missing": metrics["test_missing"],
-        "pooled": {"sites": pooled["sites"], **counts, "targets": targets},
+        "pooled": {"sites": pooled["sites"], **counts, "grades": grades, "targets": targets},
         "sites": {
             site: {"testing": entry["testing"], "targets": entry["targets"]} for site, entry in metrics["sites"].items()
         },
+        "subgroups": {
+            target: {division: _division(entry) for division, entry in divisions.items()}
+            for target, divisions in metrics["subgroups"].items()
+        },
     }
+
+
+def _division(entry: dict[str, Any]) -> dict[str, Any]:
+    """The groups of one division; none of fewer than GROUP_SITES_MIN sites, whose figures would be those of single sites."""
+    groups = {name: _group(found) for name, found in entry["groups"].items()}
+    apart = gap({name: found for name, found in groups.items() if found["auroc"] is not None})
+    return {"groups": groups, "gap": apart and _rounded(apart)}
+
+
+def _group(entry: dict[str, Any]) -> dict[str, Any]:
+    if entry["auroc"] is None or entry["sites"] < GROUP_SITES_MIN:
+        why = entry.get("why", f"not released: fewer than {GROUP_SITES_MIN} sites")
+        return {**dict.fromkeys(("positives", "negatives", "auroc", "interval")), "sites": entry["sites"], "why": why}
+    return _target(entry) | {"sites": entry["sites"]}
+
+
+def _operating(entry: dict[str, Any]) -> dict[str, Any]:
+    """Thresholds as they are, for whoever uses the model; the rates there with two decimals, which tell no count."""
+    if min(entry["positives"], entry["negatives"]) < RELEASE_MIN:
+        return {}
+    rates = ("sensitivity", "specificity", "ppv", "npv")
+    return {
+        rule: {"rule": at["rule"], "threshold": at["threshold"], **{rate: _rounded(at[rate], 2) for rate in rates}}
+        for rule, at in entry["operating"].items()
+    }
+
+
+def _rounded(found: dict[str, Any], decimals: int = RELEASE_DECIMALS) -> dict[str, Any]:
+    """The same with every number, and every end of an interval, rounded."""
+
+    def of(value: Any) -> Any:
+        if isinstance(value, list):
+            return [of(each) for each in value]
+        return round(value, decimals) if isinstance(value, float) else value
+
+    return {name: of(value) for name, value in found.items()}
 
 
 def _kinds(metrics: dict[str, Any]) -> str:
@@ -143,17 +192,70 @@ def _in_words(study: Study, card: dict[str, Any]) -> str:
         "",
         f"**Privacy.** {' '.join(card['privacy_sentences']) or 'No differential privacy.'}",
         "",
-        "**Population and figures.** Of held-out patients. Counts are rounded down to tens; a class below ten has none.",
+        "**Population and figures.** Of held-out patients, by site as each released its own. Counts are rounded down to tens,",
+        "and a class below ten has no figures. Intervals are of 95 %.",
         "",
-        "```json",
-        json.dumps(card["metrics"], indent=1),
-        "```",
+        *_tables(card["metrics"]),
         "",
         "**Limits.**",
         *(f"- {limit}" for limit in card["limits"]),
         "",
     ]
     return "\n".join(lines)
+
+
+def _tables(metrics: dict[str, Any]) -> list[str]:
+    """The figures of the card in Markdown: population and AUROC, operating points, groups."""
+    pooled, sites = metrics["pooled"], metrics["sites"]
+    lines = [
+        f"At least {pooled['patients']} patients and {pooled['images']} images of {len(pooled['sites'])} sites.",
+        "",
+        "| target | where | testing | positive | negative | AUROC |",
+        "|---|---|---|---|---|---|",
+    ]
+    for target, entry in pooled["targets"].items():
+        rows = [("all together", "", entry)]
+        rows += [(site, found["testing"], found["targets"][target]) for site, found in sites.items()]
+        for where, testing, found in rows:
+            cells = (target, where, testing, _count(found["positives"]), _count(found["negatives"]), _auroc(found))
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| target | threshold | rule | sensitivity | specificity |", "|---|---|---|---|---|"]
+    for target, entry in pooled["targets"].items():
+        for at in entry["operating"].values():
+            rates = (_rate(at["sensitivity"]), _rate(at["specificity"]))
+            lines.append(f"| {target} | {at['threshold']:.4f} | {at['rule']} | {' | '.join(rates)} |")
+    if grades := pooled["grades"]:
+        interval = "" if grades["interval"] is None else " ({:.3f} to {:.3f})".format(*grades["interval"])
+        kappa = "not estimable" if grades["kappa"] is None else f"{grades['kappa']:.3f}{interval}"
+        lines += ["", f"Grades: quadratic-weighted kappa {kappa}, mean absolute error {grades['mae']:.3f}."]
+    groups = [
+        f"| {target} | {division} | {name} | {entry['sites']} | {_count(entry['positives'])} | {_count(entry['negatives'])} | "
+        f"{_auroc(entry)} |"
+        for target, divisions in metrics["subgroups"].items()
+        for division, found in divisions.items()
+        for name, entry in found["groups"].items()
+    ]
+    if groups:
+        head = "| target | division | group | sites | positive | negative | AUROC |"
+        lines += ["", head, "|---|---|---|---|---|---|---|", *groups]
+    return lines
+
+
+def _count(number: int | None) -> str:
+    return "–" if number is None else f"≥ {number}"
+
+
+def _auroc(entry: dict[str, Any]) -> str:
+    if entry["auroc"] is None:
+        return str(entry["why"])
+    ends = "" if entry["interval"] is None else " ({:.3f} to {:.3f})".format(*entry["interval"])
+    return f"{entry['auroc']:.3f}{ends}"
+
+
+def _rate(found: dict[str, Any]) -> str:
+    if found["value"] is None or found["interval"] is None:
+        return "–"
+    return "{:.2f} ({:.2f} to {:.2f})".format(found["value"], *found["interval"])
 
 
 def _components() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`fl-study release`, `models`, `verify`, `predict` and `export`: a model from its run to those who use it."""
+"""`fl-study release`, `models`, `pull`, `verify`, `predict` and `export`: a model from its run to those who use it."""
 
 import csv
 import json
@@ -10,21 +10,19 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from models.registry import ENDING, Package, listing
+from models import catalogue_cli
+from models.registry import Package
 from privacy import calls, keys
-from privacy.errors import DocumentError, PackageRefused
+from privacy.errors import DocumentError
 from privacy.heads import SignedHead
 
 console = Console()
 SCORE = "fl_client.scoring:score"  # only the hospital's half reads DICOM, so it is looked up by its name
 
 PackageFile = Annotated[Path, typer.Argument(metavar="PACKAGE", help="A released model, NAME-VERSION.isocenter.")]
-Trust = Annotated[
-    list[str] | None,
-    typer.Option("--trust", help="Fingerprint of a signer to accept; repeat. Default: anybody, which is said."),
-]
+Trust = catalogue_cli.Trust
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of lines.")]
 Home = Annotated[Path, typer.Option("--home", "-H", help="Folder with your keys; made by `fl-study join`.")]
 
@@ -43,17 +41,26 @@ def add_to(app: typer.Typer, run_id_of: Callable[[calls.Caller, str], str]) -> N
         ] = None,
         version: Annotated[str, typer.Option("--version", help="Version of the model, such as 1.2.0.")] = "1.0.0",
         head: Annotated[
-            list[Path] | None, typer.Option("--head", help="File with a signed journal head to tie it to; repeat.")
+            list[Path] | None,
+            typer.Option("--head", help="File with another signed journal head to tie it to; repeat."),
         ] = None,
         out: Annotated[Path, typer.Option("--out", "-o", help="The package, or an existing folder for it.")] = Path(),
     ) -> None:
-        """Write the model of a finished run as a signed package, unless an attack found more than the study claims."""
+        """Write the model of a finished run as a signed package, unless an attack found more than the study claims.
+
+        It is tied to the coordinator's journal by the signed head that the coordinator gives now. For others to pull it, the
+        coordinator publishes it: `fl-server publish PACKAGE`.
+        """
         from fl_server import release as released
 
         attack = _read_attack(attack_file) if attack_file else None
-        wanted = released.Wanted(version, attack, [_head(file) for file in head or []])
+        coordinator = keys.load_public((home / "keys" / "coordinator.pem").read_bytes())
         with calls.Caller.open(home / "keys") as caller, tempfile.TemporaryDirectory() as scratch:
             caller.results(run_id_of(caller, run_id), Path(scratch))
+            present = caller.head()
+            present.verify([coordinator])
+            heads = [present, *(_head(file) for file in head or [])]
+            wanted = released.Wanted(version, attack, heads, keys.point_hex(coordinator))
             content = released.package(Path(scratch), wanted, keys.load_key(home / "keys" / "researcher.key"))
         package = Package.read(content)
         path = out / package.file_name if out.is_dir() else out
@@ -62,30 +69,9 @@ def add_to(app: typer.Typer, run_id_of: Callable[[calls.Caller, str], str]) -> N
         _line(f"Released {path}, SHA-256 {package.sha256}")
         _line(f"Signed by {keys.grouped(package.signer)}: tell this fingerprint to those who use it.")
 
-    for command in (models, verify, predict, export):
+    catalogue_cli.add_to(app, lambda home: calls.Caller.open(home / "keys"))
+    for command in (verify, predict, export):
         app.command()(command)
-
-
-def models(
-    registry: Annotated[Path, typer.Option("--registry", help="Folder with packages.")] = Path(),
-    trust: Trust = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the packages of a folder with their versions and where they come from."""
-    found = listing(registry, trust)
-    if as_json:
-        print(json.dumps([_entry(path, package) for path, package in found]))
-        return
-    for path, package in found:
-        if isinstance(package, PackageRefused):
-            _line(f"{path.name}: REFUSED, {package}")
-            continue
-        facts = package.manifest
-        parent = facts["lineage"]["parent"]
-        origin = f"from {parent[:12]}" if parent else "from its seed"
-        _line(f"{facts['name']} {facts['version']}  study {facts['digest'][:12]}  run {facts['run_id']}  {origin}")
-    if not found:
-        _line(f"No packages ({ENDING}) in {registry}.")
 
 
 def verify(package: PackageFile, trust: Trust = None, as_json: AsJson = False) -> None:
@@ -106,27 +92,32 @@ def verify(package: PackageFile, trust: Trust = None, as_json: AsJson = False) -
 
 def predict(
     package: PackageFile,
-    folder: Annotated[Path, typer.Argument(help="Folder with DICOM radiographs, at any depth.")],
+    folder: Annotated[Path, typer.Argument(help="Folder with DICOM radiographs or CT series, at any depth.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Table of scores; it must not exist.")] = Path("scores.csv"),
     trust: Trust = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Confined processes that read files.")] = 1,
 ) -> None:
-    """Score the radiographs of a folder, prepared as in training; what is left out is counted by reason."""
+    """Score the radiographs or CT volumes of a folder, prepared as in training; what is left out is counted by reason."""
     found = Package.open(package, trust)
     _free(out)
-    with Progress(console=Console(stderr=True)) as bars:
-        bar = bars.add_task("scoring", total=None)
-        scored = pkgutil.resolve_name(SCORE)(
-            found, folder, jobs, lambda done, total: bars.update(bar, completed=done, total=total)
-        )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        scored = pkgutil.resolve_name(SCORE)(found, folder, jobs, tell)
     with out.open("x", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["file", "sop_instance_uid", *found.study.task.targets])
-        table.writerows([name, uid, *(f"{score:.8f}" for score in scores)] for name, uid, scores in scored.rows)
+        table.writerow(["file", scored.uid, *found.study.task.targets])
+        table.writerows([row.file, row.uid, *(f"{score:.8f}" for score in row.scores)] for row in scored.rows)
     out.chmod(0o600)  # scores of patients
     _line(f"{len(scored.rows)} scored: {out}")
     for reason, count in sorted(scored.left_out.items()):
-        _line(f"left out, {reason}: {count}")
+        _line(f"files left out, {reason}: {count}")
 
 
 def export(
@@ -140,12 +131,6 @@ def export(
 
     exporting.export(Package.open(package, trust), kind, out)
     _line(f"Wrote {out}.")
-
-
-def _entry(path: Path, package: Package | PackageRefused) -> dict[str, Any]:
-    if isinstance(package, PackageRefused):
-        return {"file": path.name, "refused": str(package)}
-    return {"file": path.name, **package.facts()}
 
 
 def _head(file: Path) -> SignedHead:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fl_server import release_cli
+from fl_server import release_cli, weights_cli
 from models.questions import Counting
 from models.study import Study, read
 from privacy import calls
@@ -91,19 +91,32 @@ def new(
 
 
 @app.command()
-def check(file: StudyFile, as_json: AsJson = False) -> None:
-    """Read a study strictly and explain every conflict."""
+def check(
+    file: StudyFile,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", metavar="FILE", help="Also say whether this file of weights fits the network."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read a study strictly and explain every conflict; exit code 1 if the weights do not fit."""
     study = _read_study(file)
+    verdict = None if weights is None else weights_cli.judged(study, weights)
     # The digest covers the keys of the sites, so a study that does not name them yet has none.
     digest = study.digest if study.roster else None
     if as_json:
-        print(json.dumps({"digest": digest, "study": study.model_dump(mode="json")}))
-        return
-    console.print(f"[bold]{study.title}[/bold]", highlight=False)
-    fixed = digest or "fixed by `fl-study submit`, which fills in the keys of the sites"
-    for name, value in [("digest", fixed), *(_questions(study) or _settings(study))]:
-        console.print(f"{name:<11} {value}", highlight=False, markup=False, soft_wrap=True)
-    console.print("The study is consistent.", style="green")
+        about = {} if verdict is None else {"weights": verdict.to_json()}
+        print(json.dumps({"digest": digest, "study": study.model_dump(mode="json")} | about))
+    else:
+        console.print(f"[bold]{study.title}[/bold]", highlight=False)
+        fixed = digest or "fixed by `fl-study submit`, which fills in the keys of the sites"
+        rows = [("digest", fixed), *(_questions(study) or _settings(study))]
+        rows += [] if verdict is None else [("weights", line) for line in weights_cli.lines_of(study, verdict)]
+        for name, value in rows:
+            console.print(f"{name:<11} {value}", highlight=False, markup=False, soft_wrap=True)
+        console.print("The study is consistent.", style="green")
+    if verdict is not None and verdict.problem is not None:
+        raise typer.Exit(1)
 
 
 def _questions(study: Study) -> list[tuple[str, str]]:

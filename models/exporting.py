@@ -4,6 +4,8 @@ All three map images float32 (B, 1, *grid) in 0..1 on the study's grid to scores
 nothing of Isocenter where they are used.
 """
 
+import importlib.metadata
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor, nn
 
-from models import networks, tasks
+from models import imaging, networks, tasks, volumes
 from models.registry import Package
 from models.study import Study
 from privacy.errors import DocumentError, PackageRefused
@@ -23,7 +25,7 @@ from privacy.errors import DocumentError, PackageRefused
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 LICENCE = (
     "The weights are released by whoever signed the package, under the terms that docs/README.md and they name.\n"
-    "The configuration in this bundle was written by Isocenter, Apache-2.0.\n"
+    "The configuration and scripts in this bundle were written by Isocenter, Apache-2.0.\n"
 )
 
 
@@ -105,21 +107,82 @@ def _onnx(package: Package, out: Path) -> None:
 
 
 def _bundle(package: Package, out: Path) -> None:
-    """A folder in the layout of MONAI's bundle specification; `python -m monai.bundle run` scores .npy files with it."""
-    for folder in ("configs", "models", "docs"):
+    """A folder in the layout of MONAI's bundle specification; `python -m monai.bundle run` scores the files in its `inputs`.
+
+    MONAI's readers read them, and scripts/prepare.py brings them to the grid by the very functions of the training, copied from
+    their source. So an image in the forms that a site may have beside DICOM gets the score that it has in the study.
+    """
+    for folder in ("configs", "models", "docs", "scripts", "inputs"):
         (out / folder).mkdir(parents=True)
     (out / "configs" / "metadata.json").write_text(json.dumps(_metadata(package), indent=1), encoding="utf-8")
-    (out / "configs" / "inference.json").write_text(json.dumps(_inference(), indent=1), encoding="utf-8")
+    (out / "configs" / "inference.json").write_text(json.dumps(_inference(package.study), indent=1), encoding="utf-8")
+    (out / "scripts" / "prepare.py").write_text(_preparing(package), encoding="utf-8")
     torch.save(network(package).state_dict(), out / "models" / "model.pt")
     _pt2(package, out / "models" / "model.pt2")
     grid = " x ".join(str(side) for side in package.study.images.shape[1:])
+    ct = package.study.images.volume is not None
+    what = "CT volumes in Hounsfield units as NIfTI (.nii, .nii.gz)" if ct else "frontal radiographs as PNG or JPEG"
+    bright = "" if ct else " with bright as dense"
     usage = (
-        f"\n## Using this bundle\n\nPut images as .npy files, float32 {grid} in 0 to 1 with bright as dense, into `inputs/`.\n"
-        "Then in this folder: `pip install monai fire`, `python -m monai.bundle run --config_file configs/inference.json`.\n"
+        f"\n## Using this bundle\n\nPut {what} into `inputs/`; or .npy files that are on the grid already, float32 {grid} in "
+        f"0 to 1{bright}.\nThen in this folder: `pip install monai {'nibabel' if ct else 'pillow'} fire`, "
+        "`python -m monai.bundle run --config_file configs/inference.json`.\n"
         f"It writes `scores.json`, with one list per file: {', '.join(package.study.task.targets)}.\n"
     )
     (out / "docs" / "README.md").write_text(package.files["card.md"].decode() + usage, encoding="utf-8")
     (out / "LICENSE").write_text(LICENCE, encoding="utf-8")
+
+
+_HEAD = '''"""How images come to the grid of this model, copied from Isocenter (Apache-2.0), which trained it.
+
+`prepare` takes what MONAI's reader gives of one file, and gives float32 (1, *grid) in 0..1.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+'''
+_RADIOGRAPHS = """
+
+def prepare(picture):
+    values = np.asarray(picture, np.float32)
+    low, high = np.percentile(values, [LOW, HIGH])
+    if not high > low:
+        raise ValueError("this picture is blank")
+    pixels = np.clip((values - np.float32(low)) / np.float32(high - low), 0, 1)
+    return torch.from_numpy(to_grid(reduced(pixels, LONGEST_SIDE_PX), SIZE_PX))
+"""
+_VOLUMES = """
+
+def prepare(volume):
+    # NIfTI counts to the right, to the front and up; DICOM, whose coordinates these are, to the left, to the back and up.
+    affine = np.asarray(volume.affine, np.float64)[:3][:, [2, 1, 0, 3]]
+    affine[:2] *= -1
+    values = np.nan_to_num(np.asarray(volume, np.float32), nan=AIR_HU).transpose(2, 1, 0)
+    return torch.from_numpy(to_volume_grid(hounsfield(values, None), affine, GRID))
+"""
+
+
+def _preparing(package: Package) -> str:
+    """The text of scripts/prepare.py."""
+    images = package.study.images
+    if images.volume is None:
+        constants = {"LOW": imaging.LOW, "HIGH": imaging.HIGH, "SIZE_PX": images.size_px}
+        constants["LONGEST_SIDE_PX"] = package.longest_side_px
+        parts: list[Callable[..., Any]] = [imaging.reduced, imaging.to_grid, imaging._resized]
+        last = _RADIOGRAPHS
+    else:
+        constants = {"AIR_HU": volumes.AIR_HU, "HU_MAX": volumes.HU_MAX}
+        parts, last = [volumes.hounsfield, volumes.to_volume_grid, volumes._averaged], _VOLUMES
+    lines = [f"{name} = {value!r}" for name, value in constants.items()]
+    if images.volume is not None:
+        lines.append(f"GRID = SimpleNamespace(**{images.volume.model_dump()!r})")
+    return _HEAD + "\n".join(lines) + "\n\n\n" + "\n\n".join(inspect.getsource(part) for part in parts) + last
 
 
 def _metadata(package: Package) -> dict[str, Any]:
@@ -148,7 +211,7 @@ def _metadata(package: Package) -> dict[str, Any]:
         "monai_version": monai.__version__,
         "pytorch_version": torch.__version__.partition("+")[0],
         "numpy_version": np.__version__,
-        "required_packages_version": {},
+        "required_packages_version": _readers(study),
         "name": study.title,
         "task": f"Classification of {', '.join(study.task.targets)}",
         "description": study.purpose,
@@ -159,14 +222,27 @@ def _metadata(package: Package) -> dict[str, Any]:
     }
 
 
-def _inference() -> dict[str, Any]:
+def _readers(study: Study) -> dict[str, str]:
+    """What MONAI reads such files with."""
+    name = "nibabel" if study.images.volume is not None else "pillow"
+    return {name: importlib.metadata.version(name)}
+
+
+def _inference(study: Study) -> dict[str, Any]:
+    ct = study.images.volume is not None
+    endings = (".npy", ".nii", ".nii.gz") if ct else (".npy", ".png", ".jpg", ".jpeg")
+    picture: dict[str, Any] = {"_target_": "LoadImage", "image_only": True, "reader": "NibabelReader"}
+    if not ct:
+        # Rows stay rows, and what holds more than eight bits keeps them.
+        grey = "$lambda image: image if image.mode[0] in 'IF' else image.convert('L')"
+        picture |= {"reader": "PILReader", "reverse_indexing": False, "converter": grey}
     return {
-        "imports": ["$import glob", "$import os", "$import pathlib", "$import json", "$import torch"],
+        "imports": [f"$import {name}" for name in ("json", "os", "pathlib", "runpy", "torch")],
         "bundle_root": ".",
         "input_dir": "$@bundle_root + '/inputs'",
         "output_file": "$@bundle_root + '/scores.json'",
-        "files": "$sorted(glob.glob(@input_dir + '/*.npy'))",
-        "preprocessing": {
+        "names": f"$sorted(name for name in os.listdir(@input_dir) if name.lower().endswith({endings}))",
+        "on_grid": {
             "_target_": "Compose",
             "transforms": [
                 {"_target_": "LoadImage", "reader": "NumpyReader", "image_only": True},
@@ -174,12 +250,12 @@ def _inference() -> dict[str, Any]:
                 {"_target_": "EnsureType", "dtype": "$torch.float32", "track_meta": False},
             ],
         },
+        "picture": picture,
+        "prepare": "$runpy.run_path(@bundle_root + '/scripts/prepare.py')['prepare']",
+        "read": "$lambda path: @on_grid(path) if path.endswith('.npy') else @prepare(@picture(path))",
         "network": "$torch.export.load(@bundle_root + '/models/model.pt2').module()",
-        "batch": "$torch.stack(list(map(@preprocessing, @files)))",
-        "scores": "$@network(@batch).tolist()",
-        "run": [
-            "$pathlib.Path(@output_file).write_text(json.dumps(dict(zip(map(os.path.basename, @files), @scores))))",
-        ],
+        "scores": "$[@network(@read(os.path.join(@input_dir, name))[None])[0].tolist() for name in @names]",
+        "run": ["$pathlib.Path(@output_file).write_text(json.dumps(dict(zip(@names, @scores))))"],
     }
 
 

@@ -72,3 +72,21 @@ def _concordance(table: Int64) -> float | None:
             pairs += int(table[low].sum()) * int(table[high].sum())
             right += float((table[high] * (below + table[low] / 2)).sum())
     return right / pairs if pairs else None
+
+
+def clustered_interval(scored: Scored) -> list[float] | None:
+    """The interval of kappa by a bootstrap over patients, each with all her images; None where too many draws have no kappa."""
+    patients, owner = np.unique(scored.patients, return_inverse=True)
+    if len(patients) == 0:
+        return None
+    tables = np.array([table_of(_rows(scored, owner == place)) for place in range(len(patients))])
+    generator, drawn = np.random.default_rng(SEED), []
+    for _ in range(RESAMPLES):
+        table = tables[generator.integers(len(tables), size=len(tables))].sum(axis=0)
+        drawn.append(_kappa(table) if table.any() else None)
+    found = [value for value in drawn if value is not None]
+    return [float(end) for end in np.percentile(found, [2.5, 97.5])] if len(found) >= 0.95 * RESAMPLES else None
+
+
+def _rows(scored: Scored, rows: npt.NDArray[np.bool_]) -> Scored:
+    return Scored(scored.scores[rows], scored.targets[rows], scored.known[rows], scored.patients[rows])

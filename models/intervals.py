@@ -18,14 +18,32 @@ Float64 = NDArray[np.float64]
 Interval = tuple[float, float]
 
 
-def wilson(hits: int, of: int) -> Interval | None:
+def wilson(hits: float, of: float) -> Interval | None:
     """Interval of the share `hits` / `of` (Wilson 1927); None of nothing."""
-    if of == 0:
+    if of <= 0:
         return None
     share, z2 = hits / of, Z_95**2
     centre = (share + z2 / (2 * of)) / (1 + z2 / of)
     reach = Z_95 / (1 + z2 / of) * math.sqrt(share * (1 - share) / of + z2 / (4 * of**2))
     return max(0.0, centre - reach), min(1.0, centre + reach)
+
+
+def clustered_share(hits: NDArray[np.bool_], patients: NDArray[np.int64]) -> Interval | None:
+    """Interval of the share of `hits` (N,) among images of `patients` (N,): Wilson's of as many images as these are worth.
+
+    Images of one patient resemble each other, so they are worth fewer (Rao and Scott 1992): the variance of a ratio estimate over
+    patients says how many. Never more than there are; and without any spread, as many as there are patients. None of nothing.
+    """
+    if len(hits) == 0:
+        return None
+    _, owner = np.unique(patients, return_inverse=True)
+    images, found = np.bincount(owner), np.bincount(owner, hits)
+    share, everyone = float(found.sum() / images.sum()), len(images)
+    worth = float(everyone)
+    if 0 < share < 1 and everyone > 1:
+        spread = everyone / (everyone - 1) * float(((found - share * images) ** 2).sum()) / float(images.sum()) ** 2
+        worth = min(float(images.sum()), share * (1 - share) / spread) if spread > 0 else float(everyone)
+    return wilson(share * worth, worth)
 
 
 def difference(first: float, its: Interval, second: float, others: Interval) -> Interval:

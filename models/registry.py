@@ -1,12 +1,15 @@
 """A released model: one signed file NAME-VERSION.isocenter, and a folder of them.
 
 Inside a zip without compression lie manifest.json, its signature, the signer's public key and the files the manifest lists: the
-study in canonical form, weights under the names of the network's layers, the model card, the SBOM. Guarantees of `Package.read`:
+study in canonical form, weights under the names of the network's layers, the model card, the SBOM. The manifest may hold signed
+heads of the coordinator's journal, with the key that signed them. Guarantees of `Package.read`:
 
 1. Nothing of a package is used before all of it was checked; whatever is wrong raises PackageRefused, and nothing else.
 2. The signature covers the manifest, the manifest covers every file by size and SHA-256, and the zip has to be, byte for byte,
    the one that `pack` makes of these files. So no byte can be changed, added or left out.
-3. Nothing is ever unpacked to a path that a package names.
+3. Its lineage holds together: manifest, card and study name the same study, run, round and first weights, and the heads are
+   signed by the coordinator's key in it. Whose key that is says only who joined the consortium (`coordinator`).
+4. Nothing is ever unpacked to a path that a package names.
 """
 
 import io
@@ -25,21 +28,28 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from models.sections import LONGEST_SIDE_PX, LONGEST_SIDE_RANGE
 from models.study import Study
 from privacy import keys
 from privacy.errors import IsocenterError, PackageRefused
+from privacy.heads import COORDINATOR, SignedHead
 
 VERSION = 1
 ENDING = ".isocenter"
 SEALS = ("manifest.json", "signature", "signer.pem")  # in this order, before the files that the manifest lists
 FILES = ("card.json", "card.md", "model.safetensors", "sbom.cdx.json", "study.json")
 PACKAGE_BYTES_MAX = 16 * 1024**3  # as of a result that crosses from the coordinator
-_VERSION = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6}){0,2}")
+VERSIONS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,6}){0,2}")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files give the same bytes on every day
 
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, SafetensorError)
 
 Files = Mapping[str, bytes]
+
+
+def version_key(version: str) -> list[int]:
+    """In the order of these, 9.0 is before 10.0."""
+    return [int(part) for part in version.split(".")]
 
 
 def fingerprint(key: keys.PublicKey) -> str:
@@ -121,17 +131,48 @@ class Package:
         listed = {name: {"bytes": len(data), "sha256": keys.digest(data)} for name, data in found.items()}
         if manifest["files"] != listed:
             raise PackageRefused("the files are not those that the signed manifest lists")
-        if not _VERSION.fullmatch(manifest["version"]):
+        if not VERSIONS.fullmatch(manifest["version"]):
             raise PackageRefused(f"{manifest['version']!r} is no version such as 1.0.0")
         study = Study.from_canonical(found["study.json"])
         if (study.digest, study.name) != (manifest["digest"], manifest["name"]):
             raise PackageRefused("the study is another than the manifest names")
         package = cls(manifest, found, study, fingerprint(signer), trusted is not None, keys.digest(content))
-        if json.loads(found["card.json"])["digest"] != study.digest:
-            raise PackageRefused("the model card is of another study")
+        package._check_lineage()
+        _ = package.longest_side_px
         if not package.tensors or not all(np.isfinite(tensor).all() for tensor in package.tensors.values()):
             raise PackageRefused("the weights hold values that are not finite numbers, or none at all")
         return package
+
+    def _check_lineage(self) -> None:
+        """Raise PackageRefused unless manifest, card and study tell one story; a head that contradicts its key raises too."""
+        card, facts = json.loads(self.files["card.json"]), self.manifest
+        initial = self.study.network.initial
+        story = {
+            "study": (card["digest"], self.study.digest),
+            "run": (card["run_id"], facts["run_id"]),
+            "round": (card["selected_round"], facts["lineage"]["round"]),
+            "first weights": (initial.sha256 if initial is not None else None, facts["lineage"]["parent"]),
+        }
+        if differ := [name for name, (one, other) in story.items() if one != other]:
+            raise PackageRefused(
+                f"its lineage does not hold together: card, manifest and study differ in {', '.join(differ)}"
+            )
+        point = self.coordinator
+        if bool(point) != any(head["party"] == COORDINATOR for head in facts["heads"]):
+            raise PackageRefused("it names a coordinator without a head of its journal, or the other way round")
+        for head in self.heads:
+            if head.party == COORDINATOR:
+                head.verify([keys.load_point(point)])
+
+    @property
+    def coordinator(self) -> str:
+        """The key of the coordinator whose journal the package is tied to, as `keys.point_hex` writes it; "" if to none."""
+        return str(self.manifest.get("coordinator", ""))
+
+    @property
+    def heads(self) -> list[SignedHead]:
+        """Signed heads of journals as they stood when the model was released."""
+        return [SignedHead.of_facts(facts) for facts in self.manifest["heads"]]
 
     @cached_property
     def tensors(self) -> dict[str, NDArray[np.float32]]:
@@ -139,6 +180,18 @@ class Package:
         found = load(self.files["model.safetensors"])
         if any(tensor.dtype != np.float32 for tensor in found.values()):
             raise PackageRefused("the weights are not all float32")
+        return found
+
+    @cached_property
+    def longest_side_px(self) -> int:
+        """To which radiographs were reduced before they came to the grid; a card that says nothing is older than the setting.
+
+        Raises PackageRefused for what is no such number.
+        """
+        found = json.loads(self.files["card.json"]).get("longest_side_px", LONGEST_SIDE_PX)
+        low, high = LONGEST_SIDE_RANGE
+        if type(found) is not int or not low <= found <= high:
+            raise PackageRefused("the model card says no side of radiographs that sites can have")
         return found
 
     @property
@@ -164,7 +217,7 @@ def listing(folder: Path, trusted: Collection[str] | None = None) -> list[tuple[
 def _place(path: Path, package: Package | PackageRefused) -> tuple[str, list[int], str]:
     if isinstance(package, PackageRefused):
         return path.name, [], path.name
-    return package.manifest["name"], [int(part) for part in package.manifest["version"].split(".")], path.name
+    return package.manifest["name"], version_key(package.manifest["version"]), path.name
 
 
 def _zipped(files: Files) -> bytes:

@@ -23,6 +23,8 @@ Point = Annotated[str, StringConstraints(pattern=r"^0[23][0-9a-f]{64}$")]
 Protection = Literal["masked", "sealed", "plain"]
 PROTECTIONS: tuple[Protection, ...] = ("masked", "sealed", "plain")
 """From the strongest to the weakest."""
+LONGEST_SIDE_PX = 1024  # to which sites reduce radiographs in their caches, unless site.yaml says otherwise
+LONGEST_SIDE_RANGE = (64, 4096)
 MASKED_SITES_MIN = 3  # in a sum of two, each of the two knows the other's part
 
 

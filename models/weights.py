@@ -24,6 +24,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -62,6 +63,23 @@ class Fit:
     def sentence(self) -> str:
         total = len(self.taken) + len(self.fresh)
         return f"{len(self.taken)} of {total} tensors are the file's, {len(self.left)} of the file are left out"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a study can start from a file. `problem`: why not, and what to do, or None. `shapes`: of names that the network has
+    in another shape, the file's and the network's.
+    """
+
+    sha256: str
+    fit: Fit
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    problem: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        fit = {"taken": list(self.fit.taken), "fresh": list(self.fit.fresh), "left_out": list(self.fit.left)}
+        shapes = {name: {"file": list(file), "network": list(here)} for name, (file, here) in self.shapes.items()}
+        return {"sha256": self.sha256, "fits": self.problem is None, "problem": self.problem, **fit, "shapes": shapes}
 
 
 def read(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
@@ -142,6 +160,27 @@ def fit(net: nn.Module, study: Study, tensors: Mapping[str, Tensor]) -> Fit:
             wanted[name].copy_(value)
     fresh = tuple(name for name in wanted if name not in placed)
     return Fit(tuple(placed), fresh, tuple(left))
+
+
+def judge(study: Study, path: Path) -> Verdict:
+    """Compare a file with the network of `study`, before anybody else gets it. Raises DocumentError if it cannot be read."""
+    net, tensors = networks.build(study), read(path)
+    sha256, wanted = hashlib.sha256(path.read_bytes()).hexdigest(), dict(net.state_dict())
+    placed, left = _released(net, tensors) or _named(wanted, tensors)
+    offered = {_plain(name): tensors[name] for name in left}
+    shapes = {
+        name: (tuple(offered[_plain(name)].shape), tuple(here.shape))
+        for name, here in wanted.items()
+        if name not in placed and _plain(name) in offered and offered[_plain(name)].shape != here.shape
+    }
+    fresh = tuple(name for name in wanted if name not in placed)
+    problem: str | None = None
+    try:
+        read(path, study.network.initial.sha256 if study.network.initial is not None else None)
+        fit(net, study, tensors)
+    except DocumentError as error:
+        problem = f"{error}. {error.remedy}"
+    return Verdict(sha256, Fit(tuple(placed), fresh, tuple(left)), shapes, problem)
 
 
 def _released(net: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]] | None:

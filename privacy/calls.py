@@ -53,6 +53,7 @@ SERVICE = "isocenter.v1.Consortium"
 GREET_SECONDS = 5.0  # it is asked for by people who look, and again by every node in a minute
 CALL_SECONDS = 30.0  # every unary call; a coordinator that needs longer is not well
 HANDSHAKE_SECONDS = 10.0
+FETCH_SECONDS = 600.0  # one call for a part of a model, which is at most `fl_server.consortium.FETCH_BYTES`
 LAUNCH_SECONDS = 120.0  # a launch waits for the SuperLink to accept the run
 REQUEST_BYTES_MAX = 1024 * 1024  # the largest request is a study of at most 256 KiB
 REPLY_BYTES_MAX = 32 * 1024 * 1024  # all offers of a site in one reply
@@ -438,14 +439,27 @@ class Caller:
         """Researcher: store the result files of a run below `folder`; each appears whole and as it was sent."""
         return _store(self._stream("Results", pb.ResultsRequest(run_id=run_id)), folder)
 
+    def head(self) -> SignedHead:
+        """Researcher: the signed head of the coordinator's journal as it is now. Its signature is still to be checked."""
+        return SignedHead.read(self._call("Head", pb.HeadRequest()).head)
+
+    def published(self) -> list[tuple[bytes, bytes]]:
+        """Site, researcher: (notice, signature) of each published model. Both are still to be checked."""
+        return [(found.notice, found.signature) for found in self._call("Models", pb.ModelsRequest()).models]
+
+    def fetch(self, sha256: str, first: int) -> Iterator[bytes]:
+        """Site, researcher: bytes of the published model with this hash from number `first` on; perhaps not all that are left."""
+        for piece in self._stream("Fetch", pb.FetchRequest(sha256=sha256, first=first), FETCH_SECONDS):
+            yield piece.data
+
     def _call(self, name: str, request: Any, timeout_s: float = CALL_SECONDS) -> Any:
         try:
             return getattr(self._stub, name)(request, timeout=timeout_s, metadata=self._sign(name, request))
         except grpc.RpcError as error:
             raise _translated(error, self.address) from None
 
-    def _stream(self, name: str, request: Any) -> Iterator[Any]:
-        stream = getattr(self._stub, name)(request, metadata=self._sign(name, request))
+    def _stream(self, name: str, request: Any, timeout_s: float | None = None) -> Iterator[Any]:
+        stream = getattr(self._stub, name)(request, timeout=timeout_s, metadata=self._sign(name, request))
         try:
             yield from stream
         except grpc.RpcError as error:

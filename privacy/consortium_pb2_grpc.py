@@ -94,6 +94,21 @@ class ConsortiumStub:
                 request_serializer=privacy_dot_consortium__pb2.ResultsRequest.SerializeToString,
                 response_deserializer=privacy_dot_consortium__pb2.Chunk.FromString,
                 _registered_method=True)
+        self.Head = channel.unary_unary(
+                '/isocenter.v1.Consortium/Head',
+                request_serializer=privacy_dot_consortium__pb2.HeadRequest.SerializeToString,
+                response_deserializer=privacy_dot_consortium__pb2.HeadReply.FromString,
+                _registered_method=True)
+        self.Models = channel.unary_unary(
+                '/isocenter.v1.Consortium/Models',
+                request_serializer=privacy_dot_consortium__pb2.ModelsRequest.SerializeToString,
+                response_deserializer=privacy_dot_consortium__pb2.ModelsReply.FromString,
+                _registered_method=True)
+        self.Fetch = channel.unary_stream(
+                '/isocenter.v1.Consortium/Fetch',
+                request_serializer=privacy_dot_consortium__pb2.FetchRequest.SerializeToString,
+                response_deserializer=privacy_dot_consortium__pb2.Piece.FromString,
+                _registered_method=True)
 
 
 class ConsortiumServicer:
@@ -183,6 +198,27 @@ class ConsortiumServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Head(self, request, context):
+        """Researcher: the signed head of the coordinator's journal, to which a released model is tied.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Models(self, request, context):
+        """Site, researcher: the models that the coordinator publishes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Fetch(self, request, context):
+        """Site, researcher: bytes of one published model, from one on, a bounded number in each call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ConsortiumServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -245,6 +281,21 @@ def add_ConsortiumServicer_to_server(servicer, server):
                     servicer.Results,
                     request_deserializer=privacy_dot_consortium__pb2.ResultsRequest.FromString,
                     response_serializer=privacy_dot_consortium__pb2.Chunk.SerializeToString,
+            ),
+            'Head': grpc.unary_unary_rpc_method_handler(
+                    servicer.Head,
+                    request_deserializer=privacy_dot_consortium__pb2.HeadRequest.FromString,
+                    response_serializer=privacy_dot_consortium__pb2.HeadReply.SerializeToString,
+            ),
+            'Models': grpc.unary_unary_rpc_method_handler(
+                    servicer.Models,
+                    request_deserializer=privacy_dot_consortium__pb2.ModelsRequest.FromString,
+                    response_serializer=privacy_dot_consortium__pb2.ModelsReply.SerializeToString,
+            ),
+            'Fetch': grpc.unary_stream_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=privacy_dot_consortium__pb2.FetchRequest.FromString,
+                    response_serializer=privacy_dot_consortium__pb2.Piece.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -571,6 +622,87 @@ class Consortium:
             '/isocenter.v1.Consortium/Results',
             privacy_dot_consortium__pb2.ResultsRequest.SerializeToString,
             privacy_dot_consortium__pb2.Chunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Head(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isocenter.v1.Consortium/Head',
+            privacy_dot_consortium__pb2.HeadRequest.SerializeToString,
+            privacy_dot_consortium__pb2.HeadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Models(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/isocenter.v1.Consortium/Models',
+            privacy_dot_consortium__pb2.ModelsRequest.SerializeToString,
+            privacy_dot_consortium__pb2.ModelsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/isocenter.v1.Consortium/Fetch',
+            privacy_dot_consortium__pb2.FetchRequest.SerializeToString,
+            privacy_dot_consortium__pb2.Piece.FromString,
             options,
             channel_credentials,
             insecure,

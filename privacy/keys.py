@@ -59,6 +59,7 @@ SUM_KEYS = b"isocenter/v1/sum-keys"  # a site stands for its ephemeral keys of o
 SUM_CONTEXT = b"isocenter/v1/sum-context"  # a site says which order and participants its masks are bound to
 LOG_TOKEN = b"isocenter/v1/log-token"  # a text that a log does not show
 MODEL_PACKAGE = b"isocenter/v1/model-package"  # a researcher stands for a released model
+MODEL_NOTICE = b"isocenter/v1/model-notice"  # the coordinator publishes a released model
 LOCKED_FILE = b"isocenter/v1/locked-file"
 
 PEM_BYTES_MAX = 64 * 1024  # a chain of three P-256 certificates is under 4 KiB

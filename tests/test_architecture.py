@@ -75,6 +75,8 @@ TORCH_FREE = {
     "fl_server/consortium.py",
     "fl_server/figures.py",
     "fl_server/matrix.py",
+    "fl_server/published.py",
+    "fl_server/published_cli.py",
     "fl_server/release_cli.py",
     "fl_server/report.py",
     "fl_server/results.py",
@@ -89,6 +91,8 @@ TORCH_FREE = {
     "fl_server/weights_cli.py",
     "models/contributions.py",
     "models/attributes.py",
+    "models/catalogue.py",
+    "models/catalogue_cli.py",
     "models/connectors.py",
     "models/documents.py",
     "models/labels.py",
@@ -134,6 +138,7 @@ SPEAKS_TO_PEOPLE = {
     "fl_server/research.py",
     "fl_server/release_cli.py",
     "fl_server/runs_cli.py",
+    "models/catalogue_cli.py",
     "privacy/console.py",
 }
 

@@ -1,7 +1,7 @@
 """What the docs say is what the programs do: reference pages equal the code, the README's tree the files, links their targets.
 
 Four pages are made from the code, not by hand: commands.md from the programs' own help, configuration.md from the pydantic
-models, errors.md from the error tree, wire.md from the message classes. After a change of any of these:
+models, errors.md from the error tree, wire.md from the message classes and consortium.proto. After a change of any of these:
 
     python tests/test_docs.py --write
 """
@@ -28,10 +28,11 @@ from fl_client import cli as client_cli  # noqa: E402  the lines above make thes
 from fl_client.site import SiteFile  # noqa: E402
 from fl_client.sources import Reason  # noqa: E402
 from fl_server import cli as server_cli  # noqa: E402
+from fl_server import consortium  # noqa: E402
 from fl_server import research as research_cli  # noqa: E402
 from fl_server.settings import ServerFile  # noqa: E402
 from models.study import Document, Study  # noqa: E402
-from privacy import errors, wire  # noqa: E402
+from privacy import consortium_pb2, errors, wire  # noqa: E402
 
 PROGRAMS: dict[str, tuple[typer.Typer, str, str]] = {
     "fl-client": (client_cli.app, "fl_client.cli", "for the hospital"),
@@ -292,7 +293,25 @@ def wire_page() -> str:
             *([said] if said else []),
             "| field | type |\n|---|---|\n" + "\n".join(rows),
         ]
-    return joined(parts)
+    return joined([*parts, *service_parts()])
+
+
+def service_parts() -> list[str]:
+    """The calls of the consortium service, from consortium.proto and the table of who may make them."""
+    proto = (ROOT / "privacy" / "consortium.proto").read_text(encoding="utf-8")
+    said = dict(re.findall(r"// ([^\n]+)\n  rpc (\w+)\(", proto))
+    meant = {call: text for text, call in said.items()}
+    rows = ["| call | who | what for | sent | answered |", "|---|---|---|---|---|"]
+    for call in consortium_pb2.DESCRIPTOR.services_by_name["Consortium"].methods:
+        who = ", ".join(consortium.CALLERS.get(call.name, ("whoever is invited",)))
+        fields = [", ".join(f"`{field.name}`" for field in kind.fields) for kind in (call.input_type, call.output_type)]
+        what = cell(re.sub("^(Site|Researcher|Site, researcher): ", "", meant[call.name]))
+        rows.append(f"| `{call.name}` | {who} | {what} | {fields[0] or 'nothing'} | {fields[1] or 'nothing'} |")
+    about = (
+        "Beside the training, sites and researchers make these calls to the coordinator, each signed over TLS 1.3 "
+        "(privacy/consortium.proto). A site sends its signed decisions, heads of its journal, and the hash of a model it pulls."
+    )
+    return ["## Calls to the consortium service", about, "\n".join(rows)]
 
 
 def wire_type(name: str, kind: type) -> str:

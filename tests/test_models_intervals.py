@@ -233,3 +233,40 @@ def test_no_bootstrap_where_draws_lack_a_class_or_there_is_nothing() -> None:
         # With two of 30, one draw in eight holds neither.
         assert bootstrap_interval(np.linspace(0, 1, 30), labels, np.arange(30), 1) is None
     assert bootstrap_interval(np.linspace(0, 1, 30), (np.arange(30) < 5).astype(float), np.arange(30), 1) is not None
+
+
+def test_a_share_of_patients_with_one_image_each_has_wilsons_interval() -> None:
+    hits = np.array([True] * 30 + [False] * 10)
+    found = intervals.clustered_share(hits, np.arange(40))
+    assert found == pytest.approx(intervals.wilson(30, 40), abs=0.004)  # n - 1 in the variance, where Wilson has n
+
+
+def test_images_that_say_the_same_are_worth_one() -> None:
+    """Each patient's image ten times over is no more knowledge than once, and images that differ at random are."""
+    hits, patients = np.array([True] * 30 + [False] * 10), np.arange(40)
+    once = intervals.clustered_share(hits, patients)
+    again = intervals.clustered_share(np.repeat(hits, 10), np.repeat(patients, 10))
+    assert once is not None and again == pytest.approx(once)
+    rng = np.random.default_rng(3)
+    free, owner = rng.random(400) < 0.75, np.repeat(patients, 10)
+    low, high = intervals.clustered_share(free, owner) or (0, 1)
+    assert high - low < 0.6 * (once[1] - once[0])
+
+
+def test_the_interval_of_a_clustered_share_covers_as_often_as_it_says() -> None:
+    """Patients differ in how often they are hit: intervals that count images would cover far less."""
+    rng, covered, naive = np.random.default_rng(5), 0, 0
+    for _ in range(400):
+        own = rng.beta(2, 2, 60)
+        hits, patients = rng.random(300) < np.repeat(own, 5), np.repeat(np.arange(60), 5)
+        low, high = intervals.clustered_share(hits, patients) or (0, 0)
+        covered += low <= 0.5 <= high
+        low, high = intervals.wilson(int(hits.sum()), 300) or (0, 0)
+        naive += low <= 0.5 <= high
+    assert 0.925 <= covered / 400 <= 0.98 and naive / 400 < 0.9
+
+
+def test_a_share_without_spread_counts_patients() -> None:
+    assert intervals.clustered_share(np.ones(50, bool), np.repeat(np.arange(5), 10)) == intervals.wilson(5, 5)
+    assert intervals.clustered_share(np.zeros(0, bool), np.zeros(0, int)) is None
+    assert intervals.clustered_share(np.array([True, False]), np.zeros(2, int)) == intervals.wilson(0.5, 1)

@@ -44,7 +44,7 @@ FACTS = {
 
 def files(**change: bytes) -> dict[str, bytes]:
     found = {
-        "card.json": json.dumps({"digest": STUDY.digest}).encode(),
+        "card.json": json.dumps({"digest": STUDY.digest, "run_id": "run-1", "selected_round": 1}).encode(),
         "card.md": b"# s\n",
         "model.safetensors": save({"layer": np.arange(6, dtype=np.float32)}),
         "sbom.cdx.json": b"{}",

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
-from fl_server import cli
+from fl_server import cli, research
 from fl_server import weights as store
 from fl_server.roster import Home
 from fl_server.settings import ServerFile
@@ -175,3 +175,45 @@ def test_the_operators_commands_print_the_hash_and_list_it(tmp_path: Path) -> No
     assert [entry["sha256"] for entry in json.loads(listed.stdout)["weights"]] == [sha256]
     refused = say.invoke(cli.app, ["weights", "add", str(home / "absent"), "--home", str(home)])
     assert isinstance(refused.exception, DocumentError)
+
+
+def checked(tmp_path: Path, plan: Study, *words: str) -> tuple[int, str]:
+    (tmp_path / "study.yaml").write_text(json.dumps(plan.model_dump(mode="json", exclude_none=True)))
+    line = ["check", str(tmp_path / "study.yaml"), "--weights", str(tmp_path / "w"), *words]
+    result = CliRunner().invoke(research.app, line, env={"COLUMNS": "200"})
+    return result.exit_code, result.stdout
+
+
+def test_a_file_that_fits_is_told_before_the_study_is_submitted(tmp_path: Path) -> None:
+    sha256 = saved(tmp_path / "w", other("small_cnn"))
+    code, said = checked(tmp_path, study("small_cnn"))
+    assert code == 0 and f"{{initial: {{sha256: {sha256}}}}}" in said and "They fit" in said
+    code, said = checked(tmp_path, study("small_cnn", initial={"sha256": sha256}))
+    assert code == 0 and "those that the study names" in said
+    code, said = checked(tmp_path, study("small_cnn", initial={"sha256": "0" * 64}), "--json")
+    found = json.loads(said)["weights"]
+    assert code == 1 and not found["fits"] and "is not the one that the study names" in found["problem"]
+    assert found["fresh"] == [] and len(found["taken"]) > 3
+
+
+def test_what_does_not_fit_is_named_tensor_by_tensor(tmp_path: Path) -> None:
+    tensors = other("small_cnn")
+    first, *_, last = tensors
+    head = tuple(tensors[last].shape)
+    tensors[last] = torch.zeros(14, *head[1:])
+    tensors["stranger"] = tensors.pop(first)
+    saved(tmp_path / "w", tensors)
+    _, said = checked(tmp_path, study("small_cnn"), "--json")
+    found = json.loads(said)["weights"]
+    assert found["shapes"] == {last: {"file": [14, *head[1:]], "network": list(head)}}
+    assert sorted(found["fresh"]) == sorted([first, last]) and sorted(found["left_out"]) == sorted([last, "stranger"])
+    _, said = checked(tmp_path, study("small_cnn"))
+    assert f"of another shape: {last} (14" in said and f"made by the seed: {first}" in said and "stranger" in said
+
+
+def test_a_file_of_another_network_does_not_fit_and_the_command_says_so(tmp_path: Path) -> None:
+    saved(tmp_path / "w", other("linear"))
+    code, said = checked(tmp_path, study("small_cnn"))
+    assert code == 1 and "They do not fit: the weights are those of another network" in said
+    (tmp_path / "w").write_bytes(pickle.dumps(os.getcwd))
+    assert checked(tmp_path, study("small_cnn"))[0] == 1

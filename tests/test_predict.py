@@ -12,23 +12,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from coordinator import coordinator
 from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.numpy import save
 from typer.testing import CliRunner
 
 from fl_client import scoring
+from fl_client.cli import app as client
 from fl_client.cohort import join, read_pins
 from fl_client.index import Index
 from fl_client.rehearsal import cohort
 from fl_client.site import Site
-from fl_server import release, simulation
+from fl_server import published, release, simulation
+from fl_server.cli import app as server
 from fl_server.research import app
 from models import exporting, learning, networks, registry
 from models.labels import LabelTable
 from models.registry import Package
 from models.study import Study, parse
 from privacy import keys
-from privacy.errors import DocumentError, PackageRefused, RunUnknown
+from privacy.errors import CertificateRevoked, DocumentError, PackageRefused, RunUnknown
 
 TEXT = """
 name: small
@@ -64,10 +67,10 @@ def package(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def say(*words: str) -> str:
+def say(*words: str, app: Any = app) -> str:
     result = CliRunner().invoke(app, words, env={"COLUMNS": "200"}, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def test_a_package_says_what_the_run_said(package: Path, rehearsed: Any) -> None:
@@ -105,7 +108,7 @@ def test_a_card_counts_in_tens_and_says_nothing_of_small_classes(few: bool, resu
         (copy / "results.json").write_text(json.dumps(document))
     card = json.loads(Package.read(release.package(copy, release.Wanted(), KEY)).files["card.json"])
     found = card["metrics"]
-    assert set(found) == {"label", "selected_round", "test_missing", "pooled", "sites"}
+    assert set(found) == {"label", "selected_round", "test_missing", "pooled", "sites", "subgroups"}
     for name, number in numbers({"pooled": found["pooled"], "sites": found["sites"]}):
         if name.rpartition(".")[2] in ("patients", "images", "positives", "negatives"):
             assert number % 10 == 0, name
@@ -144,10 +147,12 @@ def test_scores_are_those_of_the_study_and_what_is_left_out_is_counted(
     uids = [member.image.sop_uid for member in joined if splits[member.token] == "test"]
     expected = dict(zip(uids, learning.predict(exporting.network(Package.open(package)), members)[:, 0], strict=True))
     images = home / "hospital" / "dicom"
-    scored = scoring.score(Package.open(package), images, 0, lambda done, total: None)
-    every = np.array([row[2][0] for row in scored.rows])
-    by_uid = {uid: scores[0] for _, uid, scores in scored.rows}
-    assert len(expected) > 5 and len(by_uid) == len(scored.rows) - 1  # one file was sent twice
+    told = list[tuple[str, int, int]]()
+    scored = scoring.score(Package.open(package), images, 0, lambda *news: told.append(news))
+    every = np.array([row.scores[0] for row in scored.rows])
+    by_uid = {row.uid: row.scores[0] for row in scored.rows}
+    assert len(expected) > 5 and len(by_uid) == len(scored.rows) and scored.left_out["duplicate"] >= 1
+    assert told[-1][1] == told[-1][2] and {stage for stage, _, _ in told} == {"looking at files", "scoring images"}
     assert all(abs(by_uid[uid] - score) < 1e-6 for uid, score in expected.items())
     assert len({round(float(score), 5) for score in expected.values()}) > 5  # swapped images would be seen
     files = sum(path.is_file() for path in images.rglob("*"))
@@ -222,3 +227,67 @@ def test_onnx_answers_as_the_network_does(package: Path, tmp_path: Path) -> None
 def test_release_signs_with_the_key_of_whoever_releases(results: Path) -> None:
     found = Package.read(release.package(results, release.Wanted("2.0.1"), KEY))
     assert found.signer == keys.digest(keys.public_pem(KEY.public_key())) and found.manifest["version"] == "2.0.1"
+
+
+def test_a_model_goes_from_its_run_to_a_site_and_a_researcher(rehearsed: Any, results: Path, tmp_path: Path) -> None:
+    """With real gRPC: released, published, listed, pulled; and nobody who is revoked gets it any more."""
+    with coordinator(tmp_path) as served:
+        for name, role in (("north", "site"), ("south", "site"), ("rosa", "researcher"), ("ruth", "researcher")):
+            served.join(name, role)  # type: ignore[arg-type]
+        study, run_id = Study.model_validate(rehearsed.results["study"]), str(rehearsed.results["run_id"])
+        home, folder = served.home, str(served.home.root)
+        home.roster.add_study(study, "rosa", b"", b"")
+        shutil.copytree(results, home.runs / run_id)
+        site, rosa = str(tmp_path / "north"), str(tmp_path / "rosa")
+        where = {"gateway": "127.0.0.1:1", "service": served.address}
+        settings = {"version": 1, "site": "north", "coordinator": where}
+        keys.write_private(tmp_path / "north" / "site.yaml", json.dumps(settings).encode())
+        words = ["release", run_id, "--home", rosa, "--version", "1.2.0", "--out", str(tmp_path)]
+        assert "Released" in say(*words)
+        package = tmp_path / "small-1.2.0.isocenter"
+        assert "no model yet" in say("models", "--home", site, app=client)
+        for _ in range(2):
+            assert "Published small 1.2.0" in say("publish", str(package), "--home", folder, app=server)
+        (listed,) = json.loads(say("models", "--home", site, "--json", app=client))
+        assert (listed["name"], listed["version"], listed["researcher"]) == ("small", "1.2.0", "rosa")
+        pulled = json.loads(say("pull", "small", "--home", site, "--out", site, "--json", app=client))
+        assert Path(pulled["file"]).read_bytes() == package.read_bytes() and pulled["signer_trusted"]
+        assert "Pulled" in say("pull", "small@1.2.0", "--home", str(tmp_path / "ruth"), "--out", str(tmp_path / "ruth"))
+        assert "request for the released model small" in say("egress", "--home", site, app=client)
+        # The head in it is one of the coordinator's journal, by the verification that exists.
+        (head,) = Package.open(package).heads
+        verified = json.loads(say("journal", "verify", "--home", folder, "--head", head.head, "--json", app=server))
+        assert verified["head_found"] and head.party == "coordinator"
+        home.revoke("ruth")
+        with pytest.raises(CertificateRevoked):
+            say("pull", "small", "--home", str(tmp_path / "ruth"), "--out", str(tmp_path / "again"))
+        # What is withdrawn is not served, and its version is spent.
+        say("withdraw", "small@1.2.0", "--home", folder, app=server)
+        with pytest.raises(RunUnknown):
+            say("pull", "small", "--home", site, "--out", str(tmp_path / "again"), app=client)
+        with pytest.raises(RunUnknown), served.caller("rosa") as caller:
+            list(caller.fetch(listed["sha256"], 0))
+        with pytest.raises(PackageRefused, match="published before"):
+            published.publish(home, package)
+        refuses_to_publish(home, package, tmp_path)
+
+
+def refuses_to_publish(home: Any, package: Path, folder: Path) -> None:
+    """Packages that no coordinator should pass on, each refused by name."""
+    found, other = Package.open(package), folder / "other.isocenter"
+    facts = {name: value for name, value in found.manifest.items() if name not in ("format", "files")}
+    rosa = keys.load_key(folder / "rosa" / "keys" / "researcher.key")
+    changed = {name: tensor + np.float32(1) for name, tensor in found.tensors.items()}
+    for words, manifest, files, key in (
+        ("no enrolled researcher", facts, {}, KEY),
+        ("no finished run", facts | {"run_id": "run-9"}, {"card.json": b'"run_id": "run-9"'}, rosa),
+        ("not those with which", facts, {"model.safetensors": save(changed)}, rosa),
+        ("not tied", {**facts, "heads": [], "coordinator": ""}, {}, rosa),
+    ):
+        content = dict(found.files) | files
+        if "card.json" in files:
+            content["card.json"] = json.dumps(json.loads(found.files["card.json"]) | {"run_id": "run-9"}).encode()
+        other.write_bytes(registry.pack(manifest | {"version": "9.0"}, content, key))
+        with pytest.raises(PackageRefused, match=words):
+            published.publish(home, other)
+    assert [entry.notice.version for entry in published.entries(home)] == ["1.2.0"]
