@@ -26,33 +26,29 @@ from flwr.app import Message
 from flwr.app.error import Error
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, ErrorCode
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesRequest,
+)
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree
-from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_confirm_message_received_fn_protobuf,
-    make_pull_object_fn_protobuf,
-    make_push_object_fn_protobuf,
-)
-from flwr.supercore.inflatable.inflatable_utils import (
-    ObjectPullError,
-    ObjectPushError,
-    inflate_object_from_contents,
-    pull_objects,
-    push_objects,
-)
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from google.protobuf.message import DecodeError
 
 from fl_client import orders, sandbox
 from fl_client.site import Site
 from fl_client.upkeep import Upkeep
 from fl_client.vitals import Vitals
 from fl_client.worker import Worker
-from privacy import keys
+from privacy import keys, parcels
 from privacy.errors import (
     CertificateExpired,
     CertificateRevoked,
@@ -74,7 +70,6 @@ PAUSE_FIRST_S, PAUSE_GROWTH, PAUSE_MOST_S = 0.02, 1.5, 2.0
 """Looks for orders. The coordinator holds a look that finds nothing until there is something, so the next one follows at once;
 an answer within HELD_S says that it was not held, and then looks become seldom by themselves."""
 RETRY_FIRST_S, RETRY_MOST_S = 0.5, 15.0
-OBJECT_BACKOFF_S = 0.02  # a message is visible before its objects are; Flower's own first wait is a second
 CALL_TIMEOUT_S = 60.0
 Tell = Callable[[str], None]
 log = logging.getLogger("isocenter.node")
@@ -98,55 +93,42 @@ class Connection:
         old.close()
 
     def receive(self) -> Message | None:
-        """The next order with everything that belongs to it, or None; what Flower has taken back meanwhile is dropped."""
-        answer = self.client.PullMessages(PullMessagesRequest(node=self.node))
-        if not answer.messages_list:
+        """The next order with everything that belongs to it, or None; one that cannot be read is dropped."""
+        body = parcels.post(self.client, parcels.RECEIVE_ORDER, PullMessagesRequest(node=self.node))
+        if not body:
             return None
-        envelope = message_from_proto(answer.messages_list[0])
-        run_id, message_id = envelope.metadata.run_id, envelope.metadata.message_id
         try:
-            contents = pull_objects(
-                [tree.object_id for tree in iterate_object_tree(answer.message_object_trees[0])],
-                make_pull_object_fn_protobuf(self.client.PullObject, self.node, run_id),
-                initial_backoff=OBJECT_BACKOFF_S,
-            )
-            make_confirm_message_received_fn_protobuf(self.client.ConfirmMessageReceived, self.node, run_id)(message_id)
-        except ObjectPullError:
-            log.warning("an order whose content is gone was dropped")
-            return None
-        except httpx.HTTPStatusError as error:
-            if error.response.status_code != httpx.codes.FORBIDDEN:
-                raise
-            log.warning("an order of a run that has ended was dropped")
-            return None
-        message = inflate_object_from_contents(message_id, contents)
+            head, *objects = parcels.unpack(body)
+            answer = PullMessagesResponse.FromString(head)
+            message_id = answer.messages_list[0].metadata.message_id
+            contents = dict(zip(parcels.names(answer.message_object_trees), objects, strict=True))
+            message = inflate_object_from_contents(message_id, contents)
+        except (MessageMalformed, DecodeError, LookupError, TypeError, ValueError):
+            message = None
         if not isinstance(message, Message):
-            raise MessageMalformed("what was received is no Flower message")
+            log.warning("an order that cannot be read was dropped")
+            return None
         message.metadata.__dict__["_message_id"] = message_id
         return message
 
     def send(self, reply: Message) -> None:
-        """Push a reply and its objects. A reply that Flower no longer wants, because its run has ended, is dropped."""
-        run_id = reply.metadata.run_id
+        """Send a reply and its objects. One that Flower no longer wants, because its run has ended, is dropped."""
         reply.metadata.__dict__["_message_id"] = reply.object_id
         tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
-        envelope = message_to_proto(remove_content_from_message(reply))
         request = PushMessagesRequest(
-            node=self.node, messages_list=[envelope], message_object_trees=[tree], clientapp_runtime_list=[0.0]
+            node=self.node,
+            messages_list=[message_to_proto(remove_content_from_message(reply))],
+            message_object_trees=[tree],
+            clientapp_runtime_list=[0.0],
         )
         try:
-            answer = self.client.PushMessages(request)
-            push_objects(
-                objects,
-                make_push_object_fn_protobuf(self.client.PushObject, self.node, run_id, answer.session_id),
-                object_ids_to_push=set(answer.objects_to_push),
-            )
-        except ObjectPushError:
-            log.warning("a reply was not taken in time and is dropped; the coordinator asks again")
+            contents = [objects[name].deflate() for name in parcels.names([tree])]
+            parcels.post(self.client, parcels.SEND_REPORT, request, contents)
         except httpx.HTTPStatusError as error:
-            if error.response.status_code != httpx.codes.FORBIDDEN:
+            unwanted = error.response.status_code in (httpx.codes.FORBIDDEN, httpx.codes.BAD_REQUEST)
+            if not unwanted or error.response.content:  # a word is the gateway's, which speaks of this site
                 raise
-            log.warning("a reply to a run that has ended was dropped")
+            log.warning("a reply that the SuperLink does not want, because its run has ended, was dropped")
 
     def beat(self) -> None:
         with self.beating:
@@ -167,6 +149,8 @@ def connect(site: Site) -> Iterator[Connection]:
         connection = Connection(client, _activate(client, public, site.state / "node"))
         yield connection
     except httpx.HTTPStatusError as error:
+        if connection is not None and error.response.status_code == httpx.codes.UNAUTHORIZED:
+            raise Unreachable("the coordinator was started again") from error  # and numbers its nodes anew
         raise _explained(error.response) from error
     except httpx.ConnectError as error:
         raise _explained_connect(error, site) from error

@@ -32,14 +32,14 @@ from fl_server.sums import Nodes, Task, Total
 from models import questions
 from models.contributions import read_figures
 from models.questions import Counting
-from privacy import disk, journal
+from privacy import journal
 from privacy.errors import CertificateRevoked, DiskUnusable, DocumentError, IsocenterError, MessageMalformed, RunStopped
 from privacy.wire import COHORT, EvaluateOrder, TrainOrder
 
-ROOM_BYTES = (
-    1024**2
-)  # beside a model as it was sent and as two sites send it: what a round of the smallest network takes
 app = ServerApp()
+log = logging.getLogger("isocenter.coordinator")
+
+
 log = logging.getLogger("isocenter.coordinator")
 
 
@@ -67,8 +67,6 @@ def main(grid: Grid, context: Context) -> None:
         # The researcher reads this sentence; where the coordinator keeps its files is nobody else's business.
         run.fail(error.code, str(error).replace(str(home.root), "HOME"))
     except Exception:
-        # A SuperLink whose database found no room says no more than that it failed.
-        disk.require_room(home.root, ROOM_BYTES + (0 if run.model is None else 4 * run.model.nbytes))
         run.fail("internal", "the coordinator's program failed; its log has the details")
         note_end(home, run.facts)
         raise

@@ -1,30 +1,26 @@
 """Turns Flower's polling into waiting: a pull that would find nothing new is held until something was pushed.
 
 Flower's Fleet and Runtime APIs answer a pull at once, so whoever wants to be quick has to ask often, and each question costs
-the SuperLink some 10 ms: four nodes asking 30 times a second keep it from moving the models. Here the second empty-handed pull
-of a caller waits for the bell. The answer itself is always Flower's own; nothing is read from it but whether it is empty.
+the SuperLink some milliseconds: four nodes asking 30 times a second keep it from moving the models. Here the second empty-handed
+pull of a caller waits for the bell. The answer itself comes from behind; nothing is read from it but whether it is empty.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from privacy import parcels
+
 Scope = MutableMapping[str, Any]
 Channel = Callable[..., Awaitable[Any]]
 Application = Callable[[Scope, Channel, Channel], Awaitable[None]]
 
 ORDERS, REPORTS = "orders", "reports"
-PULLS = {"/v1/fleet/pull-messages": (ORDERS, 20.0), "/v1/runtime/pull-messages": (REPORTS, 1.0)}
+PULLS = {parcels.RECEIVE_ORDER: (ORDERS, 20.0), parcels.RECEIVE_REPORTS: (REPORTS, 1.0)}
 """Path -> what it waits for, and for how many seconds at most: a node's proxy may cut a silent connection after half a minute,
 and a round looks at its deadline every second. Flower accepts a signed time for 300 s, so a held request is still fresh."""
-PUSHES = {
-    "/v1/runtime/push-messages": (ORDERS, 0.1),
-    "/v1/runtime/push-object": (ORDERS, 0.02),
-    "/v1/fleet/push-messages": (REPORTS, 0.1),
-    "/v1/fleet/push-object": (REPORTS, 0.02),
-}
-"""Path -> what it announces, and after how many quiet seconds: a message is visible before its objects are, and whoever comes
-too early asks for each object again and again."""
+PUSHES = {parcels.SEND_ORDERS: ORDERS, parcels.SEND_REPORT: REPORTS}
+"""Path -> what it announces."""
 CALLERS_MAX = (
     10_000  # whoever is remembered passed the gateway's TLS; more than this are forgotten, and only ask once more
 )
@@ -38,15 +34,8 @@ class Bell:
     def __init__(self) -> None:
         self.count = 0
         self._rung = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
 
-    def ring_after(self, seconds: float) -> None:
-        """Ring once nothing was announced for `seconds`; a later call moves the moment."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._ring)
-
-    def _ring(self) -> None:
+    def ring(self) -> None:
         self.count += 1
         self._rung.set()
         self._rung = asyncio.Event()
@@ -64,7 +53,6 @@ class Doorbell:
 
     def __init__(self, app: Application) -> None:
         self.app = app
-        self.turn = asyncio.Semaphore(1)
         self.bells = {ORDERS: Bell(), REPORTS: Bell()}
         self.empty_at: dict[tuple[str, bytes], int] = {}
         """(path, caller) -> count of the bell before that caller's last empty pull."""
@@ -74,10 +62,9 @@ class Doorbell:
         if path in PULLS:
             await self._pull(scope, receive, send)
             return
-        await self._in_turn(scope, receive, send)
+        await self._whole(scope, receive, send)
         if path in PUSHES:
-            name, quiet_s = PUSHES[path]
-            self.bells[name].ring_after(quiet_s)
+            self.bells[PUSHES[path]].ring()
 
     async def _pull(self, scope: Scope, receive: Channel, send: Channel) -> None:
         name, hold_s = PULLS[scope["path"]]
@@ -85,23 +72,22 @@ class Doorbell:
         if self.empty_at.get(who) == bell.count:
             await bell.wait(hold_s)
         before = bell.count
-        found = await self._in_turn(scope, receive, send)
+        found = await self._whole(scope, receive, send)
         self.empty_at.pop(who, None)
         if not found:
             if len(self.empty_at) >= CALLERS_MAX:
                 self.empty_at.clear()
             self.empty_at[who] = before
 
-    async def _in_turn(self, scope: Scope, receive: Channel, send: Channel) -> bool:
-        """One request at a time through Flower; whether its answer had a body.
+    async def _whole(self, scope: Scope, receive: Channel, send: Channel) -> bool:
+        """Pass a request on once all of it is here; whether its answer had a body.
 
-        Almost every call of the SuperLink writes to its one SQLite file, and two writers at once make each other sleep. A
-        slow line holds nobody up: the request is read before its turn, and the answer is sent after it.
+        A slow line holds nobody up: what stands behind sees whole requests only, and the answer is sent after it was made.
         """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return False
-        body, answer = await _whole(receive), list[MutableMapping[str, Any]]()
+        body, answer = await _read(receive), list[MutableMapping[str, Any]]()
         if not body:  # the caller would not end, or has gone and reads no answer: nothing that Flower has to know of
             await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
@@ -116,14 +102,13 @@ class Doorbell:
         async def keep(event: MutableMapping[str, Any]) -> None:
             answer.append(event)
 
-        async with self.turn:
-            await self.app(scope, read, keep)
+        await self.app(scope, read, keep)
         for event in answer:
             await send(event)
         return any(event.get("body") for event in answer)
 
 
-async def _whole(receive: Channel) -> list[MutableMapping[str, Any]]:
+async def _read(receive: Channel) -> list[MutableMapping[str, Any]]:
     """The whole body of a request as one event; none if it did not come to its end within BODY_BYTES_MAX."""
     parts, size = list[bytes](), 0
     while size <= BODY_BYTES_MAX:

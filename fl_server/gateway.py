@@ -33,26 +33,22 @@ from uvicorn.server import ServerState
 
 from fl_server.doorbell import BODY_BYTES_MAX, Application, Channel, Scope
 from fl_server.roster import Home
-from privacy import keys
+from privacy import keys, parcels
 from privacy.errors import CertificateExpired, CertificateRevoked, IsocenterError, NotEnrolled, TrustError
 from privacy.greeting import HEADER, Versions, own
 
 FLEET_PATHS = frozenset(
-    f"/v1/fleet/{name}"
-    for name in (
-        "activate-node",
-        "deactivate-node",
-        "send-node-heartbeat",
-        "pull-messages",
-        "push-messages",
-        "pull-object",
-        "push-object",
-        "confirm-message-received",
+    (
+        "/v1/fleet/activate-node",
+        "/v1/fleet/deactivate-node",
+        "/v1/fleet/send-node-heartbeat",
+        parcels.RECEIVE_ORDER,
+        parcels.SEND_REPORT,
     )
 )
-"""What `fl_client.node` calls. Left out on purpose: register-node and unregister-node (only enrolment registers), get-run, and
-get-fab (no node of ours ever asks for code)."""
-SMALL_BYTES_MAX = 1024 * 1024  # of every body but an object's: envelopes and numbers of objects
+"""What `fl_client.node` calls. Left out on purpose: register-node and unregister-node (only enrolment registers), get-run,
+get-fab (no node of ours ever asks for code), and Flower's own calls about messages, in whose place parcels are."""
+SMALL_BYTES_MAX = 1024 * 1024  # of every body but a report's
 HEADERS_MAX = 40
 FORBIDDEN = frozenset((b"transfer-encoding", b"content-encoding", b"upgrade", b"http2-settings", b"expect", b"trailer"))
 KEY_HEADER = b"flwr-public-key"  # in which Flower's node shows its key: base64 of its PEM
@@ -176,7 +172,7 @@ def read_head(head: bytes) -> Head:
         raise Refused(UNKNOWN_PATH)
     if length is None:
         raise Refused(UNMEASURED)
-    if int(length) > (BODY_BYTES_MAX if path == "/v1/fleet/push-object" else SMALL_BYTES_MAX):
+    if int(length) > (BODY_BYTES_MAX if path == parcels.SEND_REPORT else SMALL_BYTES_MAX):
         raise Refused(TOO_LARGE)
     told = Versions.read(fields.get(HEADER.encode(), b"").decode("ascii"))
     return Head(path, int(length), fields.get(KEY_HEADER, b""), told)

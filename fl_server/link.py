@@ -1,6 +1,6 @@
 """The coordinator's processes and doors.
 
-    loopback only     Flower's SuperLink with its full API (Control, Runtime, Fleet) and a durable database
+    loopback only     Flower's SuperLink with its full API (Control, Runtime, Fleet), in memory
     gateway, public   TLS 1.3 with a site's certificate; passes what a node needs of the Fleet API (`fl_server.gateway`)
     service, public   the gRPC consortium service (`fl_server.consortium`)
     executors         child processes, `runs_at_once` of them, each carrying out one queued run after the other
@@ -12,21 +12,23 @@ and the gateway lists the paths it passes instead of those it blocks.
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
 from flwr.proto.control_pb2 import RegisterNodeRequest, UnregisterNodeRequest
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
@@ -38,7 +40,8 @@ from fl_server import consortium, notify
 from fl_server.door import listen
 from fl_server.doorbell import Doorbell
 from fl_server.gateway import Gateway, Limits, Refusals, Standing, gateway_context
-from fl_server.overview import ENDING_SHARE
+from fl_server.overview import ENDING_SHARE, NODES
+from fl_server.parcels import Parcels
 from fl_server.roster import Home
 from fl_server.run import Run, list_runs
 from models.study import Study
@@ -50,6 +53,7 @@ LOOPBACK = "127.0.0.1"
 RESTART_PAUSE_S = 1.0  # before a dead executor is started again, so that a crash at start does not spin
 STOP_S = 5.0
 REVOKED_LOOK_S = 1.0
+NODES_S = 2.0
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 log = logging.getLogger("isocenter.link")
@@ -68,19 +72,17 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
     inner = listen(LOOPBACK, 0)
     port = inner.getsockname()[1]
     outer = listen(settings.listen, settings.gateway_port)
-    superlink = Doorbell(superlink_app(home.root / "superlink" / "superlink.sqlite", port, secret))
+    flower = superlink_app(port, secret)
+    superlink = Doorbell(Parcels(flower))
     server = _Server(uvicorn.Config(superlink, log_config=None, access_log=False))
     gateway = Gateway(superlink, ca, roster_of(home), home.journal.append, limits, home.roster.tell)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    inside = asyncio.create_task(server.serve(sockets=[inner]))
+    inside = await _started(server, inner)
+    await asyncio.to_thread(register, home, port)
     outside = asyncio.create_task(gateway.serve(outer, gateway_context(home)))
-    while not server.started:
-        if inside.done() or outside.done():
-            raise RunError("the SuperLink or the gateway did not start", remedy="See the lines above.")
-        await asyncio.sleep(0.02)
     refusals = Refusals(home.journal.append, "call-refused")
     status = consortium.health_status()
     service = await asyncio.to_thread(consortium.serve, home, hooks(home, port), refusals.count, status)
@@ -98,6 +100,7 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
         *(asyncio.create_task(_keep_executor(home, port, secret)) for _ in range(settings.runs_at_once)),
         asyncio.create_task(_keep_revoked_out(home, port)),
         asyncio.create_task(_keep_writing(refusals)),
+        asyncio.create_task(_keep_nodes(home, flower)),
     ]
     ready(
         f"Coordinator {settings.name} is ready: gateway {settings.host}:{settings.gateway_port}, "
@@ -124,6 +127,16 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
         outside.result()
 
 
+async def _started(server: uvicorn.Server, listening: socket.socket) -> "asyncio.Task[None]":
+    """The task of a server that answers now; raises RunError if it ended instead."""
+    task = asyncio.create_task(server.serve(sockets=[listening]))
+    while not server.started:
+        if task.done():
+            raise RunError("the SuperLink did not start", remedy="See the lines above.")
+        await asyncio.sleep(0.02)
+    return task
+
+
 async def _keep_writing(refusals: Refusals) -> None:
     """Sums of what the consortium service refused, into the journal."""
     while True:
@@ -131,9 +144,37 @@ async def _keep_writing(refusals: Refusals) -> None:
         await refusals.write(asyncio.get_running_loop().time())
 
 
-def superlink_app(database: Path, port: int, secret: bytes) -> Any:
+async def _keep_nodes(home: Home, flower: Any) -> None:
+    """Until when Flower counts each node as online, for whoever shows it: the dashboard is another process."""
+    path, before = home.root / NODES, ""
+    while True:
+        nodes = flower.state.linkstate_factory.state().get_node_info()
+        if (text := json.dumps({str(node.node_id): node.online_until or 0.0 for node in nodes})) != before:
+            try:
+                part = path.with_suffix(".part")  # not flushed: after a power cut it says nothing that still holds
+                part.write_text(text)
+                part.replace(path)
+                before = text
+            except OSError as error:
+                log.error("who is online cannot be written: %s", error)
+        await asyncio.sleep(NODES_S)
+
+
+def register(home: Home, port: int) -> None:
+    """Make the enrolled sites known to a SuperLink that was just started, before anybody can reach it; raises RunError.
+
+    Flower forgets at each start, on purpose: what a run needs is in its own checkpoint, and a half-delivered message of a
+    process that died is of no use to anybody. So a node's number holds as long as the coordinator lives.
+    """
+    with control(port) as client:
+        for site in home.roster.sites():
+            if not site.revoked:
+                request = RegisterNodeRequest(public_key=keys.public_pem(site.public_key), name=site.name)
+                home.roster.set_node(site.name, int(client.RegisterNode(request).node_id))
+
+
+def superlink_app(port: int, secret: bytes) -> Any:
     """Flower's SuperLink as an ASGI app: node authentication on, code of bundles neither installed nor run by it."""
-    database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     config = SuperLinkLifespanConfig(
         control_address=LOOPBACK,
         health_server_address=None,
@@ -154,7 +195,7 @@ def superlink_app(database: Path, port: int, secret: bytes) -> Any:
         ssl_ca_certfile=None,
         ssl_certfile=None,
         ssl_keyfile=None,
-        database=str(database),
+        database=FLWR_IN_MEMORY_DB_NAME,
         isolation="process",
         runtime_dependency_install=False,
     )

@@ -1,24 +1,23 @@
 """The consortium as it stands at this moment, for the dashboard, metrics and alerts: who is here, what runs, what needs somebody.
 
-Only reads, but for what opening a home does. Whether a node is connected is known to Flower's SuperLink alone, whose database is
-looked into; where that cannot be read, nobody is called online or silent. Of what a site found out about its own data
+Only reads, but for what opening a home does. Whether a node is connected is known to Flower's SuperLink alone, which says it in a
+file every few seconds; where that cannot be read, nobody is called online or silent. Of what a site found out about its own data
 (`fl-client check`) it tells single words, such as labels; figures and sentences stay there.
 """
 
 import datetime as dt
 import functools
+import json
 import logging
 import math
 import shutil
 import socket
-import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -34,6 +33,7 @@ from privacy.calls import SERVICE
 from privacy.errors import IsocenterError, JournalDamaged, RunUnknown, SignatureInvalid
 from privacy.greeting import Versions, own
 
+NODES = "nodes.json"  # written by the coordinator: node id -> until when it counts as online
 FRESH_S = 1.0  # how long a look counts
 SILENT_S = 15 * 60.0  # without a heartbeat, which come every minute, before somebody is told
 ENDING_SHARE = 6  # a certificate in its last sixth: renewals begin in the last third, so they fail
@@ -231,19 +231,11 @@ class Overview:
 
 
 def online_until(root: Path) -> dict[int, float] | None:
-    """Node id -> until when (seconds since 1970) Flower counts the node as online; None if its database cannot be read."""
-    path = root / "superlink" / "superlink.sqlite"
-    if not path.is_file():
-        return None
+    """Node id -> until when (seconds since 1970) Flower counts the node as online; None if that cannot be read."""
     try:
-        db = sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=1.0)
-        try:
-            rows = db.execute("SELECT node_id, online_until FROM node WHERE node_id IS NOT NULL").fetchall()
-        finally:
-            db.close()
-    except sqlite3.Error:
+        return {int(node): float(until) for node, until in json.loads((root / NODES).read_text()).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
-    return {int(node) % 2**64: float(until or 0.0) for node, until in rows}  # signed there, unsigned everywhere else
 
 
 def site_row(party: Party, until: dict[int, float] | None, now: float, told: Told | None = None) -> SiteRow:

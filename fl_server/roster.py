@@ -8,7 +8,7 @@
     ├── journal.jsonl        what the coordinator did, hash-chained
     ├── runs/<run_id>/       durable state of each run
     ├── logs/, crashes/      what the processes did, and reports of errors that nobody foresaw, without identifiers
-    └── superlink/           Flower's database
+    └── nodes.json           until when each node counts as online
 
 Rules: a token is stored only as its hash; an invitation makes one party and no second one; a name belongs to one key, and
 to another one only after the first was revoked, which is for ever; a study is offered and launched only if it names
@@ -85,8 +85,7 @@ class Home:
         ca_pem = keys.certificate_pem(authority.certificate)
         keys.write_public(secret / "ca.pem", ca_pem)
         keys.write_public(secret / "tls.pem", keys.certificate_pem(server) + ca_pem)
-        for folder in ("runs", "superlink"):
-            (root / folder).mkdir(mode=0o700)
+        (root / "runs").mkdir(mode=0o700)
         Roster(root / "roster.sqlite")
         Journal(root / "journal.jsonl").append("founded", authority=keys.fingerprint(authority.certificate))
         keys.write_private(root / "server.yaml", _rendered(settings).encode())

@@ -12,7 +12,6 @@ import errno
 import os
 import secrets
 import sqlite3
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -55,12 +54,6 @@ def make_folder(folder: Path) -> None:
         make_folder(folder.parent)
         folder.mkdir(mode=0o700, exist_ok=True)
         flush_folder(folder.parent)
-
-
-def require_room(folder: Path, size: int) -> None:
-    """Raise DiskUnusable unless `size` bytes can be written in `folder` now. Nothing is left there."""
-    with faults_named(folder), tempfile.TemporaryFile(dir=folder) as file:
-        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def flush_folder(folder: Path) -> None:

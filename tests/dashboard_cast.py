@@ -1,7 +1,7 @@
 """A home with everything on it that a dashboard shows, and dashboards of it on loopback; for tests."""
 
+import json
 import socket
-import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -60,17 +60,11 @@ def furnished(folder: Path) -> tuple[Home, Study, Run]:
 
 
 def online(home: Home, **until: float) -> None:
-    """Write Flower's table of nodes: site -> seconds from now until which it counts as online."""
-    path = home.root / "superlink" / "superlink.sqlite"
-    db = sqlite3.connect(path)
-    db.execute("CREATE TABLE IF NOT EXISTS node (node_id BIGINT UNIQUE, online_until FLOAT)")
-    for name, seconds in until.items():
-        node = home.roster.party(name).node_id
-        assert node is not None
-        signed = node - 2**64 if node >= 2**63 else node
-        db.execute("INSERT OR REPLACE INTO node VALUES (?, ?)", (signed, time.time() + seconds))
-    db.commit()
-    db.close()
+    """Write what the coordinator says of nodes: site -> seconds from now until which it counts as online."""
+    path = home.root / "nodes.json"
+    nodes = json.loads(path.read_text()) if path.exists() else {}
+    nodes |= {str(home.roster.party(name).node_id): time.time() + seconds for name, seconds in until.items()}
+    path.write_text(json.dumps(nodes))
 
 
 @dataclass

@@ -54,8 +54,7 @@ threading.Thread(target=end_with_the_test, daemon=True).start()
 link.serve(Home.open(Path(sys.argv[1])), lambda text: print(text, flush=True), Limits(**eval(sys.argv[2])))
 """
 CALLS = {  # Oracle: what a node of ours says, written down once more
-    *("activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages"),
-    *("pull-object", "push-object", "confirm-message-received"),
+    *("activate-node", "deactivate-node", "send-node-heartbeat", "receive", "send"),
 }
 BEAT = "/v1/fleet/send-node-heartbeat"
 PATIENCE_S = 60.0

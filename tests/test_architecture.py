@@ -39,7 +39,9 @@ MEETING_PLACES = {
 FLWR_DOORS = {
     "privacy/wire.py",
     "fl_server/app.py",
-    "fl_server/mailbox.py",  # Flower's grid, which waits for one reply's objects and for nothing else
+    "privacy/parcels.py",
+    "fl_server/parcels.py",
+    "fl_server/mailbox.py",  # Flower's grid, over parcels
     "fl_server/executor.py",  # takes the ServerApp task that link.py's SuperLink hands out
     "fl_server/link.py",
     "fl_server/rounds.py",

@@ -360,7 +360,7 @@ FORBIDDEN = [
     "/v1/fleet/../control/start-run",
     "/v1/fleet/%2e%2e/control/start-run",
     "//v1/control/start-run",
-    "/v1/fleet//pull-messages",
+    "/v1/fleet//receive",
     "/v1/fleet/pull%2Dmessages",
     "/V1/FLEET/PULL-MESSAGES",
 ]
@@ -388,7 +388,7 @@ def test_the_gateway_passes_the_fleet_calls_but_only_to_a_registered_key(stage: 
 
 
 def test_without_a_certificate_of_the_consortium_there_is_no_connection(stage: Stage, tmp_path: Path) -> None:
-    url = f"https://127.0.0.1:{stage.gateway_port}/v1/fleet/pull-messages"
+    url = f"https://127.0.0.1:{stage.gateway_port}/v1/fleet/receive"
     with pytest.raises((httpx.ConnectError, httpx.ReadError, httpx.RemoteProtocolError)):
         httpx.post(url, verify=site_context(stage, certificate=False))
     stranger = keys.make_ca(keys.make_key(tmp_path / "ca.key"), "stranger")
@@ -403,11 +403,11 @@ def test_without_a_certificate_of_the_consortium_there_is_no_connection(stage: S
 
 def test_plain_http_and_old_tls_are_refused(stage: Stage) -> None:
     with pytest.raises(httpx.HTTPError):
-        httpx.post(f"http://127.0.0.1:{stage.gateway_port}/v1/fleet/pull-messages")
+        httpx.post(f"http://127.0.0.1:{stage.gateway_port}/v1/fleet/receive")
     context = site_context(stage)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(httpx.HTTPError):
-        httpx.post(f"https://127.0.0.1:{stage.gateway_port}/v1/fleet/pull-messages", verify=context)
+        httpx.post(f"https://127.0.0.1:{stage.gateway_port}/v1/fleet/receive", verify=context)
 
 
 def test_only_the_gateway_and_the_service_listen_and_the_rest_is_on_loopback(stage: Stage) -> None:

@@ -174,39 +174,6 @@ def test_a_coordinator_whose_disk_cannot_be_written_goes_on_there_when_it_can(
     journal.verify(federation.home.root / "journal.jsonl")
 
 
-def test_a_superlink_that_fails_on_a_full_disk_is_named_and_any_other_failure_is_ours(
-    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Flower says no more than that its server failed: the run waits for room, and does not end."""
-    federation = federated(tmp_path)
-    folder, grid = federation.new_run(), federation.grid()
-
-    def fails(*_: Any) -> Any:
-        raise RuntimeError("500 Internal Server Error")
-
-    grid.push_messages = fails  # type: ignore[method-assign]
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", fault(errno.ENOSPC))
-        with pytest.raises(DiskUnusable, match="cannot be written: No space left"):
-            federation.run(grid, folder)
-    assert read_facts(folder)["state"] == "running"
-    with pytest.raises(RuntimeError, match="500"):
-        federation.run(grid, folder)
-    assert read_facts(folder)["label"] == "failed after round 0: internal"
-    Run.open(folder).requeue()
-    assert Run.open(federation.run(folder=folder)).facts["label"] == "complete"
-
-
-def test_room_is_asked_for_and_given_back(tmp_path: Path, mounted: Any) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted(small)
-    disk.require_room(small, 1024)
-    with pytest.raises(DiskUnusable, match="No space left"):
-        disk.require_room(small, 64 * 1024**2)
-    assert list(small.iterdir()) == [] and os.statvfs(small).f_bavail * 4096 > 1024
-
-
 @pytest.mark.parametrize("what", ["full", "read-only"])
 def test_a_site_whose_disk_cannot_be_written_sends_nothing_and_takes_part_again_when_it_can(
     tmp_path: Path, mounted: Any, quick: None, what: str

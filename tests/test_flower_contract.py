@@ -2,12 +2,12 @@
 
 import inspect
 from importlib import metadata
-from pathlib import Path
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -17,19 +17,21 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from fl_client.app import make_app
 from fl_server.gateway import FLEET_PATHS
 from fl_server.link import superlink_app
+from privacy import parcels
 from privacy.wire import ORDERS
 
 VALID_TYPES = {"train", "evaluate", "query"}
-CALLED = ["ActivateNode", "DeactivateNode", "SendNodeHeartbeat", "PullMessages", "PushMessages", "PullObject"]
+CALLED = ["ActivateNode", "DeactivateNode", "SendNodeHeartbeat"]
 
 
 def test_flower_is_the_version_whose_facts_were_verified() -> None:
     assert metadata.version("flwr").startswith("1.41.")
 
 
-def test_the_fleet_paths_exist_in_the_superlink(tmp_path: Path) -> None:
-    routes = {route["path"] for route in _paths(superlink_app(tmp_path / "s" / "superlink.sqlite", 1, b"x" * 32))}
-    assert routes >= FLEET_PATHS
+def test_the_fleet_paths_exist_in_the_superlink() -> None:
+    routes = {route["path"] for route in _paths(superlink_app(1, b"x" * 32))}
+    own = {parcels.RECEIVE_ORDER, parcels.SEND_REPORT, parcels.SEND_ORDERS, parcels.RECEIVE_REPORTS}
+    assert routes >= FLEET_PATHS - own and not routes & own
     # What the gateway has to keep in is where it was: unauthenticated, in the same application.
     assert {"/v1/control/start-run", "/v1/runtime/acquire-task", "/v1/fleet/get-fab"} <= routes
 
@@ -40,7 +42,7 @@ def _paths(app: object) -> list[dict[str, str]]:
 
 
 def test_the_clients_have_the_calls_that_node_and_executor_make() -> None:
-    for name in [*CALLED, "PushObject", "ConfirmMessageReceived"]:
+    for name in CALLED:
         assert callable(getattr(FleetHttpClient, name))
         source = inspect.getsource(getattr(FleetHttpClient, name))
         assert any(path in source for path in FLEET_PATHS), name
@@ -74,8 +76,7 @@ def test_the_superlink_is_configured_by_exactly_these_fields() -> None:
 
 
 def test_the_grid_offers_what_the_mailbox_stands_on() -> None:
-    for name in ("PullMessages", "PullObject", "ConfirmMessageReceived"):
-        assert callable(getattr(RuntimeHttpClient, name))
+    assert callable(HttpGrid._try_push_messages) and callable(ProtobufClient._send)
     assert isinstance(HttpGrid._runtime_client, property) and isinstance(HttpGrid.run, property)
     tree = ObjectTree(object_id="whole", children=[ObjectTree(object_id="part")])
     assert [found.object_id for found in iterate_object_tree(tree)] == ["part", "whole"]

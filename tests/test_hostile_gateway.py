@@ -1,15 +1,14 @@
 """Hostile requests to the public port of a real coordinator. After each of them an honest site is answered."""
 
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from gate import BEAT, CALLS, Gate, code, flowers, opened, request, status
 
 from fl_server.link import superlink_app
+from privacy import parcels
 from privacy.greeting import HEADER, own
 
 
@@ -41,18 +40,17 @@ def routes() -> list[str]:
                 found |= listed(inner.routes)
         return found
 
-    with tempfile.TemporaryDirectory() as folder:
-        app = superlink_app(Path(folder) / "s" / "superlink.sqlite", 1, b"x" * 32)
+    app = superlink_app(1, b"x" * 32)
     return sorted(listed(app.routes) | set(app.openapi()["paths"]))
 
 
-ROUTES = routes()
+ROUTES = sorted({*routes(), parcels.RECEIVE_ORDER, parcels.SEND_REPORT, parcels.SEND_ORDERS, parcels.RECEIVE_REPORTS})
 
 
 def test_flower_has_the_routes_that_must_stay_inside() -> None:
     kinds = {path.split("/")[2] for path in ROUTES if path.startswith("/v1/")}
     assert kinds >= {"control", "runtime", "fleet"} and len(ROUTES) > 40
-    assert {f"/v1/fleet/{name}" for name in CALLS} <= set(ROUTES)
+    assert {f"/v1/fleet/{name}" for name in CALLS - {"receive", "send"}} <= set(ROUTES)
 
 
 @pytest.mark.parametrize("method", ["POST", "GET"])
@@ -67,34 +65,34 @@ def test_of_all_routes_of_flower_exactly_the_calls_of_a_node_pass(gate: Gate, pa
 
 TARGETS = [
     "/v1/fleet/pull%2Dmessages",
-    "/v1/fleet%2fpull-messages",
+    "/v1/fleet%2freceive",
     "/v1/fleet/%70ull-messages",
-    "/v1/fleet/pull-messages%00",
-    "/v1/fleet/pull-messages%20",
+    "/v1/fleet/receive%00",
+    "/v1/fleet/receive%20",
     "/v1/fleet/%2e%2e/control/start-run",
     "/v1/fleet/%252e%252e/control/start-run",
     "/v1/fleet/../control/start-run",
-    "/v1/fleet/./pull-messages",
-    "/v1/fleet/pull-messages/..",
-    "/v1/fleet/pull-messages/../../control/start-run",
-    "//v1/fleet/pull-messages",
-    "/v1//fleet/pull-messages",
-    "/v1/fleet//pull-messages",
-    "/v1/fleet/pull-messages/",
-    "/v1/fleet/pull-messages//",
+    "/v1/fleet/./receive",
+    "/v1/fleet/receive/..",
+    "/v1/fleet/receive/../../control/start-run",
+    "//v1/fleet/receive",
+    "/v1//fleet/receive",
+    "/v1/fleet//receive",
+    "/v1/fleet/receive/",
+    "/v1/fleet/receive//",
     "//v1/control/start-run",
-    "/v1/fleet\\pull-messages",
-    "/v1/fleet/pull-messages?",
-    "/v1/fleet/pull-messages?x=1",
-    "/v1/fleet/pull-messages#x",
-    "/v1/fleet/pull-messages;x=1",
+    "/v1/fleet\\receive",
+    "/v1/fleet/receive?",
+    "/v1/fleet/receive?x=1",
+    "/v1/fleet/receive#x",
+    "/v1/fleet/receive;x=1",
     "/V1/FLEET/PULL-MESSAGES",
-    "/v1/fleet/pull-messages.",
-    "v1/fleet/pull-messages",
+    "/v1/fleet/receive.",
+    "v1/fleet/receive",
     "*",
-    "http://127.0.0.1/v1/fleet/pull-messages",
+    "http://127.0.0.1/v1/fleet/receive",
     "https://x/v1/control/start-run",
-    "//x/v1/fleet/pull-messages",
+    "//x/v1/fleet/receive",
     "x:443",
     "/",
     "/v1/fleet/" + "a" * 3000,
@@ -131,9 +129,9 @@ LINES = {
     "space-in-front": f" POST {BEAT} HTTP/1.1".encode(),
     "space-behind": f"POST {BEAT} HTTP/1.1 ".encode(),
     "space-in-target": b"POST /v1/fleet/pull messages HTTP/1.1",
-    "nul-in-target": b"POST /v1/fleet/pull-messages\0 HTTP/1.1",
-    "line-feed-in-target": b"POST /v1/fleet/pull-messages\n HTTP/1.1",
-    "carriage-return-in-target": b"POST /v1/fleet/pull-messages\r HTTP/1.1",
+    "nul-in-target": b"POST /v1/fleet/receive\0 HTTP/1.1",
+    "line-feed-in-target": b"POST /v1/fleet/receive\n HTTP/1.1",
+    "carriage-return-in-target": b"POST /v1/fleet/receive\r HTTP/1.1",
     "letters-beyond-ascii": "POST /v1/fleet/pull-messagés HTTP/1.1".encode(),
     "no-target": b"POST HTTP/1.1",
     "empty-line-first": b"\r\n" + f"POST {BEAT} HTTP/1.1".encode(),
@@ -268,14 +266,14 @@ def test_a_head_without_an_end_is_refused_at_the_limit(gate: Gate) -> None:
 @pytest.mark.parametrize("path", sorted(CALLS))
 def test_a_body_over_the_limit_is_refused_when_it_is_announced(gate: Gate, path: str) -> None:
     """Nothing of it is sent, so the answer does not come from having read it."""
-    most = 256 * 2**20 if path == "push-object" else 2**20
+    most = 256 * 2**20 if path == "send" else 2**20
     line = f"POST /v1/fleet/{path} HTTP/1.1".encode()
     answer = gate.say(request(gate, line, length=str(most + 1).encode()))
     assert (status(answer), code(answer)) == (413, "body-too-large")
 
 
 def test_a_body_within_the_limit_reaches_flower(gate: Gate) -> None:
-    answer = gate.say(request(gate, b"POST /v1/fleet/push-object HTTP/1.1", length=b"3000000") + bytes(3_000_000))
+    answer = gate.say(request(gate, b"POST /v1/fleet/send HTTP/1.1", length=b"3000000") + bytes(3_000_000))
     assert 400 <= status(answer) < 500 and b"content-type: text/plain" not in answer  # in its own words
 
 
@@ -289,7 +287,7 @@ def test_a_body_of_unknown_length_is_refused(gate: Gate) -> None:
 
 
 def test_a_site_holds_no_more_than_one_largest_body_at_a_time(gate: Gate) -> None:
-    line = b"POST /v1/fleet/push-object HTTP/1.1"
+    line = b"POST /v1/fleet/send HTTP/1.1"
     with gate.open() as first:
         first.sendall(request(gate, line, length=str(200 * 2**20).encode()) + b"x")
         answer = gate.say(request(gate, line, length=str(100 * 2**20).encode()))

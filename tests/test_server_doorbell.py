@@ -1,4 +1,4 @@
-"""Pulls that would find nothing wait for the bell; a slow caller holds nobody up; one request at a time reaches Flower."""
+"""Pulls that would find nothing wait for the bell; a slow caller holds nobody up."""
 
 import asyncio
 import time
@@ -10,7 +10,7 @@ import pytest
 from fl_server import doorbell
 from fl_server.doorbell import CALLERS_MAX, Doorbell
 
-FLEET, RUNTIME = "/v1/fleet/pull-messages", "/v1/runtime/pull-messages"
+FLEET, RUNTIME = "/v1/fleet/receive", "/v1/runtime/receive"
 
 
 class Flower:
@@ -19,17 +19,13 @@ class Flower:
     def __init__(self) -> None:
         self.answers: dict[str, bytes] = {}
         self.bodies: list[bytes] = []
-        self.inside = self.most_inside = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.inside += 1
-        self.most_inside = max(self.most_inside, self.inside)
         event = await receive()
         self.bodies.append(event.get("body", b""))
         await asyncio.sleep(0.005)
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": self.answers.get(scope["path"], b"")})
-        self.inside -= 1
 
 
 async def call(
@@ -92,8 +88,7 @@ def test_a_push_ends_the_waiting_of_everybody() -> None:
         assert not any(task.done() for task in held)
         flower.answers[FLEET] = b"an order"
         began = time.monotonic()
-        await call(app, "/v1/runtime/push-messages")
-        await call(app, "/v1/runtime/push-object")
+        await call(app, "/v1/runtime/send")
         assert await asyncio.gather(*held) == [b"an order"] * 3
         return time.monotonic() - began
 
@@ -106,7 +101,7 @@ def test_reports_do_not_ring_for_orders() -> None:
         app = Doorbell(Flower())
         await call(app, FLEET)
         held = asyncio.create_task(call(app, FLEET))
-        await call(app, "/v1/fleet/push-object")
+        await call(app, "/v1/fleet/send")
         await asyncio.sleep(0.1)
         assert not held.done()
         await held
@@ -120,7 +115,7 @@ def test_a_caller_who_found_something_is_not_held() -> None:
         app = Doorbell(flower)
         await call(app, FLEET)
         flower.answers[FLEET] = b"an order"
-        app.bells[doorbell.ORDERS]._ring()
+        app.bells[doorbell.ORDERS].ring()
         for _ in range(3):
             assert await call(app, FLEET) == b"an order"
 
@@ -131,13 +126,12 @@ def test_a_slow_upload_holds_nobody_up_and_arrives_whole() -> None:
     async def slow() -> None:
         flower = Flower()
         app = Doorbell(flower)
-        crawling = asyncio.create_task(call(app, "/v1/fleet/push-object", b"slow", (b"1", b"2", b"3", b"4"), gap_s=0.2))
+        crawling = asyncio.create_task(call(app, "/v1/fleet/send", b"slow", (b"1", b"2", b"3", b"4"), gap_s=0.2))
         await asyncio.sleep(0.05)
-        await asyncio.gather(*(call(app, "/v1/fleet/push-object", b"quick", (b"x",)) for _ in range(5)))
+        await asyncio.gather(*(call(app, "/v1/fleet/send", b"quick", (b"x",)) for _ in range(5)))
         assert not crawling.done()
         await crawling
         assert flower.bodies == [b"x"] * 5 + [b"1234"]
-        assert flower.most_inside == 1
 
     asyncio.run(slow())
 
@@ -164,11 +158,11 @@ def test_a_body_without_end_is_not_kept_in_memory(monkeypatch: pytest.MonkeyPatc
     async def send(event: Any) -> None:
         statuses.extend([event["status"]] if "status" in event else [])
 
-    scope = {"type": "http", "path": "/v1/fleet/push-object", "headers": []}
+    scope = {"type": "http", "path": "/v1/fleet/send", "headers": []}
     asyncio.run(Doorbell(flower)(scope, receive, send))
     assert read == 1100 and statuses == [413] and flower.bodies == []
     for size, reached in ((1000, 1), (1001, 1)):
-        asyncio.run(call(Doorbell(flower), "/v1/fleet/push-object", parts=(b"x" * size,)))
+        asyncio.run(call(Doorbell(flower), "/v1/fleet/send", parts=(b"x" * size,)))
         assert len(flower.bodies) == reached
 
 
@@ -181,5 +175,5 @@ def test_flower_does_not_hear_of_a_caller_who_has_gone_in_the_middle() -> None:
     async def send(event: Any) -> None:
         return None
 
-    asyncio.run(Doorbell(flower)({"type": "http", "path": "/v1/fleet/push-object", "headers": []}, receive, send))
+    asyncio.run(Doorbell(flower)({"type": "http", "path": "/v1/fleet/send", "headers": []}, receive, send))
     assert flower.bodies == [] and events == []

@@ -1,0 +1,134 @@
+"""The SuperLink's counter for parcels: an order or a report with all its objects in one request.
+
+What is kept, delivered and allowed is decided by Flower's own handlers and its own authentication; only the requests in
+between are gone. A message is stored with everything that belongs to it or not at all, so nobody meets half of one.
+"""
+
+import asyncio
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest, PushAppMessagesRequest
+from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore.constant import TASK_TOKEN_HEADER
+from flwr.supercore.dependencies.task import authenticate_task
+from flwr.supercore.error import FlowerError
+from flwr.superlink.routers.fleet.node_auth import authenticate_node
+from flwr.superlink.servicer.fleet import fleet_handlers
+from flwr.superlink.servicer.runtime import runtime_handlers
+from google.protobuf.message import DecodeError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from privacy import parcels
+from privacy.errors import MessageMalformed
+
+ANSWER_BYTES = 64 * 1024 * 1024  # reports are handed out until an answer has so many; the others wait for the next look
+Work = Callable[[LinkState, Request, bytes], bytes]
+
+
+class Parcels:
+    """An ASGI application around Flower's: four paths are answered here, all others there."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self.works: dict[str, Work] = {
+            parcels.RECEIVE_ORDER: receive_order,
+            parcels.SEND_REPORT: send_report,
+            parcels.SEND_ORDERS: send_orders,
+            parcels.RECEIVE_REPORTS: receive_reports,
+        }
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        work = self.works.get(scope.get("path", "")) if scope["type"] == "http" else None
+        if work is None:
+            await self.app(scope, receive, send)
+            return
+        request = Request({**scope, "app": self.app}, receive)
+        body, state = await request.body(), self.app.state.linkstate_factory.state()
+        try:
+            answer = Response(
+                await asyncio.to_thread(work, state, request, body), media_type="application/octet-stream"
+            )
+        except HTTPException as error:
+            answer = Response(status_code=error.status_code)
+        except FlowerError:  # the run has ended, or the token is nobody's
+            answer = Response(status_code=403)
+        except (MessageMalformed, DecodeError, ValueError):
+            answer = Response(status_code=400)
+        await answer(scope, receive, send)
+
+
+def receive_order(state: LinkState, request: Request, body: bytes) -> bytes:
+    """A site's next order as a parcel; nothing if there is none. An order whose content is gone is passed over."""
+    asked = request.state.protobuf_request = PullMessagesRequest.FromString(body)
+    authenticate_node(request)
+    while True:
+        answer = fleet_handlers.pull_messages(request=asked, state=state, store=state.object_store)
+        if not answer.messages_list:
+            return b""
+        metadata = answer.messages_list[0].metadata
+        objects = [state.get_object(metadata.run_id, name) for name in parcels.names(answer.message_object_trees)]
+        state.object_store.delete(metadata.message_id)
+        whole = [content for content in objects if content]
+        if len(whole) == len(objects):
+            return parcels.pack([answer.SerializeToString(), *whole])
+
+
+def send_report(state: LinkState, request: Request, body: bytes) -> bytes:
+    """Keep a site's report, which answers an order of its own. Raises MessageMalformed for anything but one whole message."""
+    head, *objects = parcels.unpack(body)
+    pushed = request.state.protobuf_request = PushMessagesRequest.FromString(head)
+    authenticate_node(request)
+    if len(pushed.messages_list) != 1 or len(pushed.message_object_trees) != 1:
+        raise MessageMalformed("a report is one message")
+    metadata = pushed.messages_list[0].metadata
+    # Flower compares the order's addressee with what the reply says of its sender; that this is the caller is checked here.
+    if metadata.src_node_id != pushed.node.node_id or metadata.message_id != pushed.message_object_trees[0].object_id:
+        raise MessageMalformed("a report is its sender's own, and named after what it holds")
+    wanted = parcels.names(pushed.message_object_trees)
+    if len(wanted) != len(objects):
+        raise MessageMalformed("a report comes with each of its objects, and no other")
+    answer = fleet_handlers.push_messages(request=pushed, state=state)
+    _keep(state, metadata.run_id, answer, dict(zip(wanted, objects, strict=True)))
+    return b""
+
+
+def send_orders(state: LinkState, request: Request, body: bytes) -> bytes:
+    """Keep orders of a run; Flower's answer, with the names of those that were kept."""
+    task = authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), state)
+    head, *objects = parcels.unpack(body)
+    pushed = PushAppMessagesRequest.FromString(head)
+    wanted = parcels.names(pushed.message_object_trees)
+    if len(wanted) != len(objects):
+        raise MessageMalformed("orders come with each of their objects, and no other")
+    answer = runtime_handlers.push_messages(pushed, state, task)
+    _keep(state, task.run_id, answer, dict(zip(wanted, objects, strict=True)))
+    return answer.SerializeToString()
+
+
+def receive_reports(state: LinkState, request: Request, body: bytes) -> bytes:
+    """Reports to the orders asked for, as far as they are here, as a parcel; an object that is gone is empty in it."""
+    task = authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), state)
+    asked, whole, objects = PullAppMessagesRequest.FromString(body), None, list[bytes]()
+    for name in asked.message_ids:
+        answer = runtime_handlers.pull_messages(PullAppMessagesRequest(message_ids=[name]), state, task)
+        for message, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
+            objects += [state.get_object(task.run_id, part) or b"" for part in parcels.names([tree])]
+            state.object_store.delete(message.metadata.message_id)
+        if answer.messages_list:
+            whole = answer if whole is None else whole
+            if whole is not answer:
+                whole.MergeFrom(answer)
+        if sum(map(len, objects)) > ANSWER_BYTES:
+            break
+    return b"" if whole is None else parcels.pack([whole.SerializeToString(), *objects])
+
+
+def _keep(state: LinkState, run_id: int, answer: Any, objects: dict[str, bytes]) -> None:
+    """Store what Flower asks for; raises MessageMalformed if an object is not what its name says."""
+    for name in answer.objects_to_push:
+        if not state.store_object(run_id, answer.session_id, name, objects[name]):
+            raise MessageMalformed("an object of a message is not what its name says")
