@@ -18,7 +18,7 @@ from fl_server.pace import ROOM_S, TIMES, Pace
 from fl_server.progress import Onlooker
 from fl_server.results import check
 from fl_server.rounds import Due, Overdue
-from fl_server.run import Run
+from fl_server.run import Round, Run
 from models.study import Study, parse
 from privacy import journal, wire
 from privacy.errors import MessageMalformed
@@ -101,6 +101,36 @@ class Forgetful(dict[str, list[Message]]):
     def pop(self, name: str, default: Any = None) -> Any:
         found = super().pop(name, default)
         return [] if name == self.west.held else found
+
+
+@pytest.mark.parametrize(("private", "shown"), [(False, "came 40 s too late"), (True, "came too late")], ids=str)
+def test_seconds_are_told_only_where_they_say_nothing_of_patients(
+    tmp_path: Path, private: bool, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from test_private_round import LOCAL
+    from test_private_round import private as private_study
+
+    from fl_server import research, sums
+
+    plan = private_study(LOCAL) if private else study()
+    federation = Federation(tmp_path, plan)
+    run = Run.open(federation.new_run())
+    summing = sums.build(federation.grid(), run, federation.home)
+    order = federation.hospitals["north"].order(run=run.run_id)
+    run.history.append(done_of(1))
+    summing._came_late(Due("north", order, 0.0, 100.0), 140.04)
+    assert run.history[0].late == {"north": None if private else 40.0}
+    (line,) = [json.loads(text) for text in (run.folder / "events.jsonl").read_text().splitlines()]
+    assert line.get("seconds") == (None if private else 40.0)
+    research.follow(iter([json.dumps(line)]))
+    assert shown in capsys.readouterr().out
+    (note,) = Onlooker(run.folder).look().notes
+    assert shown in note.sentence
+    assert ("seconds" in (federation.home.journal.last("report-late") or {})) is not private
+
+
+def done_of(number: int) -> Round:
+    return Round(number, 1, 1.0, ["south"], {"north": "timeout"}, 4, 0.5, {}, 0, 10)
 
 
 def test_nobody_is_late_in_the_figures_of_a_study_that_does_not_name_it(tmp_path: Path) -> None:
