@@ -3,9 +3,10 @@
 The same function runs in production (Grid over the SuperLink), in simulation and in tests (Grid in memory).
 """
 
+import contextlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from fl_server.sums import Nodes, Task, Total
 from models import questions
 from models.contributions import read_figures
 from models.questions import Counting
+from privacy import tracing
 from privacy.errors import CertificateRevoked, DiskUnusable, DocumentError, IsocenterError, MessageMalformed, RunStopped
 from privacy.wire import COHORT, EvaluateOrder, TrainOrder
 
@@ -41,7 +43,8 @@ def main(grid: Grid, context: Context) -> None:
         raise
     run.start()
     try:
-        carry_on(home, run, grid)
+        with tracing.without_sites(run.study.privacy != "none"), traced(run):
+            carry_on(home, run, grid)
     except DiskUnusable:
         raise
     except RunStopped:
@@ -67,13 +70,25 @@ def carry_on(home: Home, run: Run, grid: Grid) -> None:
         run.model = first_model(home, run)
     for number in run.remaining():
         began = time.monotonic()
-        total = desk.train(strategies.sent(run.study, run.model, run.state), number)
-        desk.score(total)
-        model, state = strategy.step(run.model, desk.combine(total), run.state)
-        run.commit(desk.summary(number, began, total), model, state)
+        with tracing.span("round", round=number, attempt=run.attempt):
+            total = desk.train(strategies.sent(run.study, run.model, run.state), number)
+            desk.score(total)
+            model, state = strategy.step(run.model, desk.combine(total), run.state)
+            run.commit(desk.summary(number, began, total), model, state)
     desk.score(desk.evaluate(run.model, max(1, len(run.history)), "validation"))
     run.save()
     run.finish(desk.test(run.best if run.best is not None else run.model))
+
+
+@contextlib.contextmanager
+def traced(run: Run) -> Iterator[None]:
+    """The span of a run, where somebody asked for spans."""
+    rounds = run.study.training.rounds if not isinstance(run.study.task, Counting) else 0
+    with tracing.span(
+        "run", run=run.run_id, protection=run.study.protection, rounds=rounds, attempt=run.attempt
+    ) as tell:
+        yield
+        tell(outcome=str(run.facts["state"]), committed=len(run.history))
 
 
 def note_end(home: Home, run: Run) -> None:
