@@ -41,7 +41,7 @@ from models.metrics import ScoreHistogram
 from models.questions import Counting
 from models.study import Study
 from models.subgroups import Scored
-from privacy import dpsgd, noise
+from privacy import dpsgd, noise, tracing
 from privacy.errors import CohortTooSmall, MessageMalformed, StepRefused
 from privacy.wire import (
     COHORT,
@@ -152,32 +152,20 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
     began = time.monotonic()
     cohorts = desk.cohorts_of(site, study)
     cohort = cohorts["train"]
-    # What the sum of an earlier attempt at this round held must not be sent again under other masks.
-    repeat = site.repeats(order) if study.protection == "masked" else 0
-    model, common = halves(study, order)
-    net = desk.net(study, replace(order, model=model))
+    net = desk.net(study, replace(order, model=halves(study, order)[0]))
     sending = desk.vault.begin(site, study, order, order.model.size)
     hold = site.reserve(study, order, cohort.identities)
     validation = cohorts["validation"]
     sheet = release(study, sheet_of(score(net, validation), validation, study))
-    if study.privacy == "none":
-        number = order.round
-        if common is None:
-            update = learning.learn(net, cohort, study, round_number=number, repeat=repeat)
-        else:
-            control = Control(net, variates.before(site, order, common.size), common)
-            update = learning.learn_steered(net, cohort, study, control, round_number=number, repeat=repeat)
-            variates.keep(site, order, control.variate)
-            update = replace(update, delta=np.concatenate([update.delta, control.variate]))
-    else:
-        engine = desk.engine(net, study)
-        update = learning.learn_privately(engine, net, cohort, study, Turn(order.round, cohort.public_size))
+    with tracing.span("train"):
+        update = learned(desk, site, study, order, cohort)
     site.commit(hold)
     contribution = Contribution(
         _archive(study, cohort.ingested), sheet, update.cases, update.loss, update.delta, update.summed
     )
     site.note_release(study, order, len(cohort.identities), float(np.linalg.norm(contribution.update)))
-    vector, vouch = sending.protect(contribution)
+    with tracing.span("protect"):
+        vector, vouch = sending.protect(contribution)
     return TrainReport(
         **order.naming(),
         site=site.name,
@@ -186,6 +174,22 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
         vouch=vouch,
         keys=sending.keys,
     )
+
+
+def learned(desk: Desk, site: Site, study: Study, order: TrainOrder, cohort: Cohort) -> learning.Update:
+    """What the site learns from `order`, whose model is in the desk's network of the study."""
+    # What the sum of an earlier attempt at this round held must not be sent again under other masks.
+    repeat = site.repeats(order) if study.protection == "masked" else 0
+    net, (_, common) = desk.nets[study.digest], halves(study, order)
+    if study.privacy != "none":
+        engine = desk.engine(net, study)
+        return learning.learn_privately(engine, net, cohort, study, Turn(order.round, cohort.public_size))
+    if common is None:
+        return learning.learn(net, cohort, study, round_number=order.round, repeat=repeat)
+    control = Control(net, variates.before(site, order, common.size), common)
+    update = learning.learn_steered(net, cohort, study, control, round_number=order.round, repeat=repeat)
+    variates.keep(site, order, control.variate)
+    return replace(update, delta=np.concatenate([update.delta, control.variate]))
 
 
 def halves(study: Study, order: TrainOrder) -> tuple[Float32, Float32 | None]:
@@ -215,7 +219,8 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: EvaluateOr
         contribution = replace(contribution, groups=groups, grades=grades_told(study, scored))
     if noises_figures(study):
         contribution = replace(contribution, update=noisy_figures(site, study, order, net, cohort), summed=True)
-    vector, vouch = sending.protect(contribution)
+    with tracing.span("protect"):
+        vector, vouch = sending.protect(contribution)
     return EvaluateReport(
         **order.naming(),
         site=site.name,

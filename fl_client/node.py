@@ -48,7 +48,7 @@ from fl_client.site import Site
 from fl_client.upkeep import Upkeep
 from fl_client.vitals import Vitals
 from fl_client.worker import Worker
-from privacy import keys, parcels
+from privacy import keys, parcels, tracing
 from privacy.errors import (
     CertificateExpired,
     CertificateRevoked,
@@ -249,13 +249,14 @@ def serve(home: Path, tell: Tell, metrics_port: int | None = None) -> None:
     sandbox.keep_private()
     site = Site.open(home)
     with only_one(site):
-        vitals = Vitals(site.home)
+        vitals, end_traces = Vitals(site.home), tracing.begin(site.settings.traces, "node")
         try:
             if metrics_port is not None:
                 tell(f"Metrics: http://127.0.0.1:{vitals.start(metrics_port)}/metrics")
             _serve(site, tell, vitals)
         finally:
             vitals.stop()
+            end_traces()
 
 
 def _serve(site: Site, tell: Tell, vitals: Vitals) -> None:
@@ -354,7 +355,9 @@ def _answer_orders(
                     pause = min(pause * PAUSE_GROWTH, PAUSE_MOST_S)
                 continue
             pause, began = PAUSE_FIRST_S, time.monotonic()
-            unsent.append(reply(message))
+            with tracing.span("order") as told:
+                unsent.append(reply(message))
+                told(outcome=_outcome(unsent[-1]), **_numbers(unsent[-1]))
             took = time.monotonic() - began
             log.info("an order was answered: %s, in %.1f s", _outcome(unsent[-1]), took)
             tell(_sentence(unsent[-1], took))
@@ -384,6 +387,14 @@ def _outcome(reply: Message) -> str:
         return VersionSkew.code if reply.error.reason == VersionSkew.code else MessageMalformed.code
     report: Report = decode(reply, *REPORTS)
     return report.code if isinstance(report, Refusal) else report.kind
+
+
+def _numbers(reply: Message) -> dict[str, int]:
+    """Round and attempt of the order that was answered; nothing of what was no order."""
+    if reply.has_error():
+        return {}
+    report: Report = decode(reply, *REPORTS)
+    return {"round": report.round, "attempt": report.attempt}
 
 
 def _explained(answer: httpx.Response) -> Exception:

@@ -59,6 +59,7 @@ from privacy.logs import LogFiles
 from privacy.noise import GRID_BITS
 from privacy.sharing import Encoding
 from privacy.syslog import TargetText
+from privacy.tracing import Traces
 from privacy.wire import (
     EvaluateOrder,
     EvaluateReport,
@@ -165,6 +166,7 @@ class SiteFile(Document):
     approve: list[Rule] = Field(default=[], max_length=100, description="studies that are approved without asking")
     resources: Resources = Resources()
     log: LogFiles = Field(default=LogFiles(), description="log files of the node and of the process that trains")
+    traces: Traces | None = Field(default=None, description="where spans of orders are sent; nowhere without it")
     syslog: TargetText | None = Field(
         default=None,
         description="where journal lines are sent as well: udp://host:514, tcp://host:601 or unix:///dev/log",

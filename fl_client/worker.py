@@ -41,7 +41,7 @@ from fl_client.orders import Work
 from fl_client.protection import Signing, Vault
 from fl_client.site import Resources, Site, SiteFile
 from models.study import Study
-from privacy import deidentify, keys, logs
+from privacy import deidentify, keys, logs, tracing
 from privacy.errors import AuditFailed, DocumentError, IsocenterError, LimitExceeded, MessageMalformed, WorkerDied
 from privacy.wire import BYTES_MAX, ORDERS, RECORD, REPORTS, Crossing, Order, Refusal, Report
 
@@ -201,6 +201,9 @@ class Worker:
         self.line.send("order", facts_of(order))
         while True:
             what, facts = self.line.receive()
+            if what == "spans":
+                tracing.past(facts.get("spans"))
+                continue
             if what != "sign":
                 break
             label, body = facts.get("label"), facts.get("body")
@@ -291,7 +294,12 @@ def main(hidden: bool, orders: int, answers: int) -> None:
     line.send("ready", {"shield": shield.word})
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
-            line.send("report", facts_of(_attempt(work, *_next(line))))
+            site, study, order = _next(line)
+            with tracing.collected() if site.settings.traces else contextlib.nullcontext() as spans:
+                report = _attempt(work, site, study, order)
+            if spans:
+                line.send("spans", {"spans": spans})
+            line.send("report", facts_of(report))
 
 
 def _log_files(home: Path) -> logs.LogFiles:

@@ -3,9 +3,10 @@
 The same function runs in production (Grid over the SuperLink), in simulation and in tests (Grid in memory).
 """
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,11 @@ from fl_server.sums import Nodes, Task, Total
 from models import questions
 from models.contributions import read_figures
 from models.questions import Counting
-from privacy import journal
+from privacy import journal, tracing
 from privacy.errors import CertificateRevoked, DiskUnusable, DocumentError, IsocenterError, MessageMalformed, RunStopped
 from privacy.wire import COHORT, EvaluateOrder, TrainOrder
 
 app = ServerApp()
-log = logging.getLogger("isocenter.coordinator")
-
-
 log = logging.getLogger("isocenter.coordinator")
 
 
@@ -58,7 +56,8 @@ def main(grid: Grid, context: Context) -> None:
         raise
     run.start()
     try:
-        carry_on(home, run, grid)
+        with tracing.without_sites(run.study.privacy != "none"), traced(run):
+            carry_on(home, run, grid)
     except DiskUnusable:
         raise
     except RunStopped:
@@ -84,10 +83,11 @@ def carry_on(home: Home, run: Run, grid: Grid) -> None:
         run.model = first_model(home, run)
     for number in run.remaining():
         began = time.monotonic()
-        total = desk.train(strategies.sent(run.study, run.model, run.state), number)
-        desk.score(total)
-        model, state = strategy.step(run.model, desk.combine(total), run.state)
-        run.commit(desk.summary(number, began, total), model, state)
+        with tracing.span("round", round=number, attempt=run.attempt):
+            total = desk.train(strategies.sent(run.study, run.model, run.state), number)
+            desk.score(total)
+            model, state = strategy.step(run.model, desk.combine(total), run.state)
+            run.commit(desk.summary(number, began, total), model, state)
     desk.score(desk.evaluate(run.model, max(1, len(run.history)), "validation"))
     run.save()
     run.finish(desk.test(run.best if run.best is not None else run.model))
@@ -116,6 +116,17 @@ def _without_end(home: Home) -> list[str]:
     }
     ended = [str(facts["run_id"]) for facts in list_runs(home.runs) if facts["state"] in ENDED]
     return [run_id for run_id in ended if last.get(run_id) != "run-ended"]
+
+
+@contextlib.contextmanager
+def traced(run: Run) -> Iterator[None]:
+    """The span of a run, where somebody asked for spans."""
+    rounds = run.study.training.rounds if not isinstance(run.study.task, Counting) else 0
+    with tracing.span(
+        "run", run=run.run_id, protection=run.study.protection, rounds=rounds, attempt=run.attempt
+    ) as tell:
+        yield
+        tell(outcome=str(run.facts["state"]), committed=len(run.history))
 
 
 class Desk:

@@ -37,7 +37,7 @@ from fl_server.link import LOOPBACK, control
 from fl_server.mailbox import Mailbox
 from fl_server.roster import Home
 from fl_server.run import heed_stop, holding, list_runs, mark_stopped, read_facts, stop_asked
-from privacy import logs
+from privacy import logs, tracing
 from privacy.deidentify import guarded
 from privacy.errors import IsocenterError, RunError
 
@@ -177,8 +177,13 @@ def main() -> None:
         bytes.fromhex(sys.stdin.buffer.readline().decode().strip()),
     )
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with guarded(root, file=logs.handler(root, "executor", Home.open(root).settings.log)):
-        execute(root, port, secret)
+    settings = Home.open(root).settings
+    with guarded(root, file=logs.handler(root, "executor", settings.log)):
+        end = tracing.begin(settings.traces, "coordinator")
+        try:
+            execute(root, port, secret)
+        finally:
+            end()
 
 
 if __name__ == "__main__":

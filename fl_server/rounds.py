@@ -14,6 +14,7 @@ from flwr.app.error import Error
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
+from privacy import tracing
 from privacy.errors import MessageMalformed, QuorumLost, VersionSkew
 from privacy.wire import (
     REPORTS,
@@ -152,6 +153,15 @@ class Gathering:
 
     def reports(self) -> Iterator[tuple[str, Report]]:
         """(site, report) in the order of arrival. Each report is dropped here once the caller has taken it."""
+        began_ns = time.time_ns()
+        try:
+            yield from self._reports()
+        finally:
+            if self.calls:
+                order = next(iter(self.calls.values())).order
+                tracing.stage(order.kind, order.round, began_ns, self.took, self.missing)
+
+    def _reports(self) -> Iterator[tuple[str, Report]]:
         began, pause = time.monotonic(), PAUSE_FIRST_S
         look = began + GONE_LOOK_S
         ends = {site: began + min(self.timeout_s, call.limit_s) for site, call in self.calls.items()}

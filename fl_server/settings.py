@@ -10,6 +10,7 @@ from fl_server.notify import Target
 from models.study import Document, Name
 from privacy.logs import LogFiles
 from privacy.syslog import TargetText
+from privacy.tracing import Traces
 
 _HOST = re.compile(r"(?=.*[a-z.])[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 
@@ -37,6 +38,8 @@ class ServerFile(Document):
     )
 
     log: LogFiles = Field(default=LogFiles(), description="log files of coordinator, executor and dashboard")
+
+    traces: Traces | None = Field(default=None, description="where spans of runs are sent; nowhere without it")
 
     notify: list[Target] = Field(default=[], max_length=16, description="who is told of news, and of which")
 

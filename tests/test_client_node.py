@@ -26,7 +26,7 @@ from hospital import Hospital
 from fl_client import node, sandbox
 from fl_client.node import Connection
 from fl_client.worker import Worker, facts_of
-from privacy import keys, wire
+from privacy import keys, tracing, wire
 from privacy.errors import AuditFailed, DiskUnusable
 
 
@@ -157,6 +157,29 @@ def test_a_node_whose_disk_cannot_be_written_says_so_and_connects_again_when_it_
     with pytest.raises(KeyboardInterrupt):
         node.serve(hospital.home, said.append)
     assert len(came) == 2 and "No space left on device; trying again in" in said[-1]
+
+
+def test_training_and_protection_are_spans_of_the_order_in_the_node(hospital: Hospital, worker: Worker) -> None:
+    """The worker is a process without a network; its spans come over the pipe, because site.yaml asks for spans by now."""
+    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    export = pytest.importorskip("opentelemetry.sdk.trace.export")
+    exporter, path = memory.InMemorySpanExporter(), hospital.home / "site.yaml"
+    before, end = path.read_text(), tracing.begin_with(export.SimpleSpanProcessor(exporter), "node")
+    path.write_text(before + "\ntraces: {endpoint: 'http://127.0.0.1:4318/v1/traces'}\n")
+    try:
+        with tracing.span("order") as told:
+            reply = node.answer(message(hospital.order(run="six")), hospital.site, worker)
+            told(outcome=node._outcome(reply), **node._numbers(reply))
+    finally:
+        end()
+        path.write_text(before)
+    spans = {each.name: each for each in exporter.get_finished_spans()}
+    order = spans["order"]
+    assert dict(order.attributes) == {"outcome": "train-report", "round": 1, "attempt": 1}
+    assert set(spans) == {"order", "train", "protect"} and not order.parent
+    for name in ("train", "protect"):
+        assert spans[name].parent.span_id == order.context.span_id and not spans[name].attributes
+        assert order.start_time <= spans[name].start_time <= spans[name].end_time <= order.end_time
 
 
 NODE = """

@@ -184,10 +184,13 @@ DEV_ONLY = """
     pytest pytest-timeout pytest-xdist referencing retrying rpds-py ruff sortedcontainers types-protobuf types-psutil types-pyyaml
 """
 """The pins that nothing needs at run time, written down by hand: a new pin is one of these, or it belongs into the SBOM."""
-
-
-EXTRA_ONLY = "flatbuffers ml-dtypes onnx onnx-ir onnxruntime onnxscript"
-"""The pins of the extra `onnx`, which `make env` does not install and the bill of materials does not list."""
+EXTRA_ONLY = """
+    googleapis-common-protos opentelemetry-api opentelemetry-exporter-http-transport opentelemetry-exporter-otlp-common
+    opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-proto-http opentelemetry-proto opentelemetry-sdk
+    opentelemetry-semantic-conventions
+    flatbuffers ml-dtypes onnx onnx-ir onnxruntime onnxscript
+"""
+"""The pins of the extras `otel` and `onnx`, which `make env` does not install and the bill of materials does not list."""
 
 
 # The tests that the papers name --------------------------------------------------------------------------------------
