@@ -174,25 +174,41 @@ def test_a_site_without_a_part_in_the_study_tests_on_everybody(
     assert not hospital.site.pins(elsewhere).exists(), "looking at a model pins nobody"
 
 
+def cases_of(hospital: Hospital, members: list[Any]) -> set[str]:
+    secret = keys.token_key(hospital.home / "keys" / evaluating.SECRET)
+    return {keys.token(secret, f"case {member.image.content} {member.image.file}") for member in members}
+
+
+def written(out: Path) -> set[str]:
+    return {row["case_name"] for row in table(out / "truth-opacity.csv")}
+
+
 def test_patients_of_its_training_are_left_out_whatever_study_divides(
     evaluated: tuple[Hospital, Path, Path], tmp_path: Path
 ) -> None:
+    """The other study tests everybody here; those by whom the model was made are left out all the same."""
     hospital, package, _ = evaluated
-    other = Study.model_validate(
-        half().model_dump() | {"title": "another division", "evaluation": {"test": 0.5, "validation": 0.2}}
-    )
+    facts = half().model_dump()
+    facts["participation"] |= {"sites": ["south", "east"], "evaluate_only": ["north"]}
+    facts["evaluation"] |= {"external": "all"}
+    other = Study.model_validate(facts)
     found = run(hospital, package.read_bytes(), tmp_path / "out", other)
-    trained = {
-        token for token, place in read_pins(hospital.site.pins(hospital.study)).splits.items() if place != "test"
-    }
-    secret = keys.token_key(hospital.home / "keys" / evaluating.SECRET)
-    barred = {
-        keys.token(secret, f"case {member.image.content} {member.image.file}")
-        for member in members_of(hospital.site, other)
-        if member.token in trained
-    }
-    cases = {row["case_name"] for row in table(tmp_path / "out" / "truth-opacity.csv")}
-    assert cases and not cases & barred and found["divided_by"] == other.digest
+    splits = read_pins(hospital.site.pins(hospital.study)).splits
+    members = members_of(hospital.site, other)
+    untouched = [member for member in members if splits[member.token] == "test"]
+    assert written(tmp_path / "out") == cases_of(hospital, untouched) and len(untouched) < len(members)
+    assert found["divided_by"] == other.digest and found["split"] == "external"
+
+
+def test_another_study_divides_where_it_is_asked_for(evaluated: tuple[Hospital, Path, Path], tmp_path: Path) -> None:
+    """A model from elsewhere, tested on the test patients of a study of this site: as its pins say, and no others."""
+    hospital, _, _ = evaluated
+    part = half().participation.model_dump() | {"sites": ["south", "east"]}
+    elsewhere = Study.model_validate(half().model_dump() | {"participation": part})
+    found = run(hospital, packaged(elsewhere), tmp_path / "out", hospital.study)
+    splits = read_pins(hospital.site.pins(hospital.study)).splits
+    tested = [member for member in members_of(hospital.site, elsewhere) if splits[member.token] == "test"]
+    assert found["split"] == "test" and written(tmp_path / "out") == cases_of(hospital, tested)
 
 
 def test_an_existing_folder_is_not_touched_and_a_failure_leaves_none(

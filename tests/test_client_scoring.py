@@ -1,6 +1,7 @@
 """CT folders scored as the study would: the same series, the same grid, each volume once, everything else counted."""
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,17 @@ def test_the_side_is_the_packages_not_this_versions() -> None:
     found = Package.read(packaged(radiographs, longest_side_px=64))
     (wanted,) = scoring._radiographs(None, {"x": None}, [("x", "0" * 64, scoring.Header())], found)  # type: ignore[arg-type, dict-item]
     assert wanted.task.longest_side_px == 64  # type: ignore[attr-defined]
+
+
+def test_equal_pixels_and_one_radiograph_sent_twice_are_one_row() -> None:
+    left_out = Counter[str]()
+    sent = [
+        ("p1", "b", "1.2"),
+        ("p1", "a", "1.1"),
+        ("p2", "c", "1.3"),
+        ("p3", "d", "1.3"),
+        ("p4", "e", ""),
+        ("p5", "f", ""),
+    ]
+    rows = scoring._once([(content, scoring.Row(file, uid, [0.5], 1)) for content, file, uid in sent], left_out)
+    assert [row.file for row in rows] == ["a", "c", "e", "f"] and left_out == {"duplicate": 2}

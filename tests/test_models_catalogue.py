@@ -172,7 +172,7 @@ def test_other_bytes_than_those_announced_never_get_a_place(how: str, head: dict
     shop, sha256 = Shop.of(package), keys.digest(package)
     shop.content[sha256] = {
         "truncated": package[:-1],
-        "swapped": other[: len(package)],
+        "swapped": (other + bytes(10))[: len(package)],
         "longer": package + b"x",
         "flipped": package[:500] + bytes([package[500] ^ 1]) + package[501:],
         "empty": b"",
