@@ -342,3 +342,12 @@ def test_a_report_of_another_wire_version_is_missing_for_that_reason() -> None:
         with pytest.raises(MessageMalformed) as caught:
             wire.require_spoken(version)
         assert not isinstance(caught.value, VersionSkew)
+
+
+def test_what_was_told_under_a_key_that_is_gone_counts_no_more(served: Coordinator) -> None:
+    served.join("brief")
+    served.home.roster.tell("brief", BEYOND, Readiness(True))
+    served.home.revoke("brief")
+    calls.join(str(served.home.invite("brief", "site")), served.folder / "brief-again" / "keys")
+    told = served.home.roster.told()["brief"]
+    assert told.versions == HERE and told.readiness is None
