@@ -24,7 +24,7 @@ from fl_server.gateway import read_head
 from fl_server.roster import Roster
 from privacy import calls, greeting
 from privacy import consortium_pb2 as pb
-from privacy.errors import MessageMalformed
+from privacy.errors import MessageMalformed, VersionSkew
 from privacy.greeting import HEADER, NUMBER_MAX, WORDS, Readiness, Versions, own, skew
 
 HERE = own()
@@ -298,3 +298,56 @@ def test_every_subject_of_a_node_has_its_word() -> None:
         WORDS
     )
     assert greeting.Readiness.of(["x", "paused", "images"]) == Readiness(False, ("images", "paused", "other"))
+
+
+# Orders and reports of another wire version ------------------------------------------------------------------------------
+
+
+def test_an_order_of_another_wire_version_is_refused_by_name_at_both_ends(tmp_path: Path) -> None:
+    """The node answers before it looks at anything else of the order, and the coordinator names the reason."""
+    from flwr.app import ConfigRecord, RecordDict
+    from hospital import Hospital
+    from test_client_node import message
+
+    from fl_client import node
+    from fl_server.rounds import flower_reason
+    from privacy import wire
+
+    hospital = Hospital.open(tmp_path)
+    never = SimpleNamespace(carry_out=lambda *_: pytest.fail("worked on an order that it cannot read"))
+    facts = dict(hospital.order().to_records()[wire.RECORD])
+    for version, kind in ((HERE.wire + 1, "train"), (HERE.wire + 1, "a-kind-of-its-own"), (HERE.wire - 1, "train")):
+        records = RecordDict({wire.RECORD: ConfigRecord({**facts, "version": version, "kind": kind})})
+        reply = node.answer(message(records), hospital.site, never)  # type: ignore[arg-type]
+        assert reply.has_error() and reply.error.reason == VersionSkew.code
+        assert flower_reason(reply.error) == node._outcome(reply) == VersionSkew.code
+        assert "`fl-client check`" in node._sentence(reply, 0.0)
+    lines = (hospital.home / "journal.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["facts"] == {"code": VersionSkew.code}
+
+
+def test_a_report_of_another_wire_version_is_missing_for_that_reason() -> None:
+    from flwr.app import ConfigRecord, Message, RecordDict
+    from flwr.supercore.task_identity import TaskIdentity
+
+    from fl_server.rounds import Gathering
+    from privacy import wire
+
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    records = RecordDict({wire.RECORD: ConfigRecord({"version": HERE.wire - 1, "kind": "train-report"})})
+    gathering = Gathering(None, {}, 1.0, lambda *_, **__: None)  # type: ignore[arg-type]
+    assert gathering._accept("north", Message(records, dst_node_id=1, message_type="train")) is None
+    assert gathering.missing == {"north": VersionSkew.code}
+    for version in (True, "3", 2**40, -1, 0, None):
+        with pytest.raises(MessageMalformed) as caught:
+            wire.require_spoken(version)
+        assert not isinstance(caught.value, VersionSkew)
+
+
+def test_what_was_told_under_a_key_that_is_gone_counts_no_more(served: Coordinator) -> None:
+    served.join("brief")
+    served.home.roster.tell("brief", BEYOND, Readiness(True))
+    served.home.revoke("brief")
+    calls.join(str(served.home.invite("brief", "site")), served.folder / "brief-again" / "keys")
+    told = served.home.roster.told()["brief"]
+    assert told.versions == HERE and told.readiness is None
