@@ -86,6 +86,10 @@ def verify(package: PackageFile, trust: Trust = None, as_json: AsJson = False) -
     facts = found.manifest
     _line(f"{facts['name']} {facts['version']}, study {facts['digest']}, run {facts['run_id']}")
     _line(f"{len(found.files)} files as signed; the weights are finite, and of the study's network.")
+    for head in found.heads:
+        _line(
+            f"Tied to the journal of {head.party} at line {head.lines}: `journal verify --head {head.head}` finds it there."
+        )
     whom = "whom you trust" if found.trusted else "who was not checked: compare the fingerprint, then use --trust"
     _line(f"Signed by {keys.grouped(found.signer)}, {whom}.")
 

@@ -256,6 +256,7 @@ def test_a_model_goes_from_its_run_to_a_site_and_a_researcher(rehearsed: Any, re
         assert "request for the released model small" in say("egress", "--home", site, app=client)
         # The head in it is one of the coordinator's journal, by the verification that exists.
         (head,) = Package.open(package).heads
+        assert f"--head {head.head}" in say("verify", str(package))
         verified = json.loads(say("journal", "verify", "--home", folder, "--head", head.head, "--json", app=server))
         assert verified["head_found"] and head.party == "coordinator"
         home.revoke("ruth")

@@ -1,15 +1,18 @@
 """What a model card says of populations and groups, and what it keeps: it is read by people outside the consortium."""
 
 import json
+import time
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 from sklearn.metrics import roc_auc_score
 from test_server_report import SITES, Raw, histogram, raw_scores, results_of, study_of
 
-from fl_server import release
+from fl_server import consortium, release
 from fl_server.measures import measure
 from fl_server.results import check
+from privacy.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +84,33 @@ def test_every_site_of_the_study_has_a_row_with_its_population_or_why_not(raw: R
         assert f"| opacity | {site} | {figures['sites'][site]['testing']} | {shown} |" in words
     total = sum(len(raw[site][0]) for site in SITES)
     assert figures["pooled"]["images"] == total // 10 * 10
+
+
+class Call:
+    """Of a gRPC context, what a fetch uses."""
+
+    cancelled = 0
+
+    def cancel(self) -> None:
+        self.cancelled += 1
+
+
+def test_a_party_has_two_fetches_at_a_time_and_all_together_thirty_two() -> None:
+    service = consortium.Consortium(None, None)  # type: ignore[arg-type]
+    with ExitStack() as open_ones:
+        for number in range(consortium.FETCHES_MAX):
+            open_ones.enter_context(service._fetch_of(f"site-{number // consortium.FETCHES_EACH}", Call()))
+        for party in ("site-0", "another"):
+            with pytest.raises(RunError, match="too many models"), service._fetch_of(party, Call()):
+                pass
+    assert service._fetches.total() == 0, "places are given back"
+
+
+def test_who_reads_too_slowly_is_cut_off_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consortium, "FETCH_S", 0.05)
+    service, slow, quick = consortium.Consortium(None, None), Call(), Call()  # type: ignore[arg-type]
+    with service._fetch_of("north", quick):
+        pass
+    with service._fetch_of("north", slow):
+        time.sleep(0.2)
+    assert (slow.cancelled, quick.cancelled) == (1, 0)
