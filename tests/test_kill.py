@@ -211,7 +211,7 @@ def test_a_crash_between_a_runs_end_and_its_line_in_the_journal_costs_no_line(
         for n, (party, _, about) in enumerate(undisturbed.places)
         if (party, about) == ("coordinator", "journal.jsonl")
     ]
-    for at in own[-4:]:
+    for at in own[-4::3]:  # half a line, and the whole one
         check(undisturbed, *played(undisturbed.federation.copied(tmp_path / str(at)), at))
 
 

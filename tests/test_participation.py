@@ -61,8 +61,7 @@ def contributors(folder: Path) -> list[list[str]]:
     return [entry["contributors"] for entry in results["rounds"]]
 
 
-@pytest.mark.parametrize("protection", ["plain", "sealed", "masked"])
-@pytest.mark.parametrize("what", ["site", "study"])
+@pytest.mark.parametrize(("protection", "what"), [("plain", "site"), ("sealed", "study"), ("masked", "study")])
 def test_a_site_that_pauses_is_not_waited_for_and_asked_again_until_it_is_back(
     tmp_path: Path, protection: str, what: str
 ) -> None:

@@ -186,7 +186,7 @@ def test_whoever_dies_while_a_run_restarts_the_rounds_are_given_up_once_or_not_a
     federation = made(tmp_path / "a", "plain")
     stopped_after(2, federation)
     places = 0
-    for at in (0, 1, 2, 3, 4, 6, 8, 11, 10**9):
+    for at in (0, 2, 3, 4, 8, 10**9):
         other = federation.copied(tmp_path / str(at))
         (folder,) = other.home.runs.iterdir()
         with pytest.MonkeyPatch.context() as patch:
