@@ -5,6 +5,7 @@ between are gone. A message is stored with everything that belongs to it or not 
 """
 
 import asyncio
+import threading
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
@@ -33,7 +34,7 @@ class Parcels:
     """An ASGI application around Flower's: four paths are answered here, all others there."""
 
     def __init__(self, app: Any) -> None:
-        self.app = app
+        self.app, self.lock = app, threading.Lock()
         self.works: dict[str, Work] = {
             parcels.RECEIVE_ORDER: receive_order,
             parcels.SEND_REPORT: send_report,
@@ -49,9 +50,8 @@ class Parcels:
         request = Request({**scope, "app": self.app}, receive)
         body, state = await request.body(), self.app.state.linkstate_factory.state()
         try:
-            answer = Response(
-                await asyncio.to_thread(work, state, request, body), media_type="application/octet-stream"
-            )
+            content = await asyncio.to_thread(self._alone, work, state, request, body)
+            answer = Response(content, media_type="application/octet-stream")
         except HTTPException as error:
             answer = Response(status_code=error.status_code)
         except FlowerError:  # the run has ended, or the token is nobody's
@@ -59,6 +59,11 @@ class Parcels:
         except (MessageMalformed, DecodeError, ValueError):
             answer = Response(status_code=400)
         await answer(scope, receive, send)
+
+    def _alone(self, work: Work, state: LinkState, request: Request, body: bytes) -> bytes:
+        """One at a time: Flower lists a message before its objects are there, and nobody may look in between."""
+        with self.lock:
+            return work(state, request, body)
 
 
 def receive_order(state: LinkState, request: Request, body: bytes) -> bytes:

@@ -4,6 +4,7 @@ import base64
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fl_client.node import Connection
 from fl_server import executor, link
+from fl_server import parcels as server
 from fl_server.door import listen
 from fl_server.mailbox import Mailbox
 from fl_server.parcels import Parcels
@@ -134,6 +136,27 @@ def test_reports_are_handed_out_as_they_come(post: Post) -> None:
     post.sites[0].send(post.reply(orders[0]))
     (report,) = post.mailbox.pull_messages(names[:1])
     assert report.metadata.reply_to_message_id == names[0]
+
+
+def test_nobody_meets_half_a_message(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower has stored the message, and its objects take their time."""
+    real = server._keep
+
+    def slow(*given: Any) -> None:
+        time.sleep(0.1)
+        real(*given)
+
+    monkeypatch.setattr(server, "_keep", slow)
+    with ThreadPoolExecutor(2) as pool:
+        sending = pool.submit(post.order, 0)
+        time.sleep(0.03)
+        order = next(found for _ in range(10) if (found := post.sites[0].receive()))
+        reporting = pool.submit(post.sites[0].send, post.reply(order))
+        time.sleep(0.03)
+        found = list(post.mailbox.pull_messages(sending.result()))
+        reporting.result()
+    report = (found or list(post.mailbox.pull_messages(sending.result())))[0]
+    assert report.content["isocenter"]["vector"] == b"update"
 
 
 def test_many_large_reports_do_not_come_in_one_answer(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
