@@ -76,8 +76,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     made = Shared(tmp_path_factory.mktemp("deploy") / "stage")
     try:
         made.found()
-        settings = made.coordinator / "server.yaml"
-        settings.write_text(settings.read_text().replace("# runs_at_once: 2", "runs_at_once: 2"))
         made.serve()
         made.join_researcher()
         at_once(lambda name: made.open_hospital(name, SITES[name], 16, minimum_patients=2))
@@ -248,8 +246,24 @@ def test_a_site_pauses_in_the_middle_of_a_run_and_comes_back(stage: Shared) -> N
     assert f"{24 - len(without)} of 24" in shown and "site-paused" in shown
 
 
+def serve_anew(stage: Shared, old: str, new: str) -> None:
+    """Stop the coordinator, change a line of server.yaml, start it again, and wait until every node is back."""
+    settings = stage.coordinator / "server.yaml"
+    settings.write_text(settings.read_text().replace(old, new))
+    logs = [stage.folder / "logs" / f"node-{name}.log" for name in SITES]
+    before = [log.read_text().count("waits for orders") for log in logs]
+    coordinator = stage.running.pop(0)
+    coordinator.terminate()
+    coordinator.wait(30)
+    stage.running.insert(0, stage.serve())
+    stage.running.pop()  # where `serve` put it
+    for log, count in zip(logs, before, strict=True):
+        wait_for(lambda log=log, count=count: log.read_text().count("waits for orders") > count, "the nodes")  # type: ignore[misc]
+
+
 def test_two_runs_are_carried_out_side_by_side(stage: Shared) -> None:
     """Two executors, and nodes that answer one order at a time: each run commits rounds while the other does, with everybody."""
+    serve_anew(stage, "# runs_at_once: 2", "runs_at_once: 2")
     folders = [launch(stage, submit(stage, title, rounds=4, timeout_s=120)) for title in ("one", "another")]
     for folder in folders:
         wait_for(lambda folder=folder: ended(folder), "the end of both runs")  # type: ignore[misc]
@@ -260,6 +274,7 @@ def test_two_runs_are_carried_out_side_by_side(stage: Shared) -> None:
         moments = [event["at"] for event in told if event["event"] == "round_done"]
         spans.append((moments[0], moments[-1]))
     assert max(first for first, _ in spans) < min(last for _, last in spans), "one run waited for the other's end"
+    serve_anew(stage, "runs_at_once: 2", "# runs_at_once: 2")
 
 
 def test_a_worker_killed_while_it_trains_costs_an_attempt_and_the_run_goes_on_with_it(stage: Shared) -> None:

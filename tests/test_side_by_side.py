@@ -35,19 +35,21 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class OneAtATime:
-    """The sites' programs behind one lock each, as a node answers; notes whose orders came in which order."""
+    """The sites' programs, one order at a time, as a node answers; notes whose orders came in which order.
+
+    One lock for all sites: here they are threads of one process, which share torch's random numbers.
+    """
 
     def __init__(self, federation: Federation) -> None:
         self.log: list[tuple[str, str]] = []
+        self.lock = threading.Lock()
         self.answers = {
             federation.node(name): self._locked(name, federation.answers(name)) for name in federation.hospitals
         }
 
     def _locked(self, site: str, answer: Any) -> Any:
-        lock = threading.Lock()
-
         def one(message: Message) -> Message | None:
-            with lock:
+            with self.lock:
                 self.log.append((site, wire.decode(message, *wire.ORDERS).run))
                 return answer(message)  # type: ignore[no-any-return]
 
