@@ -31,7 +31,7 @@ from models.study import Study, parse
 from privacy import accounting, journal, wire
 
 pytestmark = pytest.mark.timeout(1800)  # a share of all places is some minutes
-SAMPLED = 10  # places of each plan in the default run
+SAMPLED = 6  # places of each plan in the default run
 SHARDS = 6  # of the slow run, so that several processes can share it
 
 

@@ -69,6 +69,7 @@ def test_tuning_on_private_data_has_its_price(found: planning.Plan) -> None:
     assert 4 < private < naive < 10 * 4
 
 
+@pytest.mark.slow
 def test_warnings_name_what_makes_a_plan_useless() -> None:
     text = TEXT.replace("epsilon: 4", "epsilon: 20").replace("sampling_rate: 0.25", "sampling_rate: 0.01, delta: 0.001")
     said = " ".join(planning.plan(study(text), {"north": 1500, "south": 100}).warnings)
