@@ -15,6 +15,7 @@ from rich.table import Table
 from fl_client import archive_cli, data_cli, enrol, export_cli
 from fl_client.policy import Pause
 from fl_client.site import Site
+from models import covariates
 from models.questions import Counting
 from models.study import Study
 from privacy import heads, journal_cli, keys
@@ -320,10 +321,8 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
     trains = site.name in part.sites
     masked = "masked, as parts of sums: " if study.protection == "masked" else ""
     lines = [
-        (
-            "Learned",
-            f"{study.predicts} from {study.images.words}",
-        ),
+        ("Learned", f"{study.predicts} from {study.images.words}"),
+        *_beside(study),
         (
             "Here",
             _asked_of(study, trains=trains),
@@ -358,6 +357,15 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
         lines.append(("Grades", "how many test images of each grade are called which grade, in the same sum"))
     lines.append(("Seen by", f"{_seen_by(study)} (protection: {study.protection})"))
     return lines + _privacy_lines(study, site)
+
+
+def _beside(study: Study) -> list[tuple[str, str]]:
+    """Which facts of a patient are learned from beside the image."""
+    if not study.covariates:
+        return []
+    margin = f"\n{' ' * 9}"
+    shown = margin.join(covariates.words(study.covariates))
+    return [("Beside", f"of each patient, and it never leaves as it is:{margin}{shown}")]
 
 
 def _group_of_one(study: Study) -> str:
@@ -464,13 +472,15 @@ def _check_budget(site: Site, study: Study) -> None:
 def _own_data(study: Study, site: Site) -> str:
     """What this site would bring to the study, or what is missing for it; said before anybody approves."""
     from fl_client.ingest import Index
+    from fl_client.observed import unnamed
 
     try:
-        index, mapped = Index.open(site.state), set(site.source.labels.targets)
+        index, source = Index.open(site.state), site.source.labels
     except DataError as error:
         return f"{error} {error.remedy}"
-    unmapped = sorted(set(study.task.targets) - mapped)
-    note = f"; site.yaml maps no label to {', '.join(unmapped)}, so these count as missing" if unmapped else ""
+    unmapped = sorted(set(study.task.targets) - set(source.targets))
+    unmapped += unnamed(source, study.covariates)
+    note = f"; site.yaml maps nothing to {', '.join(unmapped)}, so these count as missing" if unmapped else ""
     return f"{index.taken} images of {index.patients} patients are ready here{note}"
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,8 @@ from torch.utils.data import Dataset
 
 from fl_client.cache import content_of
 from fl_client.index import Index, IndexedImage
-from fl_client.observed import observe
+from fl_client.observed import covariates_of, observe
+from models.covariates import names_of
 from models.imaging import to_grid
 from models.labels import Label, LabelTable
 from models.questions import Counting, Observed, agreed
@@ -55,38 +56,43 @@ class Counts:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Images that were taken and do not take part in this study: no label for its targets, another modality, or labels that
-    cannot all be true (two of several exclusive classes, or a grade without those below it).
+    """Images that were taken and do not take part in this study: no label for its targets, another modality, labels that
+    cannot all be true (two of several exclusive classes, or a grade without those below it), or a number outside the range that
+    the study declares for it.
     """
 
     unlabelled: int
     modality: int
     contradictory: int = 0
+    out_of_range: int = 0
 
 
 @dataclass(frozen=True)
 class Member:
-    """One image that takes part, with its patient's token and its label for each target of the study, in order."""
+    """One image that takes part, its patient's token, its label for each target, and its covariates, in the study's order."""
 
     image: IndexedImage
     token: str
     labels: tuple[Label, ...]
+    covariates: tuple[float | None, ...] = ()
 
 
 class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     """One split of one study at one site.
 
     `images` float32 (N, 1, S, S) or (N, 1, D, H, W) in 0..1, memory-mapped; `targets` float32 (N, T), 0 where missing;
-    `known` float32 (N, T), 1 where labelled; `patients` int64 (N,), numbers from 0 that mean nothing outside this object.
-    `identities[n]`: by what patient n is known again (number and images, hashed), whatever study, folder or name it comes back
-    under. `public_size`: patients of the training split in tens, as they were when the study began here. `observed[i]`: what is
-    known of image i, for the subgroups that the study names; empty if it names none.
+    `known` float32 (N, T), 1 where labelled; `covariates` float32 (N, C), NaN where missing; `patients` int64 (N,), numbers from
+    0 that mean nothing outside this object. `identities[n]`: by what patient n is known again (number and images, hashed),
+    whatever study, folder or name it comes back under. `public_size`: patients of the training split in tens, as they were when
+    the study began here. `observed[i]`: what is known of image i, for the subgroups that the study names; empty if it names none.
     """
 
     def __init__(self, members: list[Member], images: torch.Tensor, names: list[str]) -> None:
         self.images = images
-        labels = [[math.nan if label is None else float(label) for label in member.labels] for member in members]
-        table = torch.tensor(labels, dtype=torch.float32).reshape(len(members), len(names))
+        table = _rows([member.labels for member in members]).reshape(len(members), len(names))
+        self.covariates = _rows([member.covariates for member in members]).reshape(
+            len(members), len(members[0].covariates) if members else 0
+        )
         self.known = (~table.isnan()).float()
         self.targets = table.nan_to_num(nan=0.0)
         tokens = {token: number for number, token in enumerate(sorted({member.token for member in members}))}
@@ -153,9 +159,9 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
 def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], LeftOut]:
     """Images with a label for at least one target, ordered by patient token and file."""
     members: list[Member] = []
-    unlabelled = modality = contradictory = 0
+    unlabelled = modality = contradictory = out_of_range = 0
     index.require_fit()
-    wanted = study.images
+    wanted, ordered = study.images, names_of(study.covariates)
     if wanted.volume is None and wanted.scaling != index.scaling:
         raise DataError(
             f"the study asks for radiographs scaled by {wanted.scaling}, and those here were by {index.scaling}",
@@ -177,10 +183,21 @@ def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], 
         if not isinstance(study.task, Counting) and not study.task.admits(row):
             contradictory += 1
             continue
+        values = covariates_of(key, image, labels, study.covariates)
+        if not all(study.covariates[name].admits(value) for name, value in zip(ordered, values, strict=True)):
+            out_of_range += 1
+            continue
         patient = labels.patient_of(key) or labels.mapping.plain_patient(image.patient)
-        members.append(Member(image, _token(patient), row))
+        members.append(Member(image, _token(patient), row, values))
     members.sort(key=lambda member: (member.token, member.image.file))
-    return members, LeftOut(unlabelled, modality, contradictory)
+    return members, LeftOut(unlabelled, modality, contradictory, out_of_range)
+
+
+def _rows(values: Sequence[Sequence[float | None]]) -> torch.Tensor:
+    """float32 (N, width), NaN for None."""
+    return torch.tensor(
+        [[math.nan if one is None else float(one) for one in row] for row in values], dtype=torch.float32
+    )
 
 
 def _identities(members: list[Member]) -> list[set[str]]:

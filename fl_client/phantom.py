@@ -7,7 +7,7 @@ with sick patients. A model trained at one hospital learns the shortcut and fail
 to look at the lungs, because the shortcuts contradict each other.
 
 Beside the finding itself, the table says what follows from how the opacities were drawn: RSNA's appearance classes, a grade of
-severity from 0 to 4, and whether intensive care followed, which severity and age make likely.
+severity from 0 to 4, and whether intensive care followed, which severity, age and male sex make likely.
 
 Patients, names and numbers are invented; nothing here is derived from an image of a person.
 """
@@ -205,9 +205,16 @@ def _age(patient: int) -> int:
     return 25 + patient * 7 % 60
 
 
+def _sex(patient: int) -> str:
+    return "FM"[patient % 2]
+
+
 def _intensive(hospital: str, patient: int, found: Finding) -> bool:
-    """Whether intensive care followed: chance rises with the grade and with age, and stays chance."""
-    odds = -4.0 + 1.5 * found.grade + 0.05 * (_age(patient) - 55)
+    """Whether intensive care followed: chance rises with the grade, with age, and for men, and stays chance.
+
+    Age and sex stand in the header and hardly show in the picture, so a model that gets them as well can tell more.
+    """
+    odds = -2.5 + 1.3 * found.grade + 0.09 * (_age(patient) - 55) + (1.0 if _sex(patient) == "M" else -1.0)
     return bool(np.random.default_rng(_entropy("icu", hospital, patient)).random() < 1 / (1 + np.exp(-odds)))
 
 
@@ -484,7 +491,7 @@ def _dataset(name: str, patient: int, number: int, vendor: Vendor, rng: np.rando
     dataset.Modality, dataset.Manufacturer = vendor.modality, vendor.manufacturer
     code = hashlib.sha256(f"{name}\n{patient}".encode()).hexdigest()[:8].upper()
     dataset.PatientID, dataset.PatientName = f"PHANTOM-{code}", f"PHANTOM^{code}"
-    dataset.PatientSex, dataset.PatientAge = "FM"[patient % 2], f"{_age(patient):03d}Y"
+    dataset.PatientSex, dataset.PatientAge = _sex(patient), f"{_age(patient):03d}Y"
     dataset.AccessionNumber = f"A{hashlib.sha256(f'{name} {number}'.encode()).hexdigest()[:10].upper()}"
     dataset.StudyDate = f"202{int(rng.integers(0, 5))}{int(rng.integers(1, 13)):02d}15"
     dataset.StudyDescription = "XR CHEST"

@@ -14,6 +14,7 @@ from fl_client import cohort, enrol
 from fl_client.consent import consents
 from fl_client.facts import shared
 from fl_client.index import Index
+from fl_client.observed import unnamed
 from fl_client.policy import broken
 from fl_client.site import SiteFile
 from models.labels import LabelTable
@@ -108,6 +109,7 @@ WHY = {
     "unlabelled": "without a label for its targets",
     "modality": "of another modality",
     "contradictory": "with labels that cannot all be true",
+    "out_of_range": "with a number outside the range that the study declares",
 }
 _WORDS = {"train": "train", "validation": "choose the round", "test": "test", "external": "test"}
 
@@ -141,6 +143,7 @@ def preview(index: Index, labels: LabelTable, study: Study, settings: SiteFile, 
     unmapped = sorted(set(names) - set(labels.mapping.targets))
     if len(unmapped) == len(names):
         raise LabelTableError(f"data.labels.targets in site.yaml has none of the study's targets ({', '.join(names)})")
+    unmapped += unnamed(labels.mapping, study.covariates)
     members, left_out = cohort.join(index, labels, study)
     splits = cohort.placed(members, study, cohort.read_pins(pins)).splits
     role = _role(settings.site, study)

@@ -56,6 +56,7 @@ class Pooled:
     known: torch.Tensor
     patients: torch.Tensor
     public_size: int
+    covariates: torch.Tensor
 
     @classmethod
     def of(cls, cohorts: Sequence[Any]) -> "Pooled":
@@ -66,7 +67,8 @@ class Pooled:
         images, targets, known = (
             torch.cat([getattr(c, name) for c in cohorts]) for name in ("images", "targets", "known")
         )
-        return cls(images, targets, known, torch.cat(parts), sum(cohort.public_size for cohort in cohorts))
+        values = torch.cat([learning.covariates_of(cohort) for cohort in cohorts])
+        return cls(images, targets, known, torch.cat(parts), sum(cohort.public_size for cohort in cohorts), values)
 
 
 def check(study: Study) -> None:

@@ -147,7 +147,7 @@ def _membership(study: Study, outcome: Outcome, cohorts: dict[tuple[str, str], A
     losses: dict[str, list[float]] = {"train": [], "test": []}
     for (_, split), cohort in cohorts.items():
         for rows in learning.labelled_patients(cohort):
-            unit = (cohort.images[rows][None], cohort.targets[rows][None], cohort.known[rows][None])
+            unit = _unit(cohort, rows)
             with torch.inference_mode():
                 losses[split].append(float(learning.patient_losses(net, unit)[0]))
     seen = attacks.membership_inference(np.array(losses["train"]), np.array(losses["test"]))
@@ -181,9 +181,15 @@ class _Prey:
 
     def nearest(self, observed: Tensor, pictures: int) -> tuple[float, Tensor]:
         """(dB, picture): of `pictures` that are looked for together, their labels being known, the one nearest to the truth."""
-        images, targets, known = (torch.cat(parts) for parts in zip(*self.units[:pictures], strict=True))
-        made = attacks.invert(self.net, learning.patient_losses, observed, tuple(images.shape), (targets, known))
+        images, *known = (torch.cat(parts) for parts in zip(*self.units[:pictures], strict=True))
+        made = attacks.invert(self.net, learning.patient_losses, observed, tuple(images.shape), tuple(known))
         return max(((attacks.psnr(one, images[0]), one[0, 0]) for one in made), key=lambda pair: pair[0])
+
+
+def _unit(cohort: Any, rows: Tensor) -> Batch:
+    """The patient with the images of `rows`, as the loss takes her."""
+    given = learning.inputs(cohort.images[rows][None].float(), learning.covariates_of(cohort)[rows][None])
+    return *given, cohort.targets[rows][None], cohort.known[rows][None]
 
 
 def _preys(study: Study, cohorts: dict[tuple[str, str], Any]) -> list[_Prey]:
@@ -191,10 +197,10 @@ def _preys(study: Study, cohorts: dict[tuple[str, str], Any]) -> list[_Prey]:
     one: list[Batch] = []
     for name in study.participation.sites:
         cohort = cohorts[name, "train"]
-        row = learning.labelled_patients(cohort)[0][:1]
-        one.append((cohort.images[row][None].float(), cohort.targets[row][None], cohort.known[row][None]))
+        one.append(_unit(cohort, learning.labelled_patients(cohort)[0][:1]))
     easy = attacks.SmoothNet(PICTURE_PX, len(study.task.targets))
-    found = [_Prey("a network that is easy to invert", easy, [_reduced(unit, PICTURE_PX) for unit in one])]
+    bare = [(images, *labels[-2:]) for images, *labels in one]  # it takes no covariates
+    found = [_Prey("a network that is easy to invert", easy, [_reduced(unit, PICTURE_PX) for unit in bare])]
     own = networks.build(study)
     if networks.to_vector(own).size <= OWN_WEIGHTS_MAX:
         found.append(_Prey(f"the study's network ({study.network.name})", own, [_reduced(u, OWN_PX_MAX) for u in one]))
@@ -202,9 +208,9 @@ def _preys(study: Study, cohorts: dict[tuple[str, str], Any]) -> list[_Prey]:
 
 
 def _reduced(unit: Batch, side: int) -> Batch:
-    images, targets, known = unit
+    images, *rest = unit
     small = functional.adaptive_avg_pool2d(images.flatten(0, 1), min(side, images.shape[-1]))
-    return small[:, None], targets, known
+    return small[:, None], *rest
 
 
 def _reconstruction(study: Study, cohorts: dict[tuple[str, str], Any], out: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from fl_server import evidence
 from fl_server.measures import TOO_FEW, measure
 from fl_server.results import canonical, check
-from models import exporting, registry
+from models import covariates, exporting, registry
 from models.contributions import RELEASE_DECIMALS
 from models.sections import RELEASE_MIN
 from models.study import Study
@@ -84,6 +84,7 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
         "intended_use": study.purpose,
         "targets": list(study.task.targets),
         "reference_standard": "The label table of each site, with the site's own words for each target.",
+        **({"covariates": covariates.words(study.covariates)} if study.covariates else {}),
         "preprocessing": study.images.model_dump(mode="json"),
         "preprocessing_sha256": keys.digest(canonical(study.images.model_dump(mode="json"))),
         "privacy_sentences": [statement.sentence() for statement in study.statements()],
@@ -93,6 +94,7 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
             f"Evaluated on held-out patients of the sites named here, and nowhere else: {_kinds(metrics)} testing.",
             "No medical device: not cleared for diagnosis.",
             "Images other than those the preprocessing describes were not seen in training.",
+            *(["Covariates outside their ranges were not seen in training either."] if study.covariates else []),
         ],
     }
 
@@ -136,7 +138,7 @@ def _in_words(study: Study, card: dict[str, Any]) -> str:
         "",
         f"**Intended use.** {study.purpose}",
         "",
-        f"**Predicts** {', '.join(study.task.targets)} from {study.images.words}",
+        f"**Predicts** {', '.join(study.task.targets)} from {study.learns_from}",
         f"Preprocessing `{card['preprocessing_sha256']}`.",
         "",
         f"**Reference standard.** {card['reference_standard']}",

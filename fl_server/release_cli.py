@@ -110,6 +110,10 @@ def predict(
     out: Annotated[Path, typer.Option("--out", "-o", help="Table of scores; it must not exist.")] = Path("scores.csv"),
     trust: Trust = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Confined processes that read files.")] = 1,
+    covariates: Annotated[
+        Path | None,
+        typer.Option(help="Table with sop_instance_uid and a column for each covariate, of a model that takes them."),
+    ] = None,
 ) -> None:
     """Score the radiographs of a folder, prepared as in training; what is left out is counted by reason."""
     found = Package.open(package, trust)
@@ -117,7 +121,7 @@ def predict(
     with Progress(console=Console(stderr=True)) as bars:
         bar = bars.add_task("scoring", total=None)
         scored = pkgutil.resolve_name(SCORE)(
-            found, folder, jobs, lambda done, total: bars.update(bar, completed=done, total=total)
+            found, folder, jobs, lambda done, total: bars.update(bar, completed=done, total=total), covariates
         )
     with out.open("x", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -127,6 +131,8 @@ def predict(
     _line(f"{len(scored.rows)} scored: {out}")
     for reason, count in sorted(scored.left_out.items()):
         _line(f"left out, {reason}: {count}")
+    if scored.misread:
+        _line(f"{scored.misread} cells of {covariates} were not understood and count as missing.")
 
 
 def export(

@@ -128,7 +128,7 @@ def _settings(study: Study) -> list[tuple[str, str]]:
     plan, part = study.training, study.participation
     rows = [
         ("predicts", study.predicts),
-        ("from", study.images.words),
+        ("from", study.learns_from),
         ("network", f"{study.network.words}, {plan.rounds} rounds of {plan.local_epochs} epoch(s), {plan.optimizer}"),
         ("sites", f"{', '.join(part.sites)}; a round needs {part.quorum}"),
         ("evaluates", ", ".join(study.all_sites)),

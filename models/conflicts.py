@@ -7,6 +7,7 @@ import math
 from typing import Protocol
 
 from models import subgroups
+from models.covariates import Covariates
 from models.questions import Counting
 from models.sections import (
     ROBUST_SITES_MAX,
@@ -37,6 +38,8 @@ class Settings(Protocol):
     @property
     def images(self) -> Images: ...
     @property
+    def covariates(self) -> Covariates: ...
+    @property
     def network(self) -> Network: ...
     @property
     def training(self) -> Training: ...
@@ -58,7 +61,12 @@ class Settings(Protocol):
 
 def of(study: Settings) -> list[str]:
     """One sentence for each contradiction."""
-    return _of_network(study) + _of_strategy(study) + _of_evaluation(study)
+    return _of_covariates(study) + _of_network(study) + _of_strategy(study) + _of_evaluation(study)
+
+
+def _of_covariates(study: Settings) -> list[str]:
+    both = sorted(set(study.covariates) & set(study.task.targets))
+    return [f"{', '.join(both)}: what is predicted cannot be a covariate as well"] if both else []
 
 
 def _of_network(study: Settings) -> list[str]:

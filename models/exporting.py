@@ -1,7 +1,8 @@
 """A released model for others' programs: a MONAI bundle, a torch.export program, or ONNX.
 
 All three map images float32 (B, 1, *grid) in 0..1 on the study's grid to scores float32 (B, T) in 0..1, for any B, and need
-nothing of Isocenter where they are used.
+nothing of Isocenter where they are used. A model of covariates takes them as a second input float32 (B, C), in the study's units
+and sorted by name, NaN where one is missing; a MONAI bundle has no place for them.
 """
 
 import json
@@ -15,7 +16,7 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor, nn
 
-from models import networks, tasks
+from models import learning, networks, tasks
 from models.registry import Package
 from models.study import Study
 from privacy.errors import DocumentError, PackageRefused
@@ -70,13 +71,23 @@ class _Scorer(nn.Module):
         return tasks.activation(self.net(images))
 
 
-def _traced(package: Package) -> tuple[nn.Module, tuple[Tensor], Any]:
+class _ScorerBeside(nn.Module):
+    """The same of a network that takes covariates."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor, covariates: Tensor) -> Tensor:
+        return tasks.activation(self.net(images, covariates))
+
+
+def _traced(package: Package) -> tuple[nn.Module, tuple[Tensor, ...], Any]:
     # Two images, because torch takes a batch of one for a constant.
-    return (
-        _Scorer(network(package)).eval(),
-        (torch.zeros(2, *package.study.images.shape),),
-        ({0: torch.export.Dim("batch")},),
-    )
+    study, batch = package.study, {0: torch.export.Dim("batch")}
+    images, kind = torch.zeros(2, *study.images.shape), _ScorerBeside if study.covariates else _Scorer
+    given = learning.inputs(images, torch.zeros(2, len(study.covariates)))
+    return kind(network(package)).eval(), given, (batch,) * len(given)
 
 
 def _pt2(package: Package, out: Path) -> None:
@@ -92,7 +103,12 @@ def _onnx(package: Package, out: Path) -> None:
     try:
         with torch.no_grad():
             program = torch.onnx.export(
-                scorer, example, dynamo=True, dynamic_shapes=dynamic, input_names=["images"], output_names=["scores"]
+                scorer,
+                example,
+                dynamo=True,
+                dynamic_shapes=dynamic,
+                input_names=["images", "covariates"][: len(example)],
+                output_names=["scores"],
             )
     except ImportError as error:
         raise DocumentError(
@@ -105,7 +121,15 @@ def _onnx(package: Package, out: Path) -> None:
 
 
 def _bundle(package: Package, out: Path) -> None:
-    """A folder in the layout of MONAI's bundle specification; `python -m monai.bundle run` scores .npy files with it."""
+    """A folder in the layout of MONAI's bundle specification; `python -m monai.bundle run` scores .npy files with it.
+
+    Raises DocumentError for a model of covariates, which no part of such a folder would hand over.
+    """
+    if package.study.covariates:
+        raise DocumentError(
+            "a MONAI bundle takes images alone, and this model takes covariates beside them",
+            remedy="Export it with `--to pt2` or `--to onnx`; both take the covariates as a second input.",
+        )
     for folder in ("configs", "models", "docs"):
         (out / folder).mkdir(parents=True)
     (out / "configs" / "metadata.json").write_text(json.dumps(_metadata(package), indent=1), encoding="utf-8")

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from models import conflicts
+from models import conflicts, covariates
+from models.covariates import COVARIATES_MAX, Covariate
 from models.documents import YAML_BYTES_MAX, Document, Name, parse, read
 from models.questions import Counting
 from models.sections import (
@@ -65,6 +66,12 @@ class Study(Document):
     purpose: str = Field(min_length=1, max_length=2000, description="what sites read before they approve")
     task: TaskOrQuestions = Field(description="what is predicted; or, with `kind: counting`, questions in numbers")
     images: Images = Images()
+    covariates: dict[Name, Covariate] = Field(
+        default={},
+        exclude_if=lambda value: not value,
+        max_length=COVARIATES_MAX,
+        description="what is learned from beside the image: age, sex, and numbers that sites name in data.labels.numbers",
+    )
     network: Network = Network()
     training: Training
     strategy: Strategy = Strategy()
@@ -95,6 +102,11 @@ class Study(Document):
         """A study that counts says nothing of training: these sections are fixed then, and `check` refuses others."""
         task = given.get("task") if isinstance(given, dict) else None
         return COUNTING_SECTIONS | given if isinstance(task, dict) and task.get("kind") == "counting" else given
+
+    @field_validator("covariates", mode="before")
+    @classmethod
+    def _known_covariates(cls, given: Any) -> Any:
+        return covariates.filled_in(given)
 
     @field_validator("title", "purpose")
     @classmethod
@@ -181,6 +193,11 @@ class Study(Document):
         return ", ".join(self.task.targets) + how[self.relation]
 
     @property
+    def learns_from(self) -> str:
+        """Images and covariates, for people."""
+        return "; ".join([self.images.words, *covariates.words(self.covariates)])
+
+    @property
     def all_sites(self) -> list[str]:
         return [*self.participation.sites, *self.participation.evaluate_only]
 
@@ -214,6 +231,7 @@ class Study(Document):
         """One sentence for each setting under which questions are not asked; a site asks as well before it answers."""
         fixed = {
             "images": Images(),
+            "covariates": {},
             "network": Network(),
             "training": Training.model_validate(COUNTING_SECTIONS["training"]),
             "strategy": Strategy(),
