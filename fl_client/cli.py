@@ -17,7 +17,7 @@ from fl_client.policy import Pause
 from fl_client.site import Site
 from models import covariates
 from models.questions import Counting
-from models.study import Study
+from models.study import Regression, Study
 from privacy import heads, journal_cli, keys
 from privacy.calls import Enrolment
 from privacy.console import run as run_command
@@ -336,12 +336,11 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
         ("Leaves", f"{masked}{_leaving(study)}"),
     ]
     if study.evaluation.site_figures:
-        lines.append(
-            (
-                "Figures",
-                "your own test AUROC with its intervals and class counts in tens, if both classes have 10 images",
-            )
+        of_number = (
+            "mean error, bias, and agreement with the reference, with intervals, from 10 images of 10 patients on"
         )
+        of_classes = "AUROC with its intervals and class counts in tens, if both classes have 10 images"
+        lines.append(("Figures", f"your own test {of_number if isinstance(study.task, Regression) else of_classes}"))
     else:
         lines.append(("Figures", "none of your site alone; test results are released over all sites together"))
     if study.evaluation.subgroups:
@@ -352,6 +351,11 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
                 "a group with fewer than 10 patients or 10 images of a class, nor one that gives such a group away. "
                 f"{_group_of_one(study)}",
             )
+        )
+    if isinstance(study.task, Regression):
+        few = "" if study.privacy == "none" else "; none of fewer than 10 images of 10 patients"
+        lines.append(
+            ("Errors", f"sums over your test images of errors, references and predictions, in the same sum{few}")
         )
     if study.relation == "ordered" and study.privacy == "none":
         lines.append(("Grades", "how many test images of each grade are called which grade, in the same sum"))
@@ -472,13 +476,13 @@ def _check_budget(site: Site, study: Study) -> None:
 def _own_data(study: Study, site: Site) -> str:
     """What this site would bring to the study, or what is missing for it; said before anybody approves."""
     from fl_client.ingest import Index
-    from fl_client.observed import unnamed
+    from fl_client.observed import answered, unnamed
 
     try:
         index, source = Index.open(site.state), site.source.labels
     except DataError as error:
         return f"{error} {error.remedy}"
-    unmapped = sorted(set(study.task.targets) - set(source.targets))
+    unmapped = sorted(set(study.task.targets) - answered(source, study.task))
     unmapped += unnamed(source, study.covariates)
     note = f"; site.yaml maps nothing to {', '.join(unmapped)}, so these count as missing" if unmapped else ""
     return f"{index.taken} images of {index.patients} patients are ready here{note}"

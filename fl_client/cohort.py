@@ -24,12 +24,12 @@ from torch.utils.data import Dataset
 
 from fl_client.cache import content_of
 from fl_client.index import Index, IndexedImage
-from fl_client.observed import covariates_of, observe
+from fl_client.observed import answered, covariates_of, observe
 from models.covariates import names_of
 from models.imaging import to_grid
-from models.labels import Label, LabelTable
-from models.questions import Counting, Observed, agreed
-from models.study import Evaluation, Study
+from models.labels import LabelTable
+from models.questions import Observed, agreed
+from models.study import Evaluation, Regression, Study, Task
 from models.volumes import to_volume_grid
 from privacy import disk, keys
 from privacy.errors import CohortTooSmall, DataError, LabelTableError, PatientInTwoSplits
@@ -38,6 +38,8 @@ Split = Literal["train", "validation", "test", "external"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 """That patients are pinned to. `external` is all of them, at a site that only evaluates and where a study says so."""
 PINS_VERSION = 1
+HALF = 0.5
+"""Above it a label is positive: 1 of 0 and 1, and of a number the upper half of its range."""
 PUBLIC_STEP = 10  # patients; a private study's sums are divided by such a rounded number, never by who is there
 PINS_BYTES_MAX = 256 * 1024 * 1024  # three million patients
 TOKEN_LABEL = b"isocenter/v1/split-token"
@@ -46,7 +48,9 @@ GRID_LABEL = b"isocenter/v1/grid"
 
 @dataclass(frozen=True)
 class Counts:
-    """How much a split holds; positives and negatives are images per target. Stays at the site unless a report rounds it."""
+    """How much a split holds; positives and negatives are images per target, of a number those in the upper and lower half of its
+    range. Stays at the site unless a report rounds it.
+    """
 
     patients: int
     images: int
@@ -73,7 +77,7 @@ class Member:
 
     image: IndexedImage
     token: str
-    labels: tuple[Label, ...]
+    labels: tuple[float | None, ...]
     covariates: tuple[float | None, ...] = ()
 
 
@@ -113,10 +117,10 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         radiographs were cached with another scaling, PatientInTwoSplits if an image came back under a patient of another split.
         """
         names = study.task.targets
-        if not set(names) & set(labels.mapping.targets):
-            mapped = ", ".join(sorted(labels.mapping.targets))
+        if not set(names) & (mapped := answered(labels.mapping, study.task)):
+            where = "numbers" if isinstance(study.task, Regression) else "targets"
             raise LabelTableError(
-                f"none of the study's targets ({', '.join(names)}) is in data.labels.targets ({mapped})"
+                f"none of the study's targets ({', '.join(names)}) is in data.labels.{where} ({', '.join(sorted(mapped))})"
             )
         members, left_out = join(index, labels, study)
         placed = Pins({}, {}) if split == "external" else _pinned(pins, members, study)
@@ -146,7 +150,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
 
     @property
     def counts(self) -> Counts:
-        positive = (self.targets * self.known).sum(0).int().tolist()
+        positive = ((self.targets > HALF) * self.known).sum(0).int().tolist()
         labelled = self.known.sum(0).int().tolist()
         return Counts(
             patients=len(set(self.patients.tolist())),
@@ -175,14 +179,19 @@ def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], 
             modality += 1
             continue
         key = image.key(labels.mapping.matches)
-        found = labels.lookup(key)
-        row = tuple(found.get(name) for name in study.task.targets)
+        found = labels.numbers(key) if isinstance(study.task, Regression) else labels.lookup(key)
+        row: tuple[float | None, ...] = tuple(found.get(name) for name in study.task.targets)
         if all(label is None for label in row):
             unlabelled += 1
             continue
-        if not isinstance(study.task, Counting) and not study.task.admits(row):
+        if isinstance(study.task, Task) and not study.task.admits(row):
             contradictory += 1
             continue
+        if isinstance(study.task, Regression):
+            if not all(study.task.admits(value) for value in row):
+                out_of_range += 1
+                continue
+            row = tuple(None if value is None else study.task.place(value) for value in row)
         values = covariates_of(key, image, labels, study.covariates)
         if not all(study.covariates[name].admits(value) for name, value in zip(ordered, values, strict=True)):
             out_of_range += 1
@@ -214,10 +223,10 @@ def _token(patient: str) -> str:
 
 
 def _strata(members: list[Member]) -> dict[str, bool]:
-    """Token -> does the patient have any positive label?"""
+    """Token -> does the patient have any positive label, or a number in the upper half of its range?"""
     strata: dict[str, bool] = {}
     for member in members:
-        strata[member.token] = strata.get(member.token, False) or 1 in member.labels
+        strata[member.token] = strata.get(member.token, False) or any((label or 0) > HALF for label in member.labels)
     return strata
 
 

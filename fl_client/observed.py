@@ -7,7 +7,8 @@ from fl_client.index import IndexedImage
 from models.attributes import AGE_BINS, AGE_EDGES, CAPPED_AGE, About, Sex
 from models.covariates import AGE, AGE_ABOVE, SEX, SEXES, Covariates, names_of
 from models.labels import LabelMap, LabelTable
-from models.questions import Observed, vendor_of
+from models.questions import Counting, Observed, vendor_of
+from models.sections import Regression, Task
 
 _SEX: dict[str, Sex] = {"F": "F", "M": "M", "O": "O"}
 
@@ -86,3 +87,8 @@ def unnamed(mapping: LabelMap, wanted: Covariates) -> list[str]:
         for name in names_of(wanted)
         if not wanted[name].header and not columns.get(name) and (name in columns or name not in mapping.numbers)
     ]
+
+
+def answered(mapping: LabelMap, task: Task | Regression | Counting) -> set[str]:
+    """Names of what this site's label map can answer of the kind that `task` asks: words that mean 1 and 0, or numbers."""
+    return set(mapping.numbers if isinstance(task, Regression) else mapping.targets)

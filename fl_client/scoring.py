@@ -29,7 +29,7 @@ from models.covariates import AGE, SEX, names_of, words
 from models.imaging import to_grid
 from models.labels import LabelMap, LabelTable
 from models.registry import Package
-from models.study import Study
+from models.study import Regression, Study
 from privacy.errors import StudyConflict
 
 BATCH = 64
@@ -38,8 +38,8 @@ Scores = NDArray[np.float32]
 
 @dataclass
 class Scored:
-    """`rows`: file below the folder, SOP Instance UID, score per target. `left_out`: files by the name of the reason. `misread`:
-    cells of the table of covariates that are no such value, and count as missing.
+    """`rows`: file below the folder, SOP Instance UID, score per target, or the number in its unit. `left_out`: files by the name
+    of the reason. `misread`: cells of the table of covariates that are no such value, and count as missing.
     """
 
     rows: list[tuple[str, str, list[float]]]
@@ -81,6 +81,9 @@ def score(
                 images = torch.from_numpy(grids).reshape(-1, *study.images.shape)
                 cohort = SimpleNamespace(images=images, covariates=torch.tensor(values).reshape(len(values), -1))
                 scores = learning.predict(net, cast(Any, cohort))
+                if isinstance(study.task, Regression):  # in its unit
+                    low, high = study.task.range
+                    scores = low + (high - low) * scores
                 result.rows += [
                     (name, header.sop_uid, row.tolist()) for (name, header, _), row in zip(found, scores, strict=True)
                 ]

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fl_server import evidence
-from fl_server.measures import TOO_FEW, measure
+from fl_server.measures import A_NUMBER, NUMBER_TOO_FEW, TOO_FEW, measure
 from fl_server.results import canonical, check
-from models import covariates, exporting, registry
+from models import covariates, exporting, registry, regression
 from models.contributions import RELEASE_DECIMALS
 from models.sections import RELEASE_MIN
 from models.study import Study
@@ -102,17 +102,35 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
 def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
     """Of metrics.json what leaves the consortium: label, selected round, and test figures pooled and per site."""
     pooled = metrics["pooled"]
-    targets = {name: _target(entry) for name, entry in pooled["targets"].items()}
+    targets = {
+        name: {"why": A_NUMBER} if metrics["number"] else _target(entry) for name, entry in pooled["targets"].items()
+    }
     counts = {name: pooled[name] // RELEASE_MIN * RELEASE_MIN for name in ("patients", "images")}
     return {
         "label": metrics["label"],
         "selected_round": metrics["selected_round"],
         "test_missing": metrics["test_missing"],
+        **({"number": _number(metrics["number"])} if metrics["number"] else {}),
         "pooled": {"sites": pooled["sites"], **counts, "targets": targets},
         "sites": {
             site: {"testing": entry["testing"], "targets": entry["targets"]} for site, entry in metrics["sites"].items()
         },
     }
+
+
+def _number(number: dict[str, Any]) -> dict[str, Any]:
+    """Figures of a number as a site would release its own: of RELEASE_MIN images, counted in tens, or not at all."""
+    pooled = number["pooled"]
+    tens = pooled["images"] // RELEASE_MIN * RELEASE_MIN
+    if not tens:
+        return number | {"pooled": {"mae": None, "why": NUMBER_TOO_FEW}}
+    shown = {
+        name: None if pooled[name] is None else round(pooled[name], RELEASE_DECIMALS) for name in regression.FIGURES
+    }
+    intervals = {
+        name: ends and [round(end, RELEASE_DECIMALS) for end in ends] for name, ends in pooled["intervals"].items()
+    }
+    return number | {"pooled": {"images": tens, **shown, "intervals": intervals}}
 
 
 def _kinds(metrics: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from models.sections import (
     Participation,
     PrivacyOrNone,
     Protection,
+    Regression,
     Relation,
     Strategy,
     TaskOrQuestions,
@@ -151,6 +152,20 @@ def _of_evaluation(study: Settings) -> list[str]:
             found.append("training.rounds: 0 evaluates given weights, and network.initial names none")
         if study.privacy != "none" or study.strategy != Strategy():
             found.append("training.rounds: 0 trains nothing, so privacy is none, and strategy is left out")
+    if isinstance(study.task, Regression):
+        found += _of_regression(study)
     if study.privacy != "none" and study.privacy.figures == "noised" and study.evaluation.subgroups:
         found.append("privacy.figures: noised and evaluation.subgroups, whose counts have no noise")
+    return found
+
+
+def _of_regression(study: Settings) -> list[str]:
+    """What adds up score histograms has nothing to add up for a number."""
+    found = []
+    if study.evaluation.subgroups:
+        found.append("task.kind: regression and evaluation.subgroups, which compare classes; leave the subgroups out")
+    if study.privacy != "none" and study.privacy.figures == "noised":
+        found.append(
+            "task.kind: regression and privacy.figures: noised, which is about histograms of classes; say suppressed"
+        )
     return found

@@ -111,7 +111,9 @@ def _learn(
     if len(labelled) == 0:
         raise CohortTooSmall("no image of the training split has a known label")
     generator, torch_seed = _randomness(study, *turn)
-    weights = tasks.class_weights(cohort.targets[labelled], cohort.known[labelled], balance=plan.balance)
+    balance = plan.balance and study.task.kind == "classification"  # a number has no classes
+    weights = tasks.class_weights(cohort.targets[labelled], cohort.known[labelled], balance=balance)
+    each = tasks.EACH[study.task.kind]
     optimizer = _optimizer(net, plan, plan.rate(round_number), MOMENTUM if control is None else 0.0)
     pull, values = Proximal.of(net, study), covariates_of(cohort)
     total, steps, seen = 0.0, 0, 0
@@ -124,7 +126,7 @@ def _learn(
             images = cohort.images[rows].to(torch.float32)
             if plan.augmentation == "light":
                 images = augment(images, generator)
-            given, truth = inputs(images, values[rows]), (cohort.targets[rows], cohort.known[rows], weights)
+            given, truth = inputs(images, values[rows]), (cohort.targets[rows], cohort.known[rows], weights, each)
             value = _step(net, optimizer, given, truth, pull, control)
             total, steps, seen = total + value * len(rows), steps + 1, seen + len(rows)
     delta = networks.to_vector(net) - before
@@ -160,7 +162,7 @@ def engine_of(net: nn.Module, study: Study) -> dpsgd.Engine:
         for _ in range(SAMPLES)
     ]
     net.train()
-    return dpsgd.choose(net, patient_losses, samples, dpsgd.Clip(plan.clip_norm))
+    return dpsgd.choose(net, losses_of(study), samples, dpsgd.Clip(plan.clip_norm))
 
 
 def learn_privately(
@@ -242,13 +244,13 @@ def predict(net: nn.Module, cohort: TrainingCohort, batch: int = 64) -> NDArray[
     return scores
 
 
-def evaluation_loss(scores: NDArray[np.float32], cohort: TrainingCohort) -> float:
-    """Mean unweighted cross-entropy of `scores` (N, T) over the known labels of `cohort`; 0 if there is none."""
+def evaluation_loss(scores: NDArray[np.float32], cohort: TrainingCohort, kind: str = "classification") -> float:
+    """Mean unweighted loss of `scores` (N, T), for a task of `kind`, over the known labels of `cohort`; 0 if there is none."""
     if scores.shape != tuple(cohort.targets.shape):
         raise MessageMalformed(f"scores {scores.shape} do not belong to targets {tuple(cohort.targets.shape)}")
     logits = torch.logit(torch.from_numpy(scores).to(torch.float64), eps=2.0**-24)
     plain = torch.ones(scores.shape[1], 2)
-    return float(tasks.loss(logits, cohort.targets, cohort.known, plain))
+    return float(tasks.loss(logits, cohort.targets, cohort.known, plain, tasks.EACH[kind]))
 
 
 def augment(images: Tensor, generator: Generator) -> Tensor:
@@ -324,11 +326,21 @@ def unit(cohort: TrainingCohort, rows: Tensor, study: Study, generator: Generato
     return *given, cohort.targets[chosen][None], cohort.known[chosen][None]
 
 
-def patient_losses(net: nn.Module, batch: dpsgd.Batch) -> Tensor:
+def losses_of(study: Study) -> dpsgd.Losses:
+    """What gives the loss of each patient in `study`."""
+    return patient_losses if study.task.kind == "classification" else patient_distances
+
+
+def patient_distances(net: nn.Module, batch: dpsgd.Batch) -> Tensor:
+    """Loss (B,) of each patient of `batch`, whose target is a number: the mean over its images."""
+    return patient_losses(net, batch, tasks.distance)
+
+
+def patient_losses(net: nn.Module, batch: dpsgd.Batch, each: tasks.Each = tasks.cross_entropy) -> Tensor:
     """Loss (B,) of each patient of `batch`: the mean over its images."""
     *given, targets, known = batch
     logits: Tensor = net(*(part.flatten(0, 1) for part in given))
-    return tasks.unit_losses(logits.reshape(targets.shape), targets, known)
+    return tasks.unit_losses(logits.reshape(targets.shape), targets, known, each)
 
 
 def descend(net: nn.Module, optimizer: torch.optim.Optimizer, gradient: NDArray[np.float32]) -> None:
@@ -403,7 +415,7 @@ def _step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
     given: tuple[Tensor, ...],
-    truth: tuple[Tensor, Tensor, Tensor],
+    truth: tuple[Tensor, Tensor, Tensor, tasks.Each],
     pull: Proximal | None = None,
     control: Control | None = None,
 ) -> float:

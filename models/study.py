@@ -30,6 +30,7 @@ from models.sections import (
     Privacy,
     PrivacyOrNone,
     Protection,
+    Regression,
     Relation,
     Strategy,
     Task,
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MASKED_SITES_MIN", "PROTECTIONS", "YAML_BYTES_MAX", "Document", "Evaluation", "Images", "Name", "Network",
-    "Participation", "Point", "Privacy", "Protection", "Strategy", "Study", "Task", "Training", "Volume", "parse", "read",
+    "Participation", "Point", "Privacy", "Protection", "Regression", "Strategy", "Study", "Task", "Training", "Volume", "parse",
+    "read",
 ]  # fmt: skip
 
 LABEL = b"isocenter/v1/study"
@@ -184,11 +186,14 @@ class Study(Document):
     @property
     def relation(self) -> Relation:
         """How the targets hang together; those of questions do not."""
-        return "independent" if isinstance(self.task, Counting) else self.task.relation
+        return self.task.relation if isinstance(self.task, Task) else "independent"
 
     @property
     def predicts(self) -> str:
         """The targets and how they hang together, for people."""
+        if isinstance(self.task, Regression):
+            low, high = self.task.range
+            return f"{self.task.targets[0]} (a number, {low:g} to {high:g} {self.task.unit})"
         how = {"independent": "", "exclusive": " (one of them holds)", "ordered": " (each at least this grade)"}
         return ", ".join(self.task.targets) + how[self.relation]
 

@@ -45,3 +45,13 @@ def test_a_prognosis_beats_chance_and_the_image_without_age_and_sex(tmp_path: Pa
     image = rehearsed(study.model_copy(update={"covariates": {}}), tmp_path / "image")
     assert both["auroc"] >= 0.72 and both["interval"][0] > 0.6
     assert both["auroc"] >= image["auroc"] + 0.05
+
+
+@pytest.mark.slow
+def test_a_number_is_predicted_better_than_by_its_mean(tmp_path: Path) -> None:
+    study = parse(Study, templates()["extent"], "extent.yaml")
+    study.check()
+    outcome = simulation.simulate(study.with_noise(), {}, 120, tmp_path, lambda event: None)
+    number = measures.measure(report.check(outcome.results))["number"]
+    assert outcome.results["label"] == "complete" and set(number["sites"]) == set(study.all_sites)
+    assert number["pooled"]["r2"] > 0.3 and number["pooled"]["concordance"] > 0.5
