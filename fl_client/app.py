@@ -22,7 +22,7 @@ from fl_client.ingest import Index
 from fl_client.orders import answer
 from fl_client.protection import Vault
 from fl_client.site import Site
-from models import learning, networks, subgroups
+from models import learning, networks, regression, subgroups
 from models.contributions import (
     Contribution,
     Float32,
@@ -39,7 +39,7 @@ from models.labels import LabelTable
 from models.learning import Control, Turn
 from models.metrics import ScoreHistogram
 from models.questions import Counting
-from models.study import Study
+from models.study import Regression, Study
 from models.subgroups import Scored
 from privacy import dpsgd, noise
 from privacy.errors import CohortTooSmall, MessageMalformed, StepRefused
@@ -213,6 +213,9 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: EvaluateOr
     if order.split == "test":
         groups = subgroups.suppressed(study, scored, cohort.observed, sheet.histogram)
         contribution = replace(contribution, groups=groups, grades=grades_told(study, scored))
+        if isinstance(study.task, Regression):
+            errors = regression.told(scored, private=study.privacy != "none")
+            contribution = replace(contribution, errors=errors)
     if noises_figures(study):
         contribution = replace(contribution, update=noisy_figures(site, study, order, net, cohort), summed=True)
     vector, vouch = sending.protect(contribution)
@@ -257,8 +260,11 @@ def score(net: nn.Module, cohort: Cohort) -> Scored:
 
 def sheet_of(scored: Scored, cohort: Cohort, study: Study) -> Sheet:
     """The scores of `cohort` as counts."""
-    histogram = ScoreHistogram.of(scored.scores, scored.targets, scored.known, bins=study.evaluation.bins)
-    counted, loss = cohort.counts, learning.evaluation_loss(scored.scores, cohort)
+    if isinstance(study.task, Regression):
+        histogram = ScoreHistogram.empty(1, study.evaluation.bins)  # there are no classes to count by
+    else:
+        histogram = ScoreHistogram.of(scored.scores, scored.targets, scored.known, bins=study.evaluation.bins)
+    counted, loss = cohort.counts, learning.evaluation_loss(scored.scores, cohort, study.task.kind)
     return Sheet(counted.patients, counted.images, loss, histogram)
 
 

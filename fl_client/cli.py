@@ -16,10 +16,10 @@ from fl_client import archive_cli, data_cli, enrol, evaluate_cli, export_cli, st
 from fl_client.consent import consents, find_consent
 from fl_client.policy import Pause
 from fl_client.site import Site
-from models import catalogue_cli
+from models import catalogue_cli, covariates
 from models.catalogue import Notice
 from models.questions import Counting
-from models.study import Study
+from models.study import Regression, Study
 from privacy import crash_cli, heads, journal_cli, keys, logs
 from privacy.calls import Enrolment
 from privacy.console import run as run_command
@@ -347,10 +347,8 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
     trains = site.name in part.sites
     masked = "masked, as parts of sums: " if study.protection == "masked" else ""
     lines = [
-        (
-            "Learned",
-            f"{study.predicts} from {study.images.words}",
-        ),
+        ("Learned", f"{study.predicts} from {study.images.words}"),
+        *_beside(study),
         (
             "Here",
             _asked_of(study, trains=trains),
@@ -364,12 +362,11 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
         ("Leaves", f"{masked}{_leaving(study)}"),
     ]
     if study.evaluation.site_figures:
-        lines.append(
-            (
-                "Figures",
-                "your own test AUROC with its intervals and class counts in tens, if both classes have 10 images",
-            )
+        of_number = (
+            "mean error, bias, and agreement with the reference, with intervals, from 10 images of 10 patients on"
         )
+        of_classes = "AUROC with its intervals and class counts in tens, if both classes have 10 images"
+        lines.append(("Figures", f"your own test {of_number if isinstance(study.task, Regression) else of_classes}"))
     else:
         lines.append(("Figures", "none of your site alone; test results are released over all sites together"))
     if study.evaluation.subgroups:
@@ -381,10 +378,24 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
                 f"{_group_of_one(study)}",
             )
         )
+    if isinstance(study.task, Regression):
+        few = "" if study.privacy == "none" else "; none of fewer than 10 images of 10 patients"
+        lines.append(
+            ("Errors", f"sums over your test images of errors, references and predictions, in the same sum{few}")
+        )
     if study.relation == "ordered" and study.privacy == "none":
         lines.append(("Grades", "how many test images of each grade are called which grade, in the same sum"))
     lines.append(("Seen by", f"{_seen_by(study)} (protection: {study.protection})"))
     return lines + _privacy_lines(study, site)
+
+
+def _beside(study: Study) -> list[tuple[str, str]]:
+    """Which facts of a patient are learned from beside the image."""
+    if not study.covariates:
+        return []
+    margin = f"\n{' ' * 9}"
+    shown = margin.join(covariates.words(study.covariates))
+    return [("Beside", f"of each patient, and it never leaves as it is:{margin}{shown}")]
 
 
 def _group_of_one(study: Study) -> str:
@@ -491,13 +502,15 @@ def _check_budget(site: Site, study: Study) -> None:
 def _own_data(study: Study, site: Site) -> str:
     """What this site would bring to the study, or what is missing for it; said before anybody approves."""
     from fl_client.ingest import Index
+    from fl_client.observed import answered, unnamed
 
     try:
-        index, mapped = Index.open(site.state), set(site.source.labels.targets)
+        index, source = Index.open(site.state), site.source.labels
     except DataError as error:
         return f"{error} {error.remedy}"
-    unmapped = sorted(set(study.task.targets) - mapped)
-    note = f"; site.yaml maps no label to {', '.join(unmapped)}, so these count as missing" if unmapped else ""
+    unmapped = sorted(set(study.task.targets) - answered(source, study.task))
+    unmapped += unnamed(source, study.covariates)
+    note = f"; site.yaml maps nothing to {', '.join(unmapped)}, so these count as missing" if unmapped else ""
     return f"{index.taken} images of {index.patients} patients are ready here{note}"
 
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,12 @@ from torch.utils.data import Dataset
 
 from fl_client.cache import content_of
 from fl_client.index import Index, IndexedImage
-from fl_client.observed import observe
+from fl_client.observed import answered, covariates_of, observe
+from models.covariates import names_of
 from models.imaging import to_grid
-from models.labels import Label, LabelTable
-from models.questions import Counting, Observed, agreed
-from models.study import Evaluation, Study
+from models.labels import LabelTable
+from models.questions import Observed, agreed
+from models.study import Evaluation, Regression, Study, Task
 from models.volumes import to_volume_grid
 from privacy import disk, keys
 from privacy.errors import CohortTooSmall, DataError, LabelTableError, PatientInTwoSplits
@@ -38,6 +39,8 @@ Split = Literal["train", "validation", "test", "external"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 """That patients are pinned to. `external` is all of them, at a site that only evaluates and where a study says so."""
 PINS_VERSION = 1
+HALF = 0.5
+"""Above it a label is positive: 1 of 0 and 1, and of a number the upper half of its range."""
 PUBLIC_STEP = 10  # patients; a private study's sums are divided by such a rounded number, never by who is there
 PINS_BYTES_MAX = 256 * 1024 * 1024  # three million patients
 TOKEN_LABEL = b"isocenter/v1/split-token"
@@ -46,7 +49,9 @@ GRID_LABEL = b"isocenter/v1/grid"
 
 @dataclass(frozen=True)
 class Counts:
-    """How much a split holds; positives and negatives are images per target. Stays at the site unless a report rounds it."""
+    """How much a split holds; positives and negatives are images per target, of a number those in the upper and lower half of its
+    range. Stays at the site unless a report rounds it.
+    """
 
     patients: int
     images: int
@@ -56,38 +61,44 @@ class Counts:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Images that were taken and do not take part in this study: no label for its targets, another modality, or labels that
-    cannot all be true (two of several exclusive classes, or a grade without those below it).
+    """Images that were taken and do not take part in this study: no label for its targets, another modality, labels that
+    cannot all be true (two of several exclusive classes, or a grade without those below it), or a number outside the range that
+    the study declares for it.
     """
 
     unlabelled: int
     modality: int
     contradictory: int = 0
+    out_of_range: int = 0
 
 
 @dataclass(frozen=True)
 class Member:
-    """One image that takes part, with its patient's token and its label for each target of the study, in order."""
+    """One image that takes part, its patient's token, its label for each target, and its covariates, in the study's order."""
 
     image: IndexedImage
     token: str
-    labels: tuple[Label, ...]
+    labels: tuple[float | None, ...]
+    covariates: tuple[float | None, ...] = ()
 
 
 class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     """One split of one study at one site.
 
     `images` float32 (N, 1, S, S) or (N, 1, D, H, W) in 0..1, memory-mapped; `targets` float32 (N, T), 0 where missing;
-    `known` float32 (N, T), 1 where labelled; `patients` int64 (N,), numbers from 0 that mean nothing outside this object.
-    `identities[n]`: by what patient n is known again (number and images, hashed), whatever study, folder or name it comes back
-    under. `public_size`: patients of the training split in tens, as they were when the study began here. `observed[i]`: what is
-    known of image i, for the subgroups that the study names; empty if it names none. `members[i]`: image i itself.
+    `known` float32 (N, T), 1 where labelled; `covariates` float32 (N, C), NaN where missing; `patients` int64 (N,), numbers from
+    0 that mean nothing outside this object. `identities[n]`: by what patient n is known again (number and images, hashed),
+    whatever study, folder or name it comes back under. `public_size`: patients of the training split in tens, as they were when
+    the study began here. `observed[i]`: what is known of image i, for the subgroups that the study names; empty if it names none.
+    `members[i]`: image i itself.
     """
 
     def __init__(self, members: list[Member], images: torch.Tensor, names: list[str]) -> None:
         self.images = images
-        labels = [[math.nan if label is None else float(label) for label in member.labels] for member in members]
-        table = torch.tensor(labels, dtype=torch.float32).reshape(len(members), len(names))
+        table = _rows([member.labels for member in members]).reshape(len(members), len(names))
+        self.covariates = _rows([member.covariates for member in members]).reshape(
+            len(members), len(members[0].covariates) if members else 0
+        )
         self.known = (~table.isnan()).float()
         self.targets = table.nan_to_num(nan=0.0)
         tokens = {token: number for number, token in enumerate(sorted({member.token for member in members}))}
@@ -109,10 +120,10 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         radiographs were cached with another scaling, PatientInTwoSplits if an image came back under a patient of another split.
         """
         names = study.task.targets
-        if not set(names) & set(labels.mapping.targets):
-            mapped = ", ".join(sorted(labels.mapping.targets))
+        if not set(names) & (mapped := answered(labels.mapping, study.task)):
+            where = "numbers" if isinstance(study.task, Regression) else "targets"
             raise LabelTableError(
-                f"none of the study's targets ({', '.join(names)}) is in data.labels.targets ({mapped})"
+                f"none of the study's targets ({', '.join(names)}) is in data.labels.{where} ({', '.join(sorted(mapped))})"
             )
         members, left_out = join(index, labels, study)
         placed = Pins({}, {}) if split == "external" else _pinned(pins, members, study)
@@ -147,7 +158,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
 
     @property
     def counts(self) -> Counts:
-        positive = (self.targets * self.known).sum(0).int().tolist()
+        positive = ((self.targets > HALF) * self.known).sum(0).int().tolist()
         labelled = self.known.sum(0).int().tolist()
         return Counts(
             patients=len(set(self.patients.tolist())),
@@ -160,9 +171,9 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
 def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], LeftOut]:
     """Images with a label for at least one target, ordered by patient token and file."""
     members: list[Member] = []
-    unlabelled = modality = contradictory = 0
+    unlabelled = modality = contradictory = out_of_range = 0
     index.require_fit()
-    wanted = study.images
+    wanted, ordered = study.images, names_of(study.covariates)
     if wanted.volume is None and wanted.scaling != index.scaling:
         raise DataError(
             f"the study asks for radiographs scaled by {wanted.scaling}, and those here were by {index.scaling}",
@@ -176,18 +187,34 @@ def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], 
             modality += 1
             continue
         key = image.key(labels.mapping.matches)
-        found = labels.lookup(key)
-        row = tuple(found.get(name) for name in study.task.targets)
+        found = labels.numbers(key) if isinstance(study.task, Regression) else labels.lookup(key)
+        row: tuple[float | None, ...] = tuple(found.get(name) for name in study.task.targets)
         if all(label is None for label in row):
             unlabelled += 1
             continue
-        if not isinstance(study.task, Counting) and not study.task.admits(row):
+        if isinstance(study.task, Task) and not study.task.admits(row):
             contradictory += 1
             continue
+        if isinstance(study.task, Regression):
+            if not all(study.task.admits(value) for value in row):
+                out_of_range += 1
+                continue
+            row = tuple(None if value is None else study.task.place(value) for value in row)
+        values = covariates_of(key, image, labels, study.covariates)
+        if not all(study.covariates[name].admits(value) for name, value in zip(ordered, values, strict=True)):
+            out_of_range += 1
+            continue
         patient = labels.patient_of(key) or labels.mapping.plain_patient(image.patient)
-        members.append(Member(image, _token(patient), row))
+        members.append(Member(image, _token(patient), row, values))
     members.sort(key=lambda member: (member.token, member.image.file))
-    return members, LeftOut(unlabelled, modality, contradictory)
+    return members, LeftOut(unlabelled, modality, contradictory, out_of_range)
+
+
+def _rows(values: Sequence[Sequence[float | None]]) -> torch.Tensor:
+    """float32 (N, width), NaN for None."""
+    return torch.tensor(
+        [[math.nan if one is None else float(one) for one in row] for row in values], dtype=torch.float32
+    )
 
 
 def _identities(members: list[Member]) -> list[set[str]]:
@@ -204,10 +231,10 @@ def _token(patient: str) -> str:
 
 
 def _strata(members: list[Member]) -> dict[str, bool]:
-    """Token -> does the patient have any positive label?"""
+    """Token -> does the patient have any positive label, or a number in the upper half of its range?"""
     strata: dict[str, bool] = {}
     for member in members:
-        strata[member.token] = strata.get(member.token, False) or 1 in member.labels
+        strata[member.token] = strata.get(member.token, False) or any((label or 0) > HALF for label in member.labels)
     return strata
 
 

@@ -7,7 +7,7 @@ with sick patients. A model trained at one hospital learns the shortcut and fail
 to look at the lungs, because the shortcuts contradict each other.
 
 Beside the finding itself, the table says what follows from how the opacities were drawn: RSNA's appearance classes, a grade of
-severity from 0 to 4, and whether intensive care followed, which severity and age make likely.
+severity from 0 to 4, an extent from 0 to 24, and whether intensive care followed, which severity, age and male sex make likely.
 
 Patients, names and numbers are invented; nothing here is derived from an image of a person.
 """
@@ -115,6 +115,9 @@ _GRADE_BURDENS = (
 )  # above these begins the next grade; about a quarter of all opaque chests in each
 
 
+_FULL = 0.2  # mean density added to a lung that counts as full of opacities
+
+
 @dataclass(frozen=True)
 class Finding:
     """What was drawn into the lungs: mean density added to each, on the left and on the right of the picture."""
@@ -127,6 +130,11 @@ class Finding:
         """0 without opacities, else 1 to 4 by how much of the lungs they fill."""
         burden = (self.left + self.right) / 2
         return sum(burden > least for least in _GRADE_BURDENS)
+
+    @property
+    def extent(self) -> int:
+        """0 to 24 in proportion to how much of the lungs they fill, 12 for each: a made-up score with the range of mRALE's."""
+        return sum(min(12, round(side * 12 / _FULL)) for side in (self.left, self.right))
 
     @property
     def appearance(self) -> str:
@@ -149,7 +157,7 @@ class _Grid:
 def make_hospital(folder: Path, name: str, patients: int, seed: int, vendor: Vendor) -> dict[str, Any]:
     """Write `folder`/dicom and `folder`/labels.csv; the label map for site.yaml, with an absolute path.
 
-    Targets: opacity; the classes of APPEARANCES; severity-1 to severity-4, each "at least this grade"; icu.
+    Targets: opacity; the classes of APPEARANCES; severity-1 to severity-4, each "at least this grade"; icu. Numbers: extent.
     """
     rng = np.random.default_rng(_entropy("hospital", name, seed))
     images = folder / "dicom"
@@ -182,6 +190,7 @@ def make_hospital(folder: Path, name: str, patients: int, seed: int, vendor: Ven
         "key": vendor.key,
         "matches": vendor.matches,
         "targets": {"opacity": {"column": vendor.column, "words": meaning}, **_derived_targets()},
+        "numbers": {"extent": {"column": "extent"}},
     }
 
 
@@ -205,9 +214,16 @@ def _age(patient: int) -> int:
     return 25 + patient * 7 % 60
 
 
+def _sex(patient: int) -> str:
+    return "FM"[patient % 2]
+
+
 def _intensive(hospital: str, patient: int, found: Finding) -> bool:
-    """Whether intensive care followed: chance rises with the grade and with age, and stays chance."""
-    odds = -4.0 + 1.5 * found.grade + 0.05 * (_age(patient) - 55)
+    """Whether intensive care followed: chance rises with the grade, with age, and for men, and stays chance.
+
+    Age and sex stand in the header and hardly show in the picture, so a model that gets them as well can tell more.
+    """
+    odds = -2.5 + 1.3 * found.grade + 0.09 * (_age(patient) - 55) + (1.0 if _sex(patient) == "M" else -1.0)
     return bool(np.random.default_rng(_entropy("icu", hospital, patient)).random() < 1 / (1 + np.exp(-odds)))
 
 
@@ -484,7 +500,7 @@ def _dataset(name: str, patient: int, number: int, vendor: Vendor, rng: np.rando
     dataset.Modality, dataset.Manufacturer = vendor.modality, vendor.manufacturer
     code = hashlib.sha256(f"{name}\n{patient}".encode()).hexdigest()[:8].upper()
     dataset.PatientID, dataset.PatientName = f"PHANTOM-{code}", f"PHANTOM^{code}"
-    dataset.PatientSex, dataset.PatientAge = "FM"[patient % 2], f"{_age(patient):03d}Y"
+    dataset.PatientSex, dataset.PatientAge = _sex(patient), f"{_age(patient):03d}Y"
     dataset.AccessionNumber = f"A{hashlib.sha256(f'{name} {number}'.encode()).hexdigest()[:10].upper()}"
     dataset.StudyDate = f"202{int(rng.integers(0, 5))}{int(rng.integers(1, 13)):02d}15"
     dataset.StudyDescription = "XR CHEST"
@@ -560,9 +576,9 @@ def _write_table(path: Path, vendor: Vendor, rows: list[tuple[str, str, Finding,
             worst[row[0]] = row
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter=vendor.delimiter)
-        writer.writerow((vendor.key, vendor.column, "appearance", "severity", "icu", "comment"))
+        writer.writerow((vendor.key, vendor.column, "appearance", "severity", "extent", "icu", "comment"))
         for key, word, found, intensive in worst.values():
-            said = _APPEARANCE_WORDS[found.appearance], found.grade, "yes" if intensive else "no"
+            said = _APPEARANCE_WORDS[found.appearance], found.grade, found.extent, "yes" if intensive else "no"
             writer.writerow((key, word, *said, ""))
 
 

@@ -12,6 +12,7 @@ from fl_client.consent import consents
 from fl_client.enrol import greet
 from fl_client.facts import Facts, facts_of
 from fl_client.index import Index
+from fl_client.observed import answered
 from fl_client.site import Site
 from fl_client.sources import Reason
 from models.labels import LabelTable
@@ -305,9 +306,9 @@ def _leakage(looked: Inspection) -> str:
 def previews_of_approved(looked: Inspection) -> "list[Preview]":
     """What each approved study that fits this site's labels takes, by the splits that were pinned."""
     labels = attempt(lambda: looked.labels)
-    answered = [c.offer.study for c in consents(looked.home) if c.statement.decision == "approved"]
-    approved = [study for study in answered if study.task.kind != "counting"]  # which splits nobody
-    fitting = [study for study in approved if labels and set(study.task.targets) & set(labels.mapping.targets)]
+    decided = [c.offer.study for c in consents(looked.home) if c.statement.decision == "approved"]
+    approved = [study for study in decided if study.task.kind != "counting"]  # which splits nobody
+    fitting = [study for study in approved if labels and set(study.task.targets) & answered(labels.mapping, study.task)]
     if labels is None or not fitting or looked.index.unfit:  # the findings about labels and images say why
         return []
     from fl_client.preview import preview  # with torch, which takes a second to load

@@ -25,7 +25,7 @@ from privacy.calls import Statement
 PERMISSIVE: dict[str, object] = {
     "least_protection": "plain",
     "permit_without_privacy": True,
-    "tasks": ["classification", "counting"],
+    "tasks": ["classification", "regression", "counting"],
     "epsilon_per_study": 1000,
     "epsilon_per_year": 1000,
     "epsilon_total": 1000,

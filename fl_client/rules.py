@@ -36,6 +36,8 @@ def misses(rule: Rule, study: Study, researcher: str, delta: float, today: dt.da
         found.append(f"it does not list {', '.join(other)}")
     if study.budgeted_rounds > rule.rounds:
         found.append(f"{study.budgeted_rounds} rounds, spare ones included, are more than {rule.rounds}")
+    if study.covariates:
+        found.append(f"the study learns from {', '.join(sorted(study.covariates))} of your patients beside the images")
     if study.evaluation.subgroups:
         found.append("the study adds up test results of subgroups, which no ε covers")
     if study.evaluation.external == "all":

@@ -30,7 +30,7 @@ from fl_server.run import (
 )
 from fl_server.sums import Nodes, Task, Total
 from models import questions
-from models.contributions import read_figures
+from models.contributions import read_figures, read_number
 from models.questions import Counting
 from privacy import disk, journal
 from privacy.errors import CertificateRevoked, DiskUnusable, DocumentError, IsocenterError, MessageMalformed, RunStopped
@@ -207,7 +207,21 @@ class Desk:
         groups = total.mean.groups.kept(study).to_json(study) if total.mean.groups is not None else []
         table: list[list[int]] = total.mean.grades.tolist() if total.mean.grades is not None else []
         absent = self.absent(total, study.all_sites)
-        return Test(sheet, absent, released, groups, table, total.mean.ingested)
+        return Test(sheet, absent, released, groups, table, total.mean.ingested, self._number(total))
+
+    def _number(self, total: Total) -> dict[str, Any] | None:
+        """Where the target is a number: the summed errors, and what each site says of itself unless it contradicts itself."""
+        if total.mean.errors is None:
+            return None
+        sites: dict[str, Any] = {}
+        for site, rows in sorted(total.figures.items()):
+            try:
+                found = read_number(self.run.study, rows)
+            except MessageMalformed:
+                found = None
+            most = int(total.mean.errors[0])
+            sites[site] = found if found and found["images"] <= most else None
+        return {"sums": total.mean.errors.tolist(), "sites": sites}
 
     def _released(self, total: Total, rows: Float32) -> list[dict[str, float | int] | None]:
         """What one site says of itself, target by target; nothing where it contradicts itself or the sum it is in."""

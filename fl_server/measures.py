@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from fl_server.results import VERSION, Evaluation, Figure, Round, Sample
-from models import grades, operating
+from models import grades, operating, regression
 from models.calibration import calibration
 from models.intervals import difference
 from models.metrics import ScoreHistogram
 from models.operating import Confusion, Rule, Threshold
-from models.sections import RELEASE_MIN
+from models.sections import RELEASE_MIN, Regression
 from models.study import Study
 from models.subgroups import groups, least_sites
 
@@ -28,6 +28,8 @@ NO_REPORT = "not in the test result"
 TOO_FEW = f"not released: fewer than {RELEASE_MIN} images or 2 patients of a class"
 NOT_IN_STUDY = "not released by this study"
 NO_THRESHOLD = "no validation result with both classes to fix a threshold on"
+A_NUMBER = "a number has no classes; see `number`"
+NUMBER_TOO_FEW = f"not released: fewer than {RELEASE_MIN} images or patients, or all of one value"
 NOISED = "the counts have noise of their own"
 
 
@@ -56,6 +58,7 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         "pooled": pooled,
         "subgroups": _subgroups(evaluation),
         "grades": grades.agreement(evaluation.grades) if evaluation.grades.size else None,
+        "number": _number(evaluation),
         "macro": {
             "auroc_over_sites": _mean(released),
             "sites": len(released),
@@ -67,10 +70,30 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+def _number(evaluation: Evaluation) -> dict[str, Any] | None:
+    """Of a target that is a number: errors and agreement over all tested sites, and what each released; None of other targets.
+
+    `mae` is null, with `why`, where no image was tested, and of a site that released nothing.
+    """
+    study, told = evaluation.study, evaluation.results.number
+    if told is None or not isinstance(study.task, Regression):
+        return None
+    pooled = regression.agreement(study.task, np.array(told.sums, np.int64))
+    absent = NUMBER_TOO_FEW if study.evaluation.site_figures else NOT_IN_STUDY
+    sites: dict[str, Any] = {}
+    for site in study.all_sites:
+        said = told.sites.get(site)
+        missing = evaluation.test is None or site not in evaluation.test.sites
+        sites[site] = said.model_dump() if said else {"mae": None, "why": NO_REPORT if missing else absent}
+    facts = {"target": study.task.targets[0], "unit": study.task.unit, "range": study.task.range}
+    why = NO_IMAGES if evaluation.test else NO_TEST
+    return {**facts, "pooled": pooled or {"mae": None, "images": 0, "why": why}, "sites": sites}
+
+
 def _pooled_figures(evaluation: Evaluation) -> dict[str, Any]:
     """The figures of all tested sites: those of the first target flat, those of every target below `targets`."""
     study, test = evaluation.study, evaluation.test
-    absent = NO_IMAGES if test else NO_TEST
+    absent = A_NUMBER if evaluation.results.number else NO_IMAGES if test else NO_TEST
     sample = test or Sample([], 0, 0, None, ScoreHistogram.empty(len(study.task.targets), study.evaluation.bins))
     targets = {
         name: _target_figures(sample.histogram, place, absent, noise_of(evaluation))
@@ -231,6 +254,8 @@ def _site_figures(site: str, evaluation: Evaluation) -> dict[str, Any]:
     """
     study, test = evaluation.study, evaluation.test
     absent = TOO_FEW if study.evaluation.site_figures else NOT_IN_STUDY
+    if isinstance(study.task, Regression):
+        absent = A_NUMBER
     if test is None or site not in test.sites:
         absent = NO_REPORT
     row = evaluation.results.figures.get(site, [None] * len(study.task.targets))

@@ -96,6 +96,12 @@ def predict(
     out: Annotated[Path, typer.Option("--out", "-o", help="Table of scores; it must not exist.")] = Path("scores.csv"),
     trust: Trust = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Confined processes that read files.")] = 1,
+    covariates: Annotated[
+        Path | None,
+        typer.Option(
+            help="Table of a model that takes covariates: sop_instance_uid (CT: series_instance_uid), a column for each."
+        ),
+    ] = None,
 ) -> None:
     """Score the radiographs or CT volumes of a folder, prepared as in training; what is left out is counted by reason."""
     found = Package.open(package, trust)
@@ -109,7 +115,7 @@ def predict(
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
-        scored = pkgutil.resolve_name(SCORE)(found, folder, jobs, tell)
+        scored = pkgutil.resolve_name(SCORE)(found, folder, jobs, tell, covariates)
     with out.open("x", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["file", scored.uid, *found.study.task.targets])
@@ -118,6 +124,8 @@ def predict(
     _line(f"{len(scored.rows)} scored: {out}")
     for reason, count in sorted(scored.left_out.items()):
         _line(f"files left out, {reason}: {count}")
+    if scored.misread:
+        _line(f"{scored.misread} cells of {covariates} were not understood and count as missing.")
 
 
 def export(

@@ -53,6 +53,9 @@ def _draw(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, Picture]
     """The figures, by the stem of their file name; only those that there is something to show on."""
     study, results = evaluation.study, evaluation.results
     pooled = metrics["pooled"]["targets"]
+    if metrics["number"] is not None:
+        found = {"errors": figures.errors(metrics["number"]["unit"], _error_panels(evaluation, metrics["number"]))}
+        return found | _draw_rounds(evaluation, metrics) if results.rounds else found
     drawn = {
         "roc": figures.roc(_roc_panels(evaluation, metrics)),
         "forest": figures.forest({name: list(_estimates(evaluation, metrics, name)) for name in study.task.targets}),
@@ -72,19 +75,29 @@ def _draw(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, Picture]
 
 
 def _draw_rounds(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, Picture]:
-    study, results = evaluation.study, evaluation.results
+    study, results, selected = evaluation.study, evaluation.results, evaluation.results.selected_round
     word = "AUROC" if len(study.task.targets) == 1 else f"AUROC, mean of {len(study.task.targets)} targets"
     training = [(e.round, math.nan if e.train_loss is None else e.train_loss) for e in results.rounds]
     loss = [_curve(metrics, "loss")]
     loss += [figures.Curve("training", training)] if study.privacy == "none" else []
     states = {site: [_state(entry, site) for entry in results.rounds] for site in study.participation.sites}
-    return {
-        "loss": figures.per_round(loss, "loss", results.selected_round),
-        "auroc": figures.per_round(
-            [_curve(metrics, "macro_auroc")], f"{word}, validation split", results.selected_round
-        ),
+    auroc = [_curve(metrics, "macro_auroc")]
+    drawn = {} if metrics["number"] else {"auroc": figures.per_round(auroc, f"{word}, validation split", selected)}
+    return drawn | {
+        "loss": figures.per_round(loss, "loss", selected),
         "participation": figures.participation(states, [entry.round for entry in results.rounds]),
     }
+
+
+def _error_panels(evaluation: Evaluation, number: dict[str, Any]) -> dict[str, list[figures.Estimate]]:
+    """The rows of the three plots of a number: the tested sites together, then each site."""
+    panels: dict[str, list[figures.Estimate]] = {}
+    for title, key in ((figures.MAE, "mae"), (figures.BIAS, "bias"), (figures.CONCORDANCE, "concordance")):
+        panels[title] = []
+        for name, part in [(_together(evaluation), number["pooled"]), *number["sites"].items()]:
+            ends = (part["intervals"][key] if part["mae"] is not None else None) or (None, None)
+            panels[title].append(figures.Estimate(name, part.get(key), *ends))
+    return panels
 
 
 def _curve(metrics: dict[str, Any], key: str) -> figures.Curve:

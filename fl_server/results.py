@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, StringConstraints, ValidationError
 
-from models import grades
+from models import grades, regression
 from models.contributions import grade_count
 from models.metrics import ScoreHistogram
-from models.sections import RELEASE_MIN
+from models.sections import RELEASE_MIN, Regression
 from models.study import MASKED_SITES_MIN, Document, Name, Study
 from models.subgroups import Groups, groups, least_sites
 from privacy.errors import DocumentError, MessageMalformed
@@ -66,6 +66,28 @@ class GroupCounts(Document):
     counts: Any
 
 
+Interval = Annotated[list[Finite], Field(min_length=2, max_length=2)]
+
+
+class Errors(Document):
+    """What one site released about a number (`models.regression.read_released`): figures, 95 % intervals, images in tens."""
+
+    mae: Finite
+    rmse: Finite
+    bias: Finite
+    r2: Finite
+    concordance: Finite
+    intervals: dict[Name, Interval]
+    images: Released
+
+
+class Number(Document):
+    """Of a target that is a number: sums of errors over all tested sites (`models.regression`), and what sites released."""
+
+    sums: Annotated[list[Count], Field(min_length=regression.SUMS, max_length=regression.SUMS)]
+    sites: dict[Name, Errors | None]
+
+
 class Round(Document):
     """One round as it was committed: who contributed, who did not and why, and the sums over those who did.
 
@@ -98,7 +120,8 @@ class Restart(Document):
 
 class Results(Document):
     """The results document of a run, version 3. `ingested`: images in the archives of the sites of `test`; `grades`: images of
-    the test split by reference grade and called grade (`models.grades`), of a task without grades empty.
+    the test split by reference grade and called grade (`models.grades`), of a task without grades empty; `number`: there if the
+    target is one.
     """
 
     version: Annotated[int, Field(ge=VERSION, le=VERSION)]  # Literal[3] would take 3.0 for 3
@@ -118,6 +141,7 @@ class Results(Document):
     grades: Annotated[list[list[Count]], Field(max_length=33)]
     ingested: Count
     restarts: list[Restart] = Field(default=[], max_length=10_000)
+    number: Number | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +189,7 @@ def check(results: dict[str, Any]) -> Evaluation:
         raise MessageMalformed(f"results: {wrong}", remedy=REMEDY)
     try:
         told, table = _groups(document, study, test), _grades(document, study, test)
+        _check_number(document, study, test)
     except MessageMalformed as error:
         raise MessageMalformed(f"results: {error}", remedy=REMEDY) from None
     return Evaluation(document, study, {0: initial} | validation, test, told, table)
@@ -273,6 +298,27 @@ def _grades(document: Results, study: Study, test: Sample | None) -> NDArray[np.
     if [len(row) for row in document.grades] != [size] * size:
         raise MessageMalformed(f"grades: a table of {size} rows and columns was expected")
     return grades.read(size, np.array(document.grades, np.int64).ravel(), test.images if test else 0)
+
+
+def _check_number(document: Results, study: Study, test: Sample | None) -> None:
+    """Raises MessageMalformed for sums that no images have, sites that say what they cannot, or a number that is not asked."""
+    number = document.number
+    if (number is not None) != isinstance(study.task, Regression):
+        raise MessageMalformed("number: it is there although the target is none, or is missing although it is one")
+    if number is None or not isinstance(study.task, Regression):
+        return
+    sums = regression.read(np.array(number.sums, np.int64), test.images if test else 0)
+    if not set(number.sites) <= set(test.sites if test else ()):
+        raise MessageMalformed("number: a site that is not in the test released figures of it")
+    for site, said in number.sites.items():
+        if said is None:
+            continue
+        if not study.evaluation.site_figures or said.images > sums[0] or set(said.intervals) != set(regression.FIGURES):
+            raise MessageMalformed(
+                f"number: {site} released what the study does not, or counts more images than all sites"
+            )
+        ends = [(getattr(said, name), *said.intervals[name]) for name in regression.FIGURES]
+        regression.read_released(study.task, np.array([*np.ravel(ends), said.images], np.float32))
 
 
 def _sample(scores: Scores | None, study: Study, where: str) -> Sample | None:

@@ -87,7 +87,8 @@ def score_sheet(sites: list[str], sheet: Sheet) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Test:
     """The test evaluation of the selected model. `figures`: site -> what it released for each target, or None; `groups`: the sums
-    of subgroups, as `models.subgroups.Groups.to_json` writes them; `grades`: the table of `models.grades`, or nothing.
+    of subgroups, as `models.subgroups.Groups.to_json` writes them; `grades`: the table of `models.grades`, or nothing. `number`:
+    where the target is one, what the results document says of it.
     """
 
     sheet: dict[str, Any]
@@ -96,6 +97,7 @@ class Test:
     groups: list[dict[str, Any]]
     grades: list[list[int]]
     ingested: int
+    number: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,7 @@ class Run:
             "grades": test.grades,
             "ingested": test.ingested,
             "restarts": self.restarts,
+            **({} if test.number is None else {"number": test.number}),
         }
         model = self.best if self.best is not None else self.model
         if model is None:

@@ -7,6 +7,7 @@ import math
 from typing import Protocol
 
 from models import subgroups
+from models.covariates import Covariates
 from models.questions import Counting
 from models.sections import (
     ROBUST_SITES_MAX,
@@ -17,6 +18,7 @@ from models.sections import (
     Participation,
     PrivacyOrNone,
     Protection,
+    Regression,
     Relation,
     Strategy,
     TaskOrQuestions,
@@ -36,6 +38,8 @@ class Settings(Protocol):
     def task(self) -> TaskOrQuestions: ...
     @property
     def images(self) -> Images: ...
+    @property
+    def covariates(self) -> Covariates: ...
     @property
     def network(self) -> Network: ...
     @property
@@ -58,7 +62,12 @@ class Settings(Protocol):
 
 def of(study: Settings) -> list[str]:
     """One sentence for each contradiction."""
-    return _of_network(study) + _of_strategy(study) + _of_evaluation(study)
+    return _of_covariates(study) + _of_network(study) + _of_strategy(study) + _of_evaluation(study)
+
+
+def _of_covariates(study: Settings) -> list[str]:
+    both = sorted(set(study.covariates) & set(study.task.targets))
+    return [f"{', '.join(both)}: what is predicted cannot be a covariate as well"] if both else []
 
 
 def _of_network(study: Settings) -> list[str]:
@@ -143,6 +152,20 @@ def _of_evaluation(study: Settings) -> list[str]:
             found.append("training.rounds: 0 evaluates given weights, and network.initial names none")
         if study.privacy != "none" or study.strategy != Strategy():
             found.append("training.rounds: 0 trains nothing, so privacy is none, and strategy is left out")
+    if isinstance(study.task, Regression):
+        found += _of_regression(study)
     if study.privacy != "none" and study.privacy.figures == "noised" and study.evaluation.subgroups:
         found.append("privacy.figures: noised and evaluation.subgroups, whose counts have no noise")
+    return found
+
+
+def _of_regression(study: Settings) -> list[str]:
+    """What adds up score histograms has nothing to add up for a number."""
+    found = []
+    if study.evaluation.subgroups:
+        found.append("task.kind: regression and evaluation.subgroups, which compare classes; leave the subgroups out")
+    if study.privacy != "none" and study.privacy.figures == "noised":
+        found.append(
+            "task.kind: regression and privacy.figures: noised, which is about histograms of classes; say suppressed"
+        )
     return found

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from models import grades, intervals, questions, subgroups
+from models import grades, intervals, questions, regression, subgroups
 from models.metrics import ScoreHistogram
 from models.questions import Counting
-from models.sections import RELEASE_MIN
+from models.sections import RELEASE_MIN, Regression
 from models.study import Study
 from models.subgroups import Groups, Scored
 from privacy import noise
@@ -67,6 +67,7 @@ class Contribution:
     answers: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))  # of a study that counts, in tens; all it has
     groups: Groups | None = None  # of the test split; None elsewhere
     grades: Int64 | None = None  # (T + 1, T + 1), of the test split of an ordered task (`models.grades`)
+    errors: Int64 | None = None  # of the test split of a task whose target is a number (`models.regression`)
 
     @property
     def weight(self) -> int:
@@ -86,6 +87,8 @@ class Contribution:
             parts.append(self.groups.numbers())
         if kind == "test" and self.grades is not None:
             parts.append(self.grades.ravel())
+        if kind == "test" and self.errors is not None:
+            parts.append(self.errors)
         return np.concatenate(parts)
 
 
@@ -94,8 +97,10 @@ def suppressed(study: Study, sheet: Sheet) -> Sheet:
 
     A target's histogram only if both classes have RELEASE_MIN images; with one class alone, the other would follow from the
     number of images, so both go. Images are those of the largest histogram that stays. Nothing at all for fewer than
-    RELEASE_MIN patients.
+    RELEASE_MIN patients. A number has no classes: images and loss of RELEASE_MIN images.
     """
+    if isinstance(study.task, Regression):
+        return sheet if min(sheet.patients, sheet.images) >= RELEASE_MIN else empty_sheet(study)
     counts = sheet.histogram.counts.copy()
     for target in range(len(counts)):
         if counts[target].sum(axis=1).min() < RELEASE_MIN:
@@ -140,7 +145,12 @@ def count_of(study: Study, kind: Kind) -> int:
     if isinstance(study.task, Counting):
         return study.task.size
     whole = (6 if kind == "train" else 4) + len(study.task.targets) * 2 * study.evaluation.bins
-    return whole + (subgroups.size(study) + grade_count(study) ** 2 if kind == "test" else 0)
+    return whole + (subgroups.size(study) + grade_count(study) ** 2 + error_count(study) if kind == "test" else 0)
+
+
+def error_count(study: Study) -> int:
+    """How many sums tell of the errors of a number; none of another task."""
+    return regression.SUMS if isinstance(study.task, Regression) else 0
 
 
 def grade_count(study: Study) -> int:
@@ -179,8 +189,11 @@ def read(study: Study, kind: Kind, values: npt.NDArray[np.float64], counts: Int6
         if kind == "evaluate":
             return Contribution(ingested, sheet)
         ends = end + subgroups.size(study)
-        table = grades.read(grade_count(study), counts[ends:], images)
-        return Contribution(ingested, sheet, groups=Groups.read(study, counts[end:ends], histogram), grades=table)
+        last = len(counts) - error_count(study)
+        table = grades.read(grade_count(study), counts[ends:last], images)
+        errors = regression.read(counts[last:], images) if error_count(study) else None
+        groups = Groups.read(study, counts[end:ends], histogram)
+        return Contribution(ingested, sheet, groups=groups, grades=table, errors=errors)
     cases, train_loss = head[4:]
     if cases < 1:
         raise MessageMalformed("the sum of the updates rests on no cases")
@@ -195,11 +208,16 @@ def _sheet_of(study: Study, noisy: npt.NDArray[np.float64]) -> Sheet:
 
 
 def figures(study: Study, scored: Scored, *, release: bool) -> Float32:
-    """float32 (targets, FIGURE_COLUMNS) of the raw scores, all rounded; NOT_RELEASED in rows that stay.
+    """float32 (targets, FIGURE_COLUMNS) of the raw scores, all rounded; NOT_RELEASED in rows that stay. Of a number: (1, COLUMNS)
+    of `models.regression`.
 
     `release`: whether figures of this evaluation may leave at all; the study has to ask for them as well. A row leaves if both
     classes have RELEASE_MIN images, and both intervals exist: two patients of each class are needed for that.
     """
+    if isinstance(study.task, Regression):
+        permitted = release and study.evaluation.site_figures
+        row = regression.released(study.task, scored, study.training.seed) if permitted else None
+        return np.full((1, regression.COLUMNS), NOT_RELEASED, np.float32) if row is None else row[None]
     rows = np.full((len(study.task.targets), FIGURE_COLUMNS), NOT_RELEASED, np.float32)
     for target in range(len(rows) if release and study.evaluation.site_figures else 0):
         known = scored.known[:, target] != 0
@@ -217,6 +235,13 @@ def figures(study: Study, scored: Scored, *, release: bool) -> Float32:
             rounded = [round(value, RELEASE_DECIMALS) for value in numbers]
             rows[target] = (*rounded, _tens(negatives), _tens(positives))
     return rows
+
+
+def read_number(study: Study, rows: Float32) -> dict[str, Any] | None:
+    """What `figures` wrote of a number, as `regression.read_released` reads it; raises MessageMalformed for anything else."""
+    if not isinstance(study.task, Regression) or rows.shape != (1, regression.COLUMNS):
+        raise MessageMalformed("figures of another number of targets than the study's")
+    return None if (rows == NOT_RELEASED).all() else regression.read_released(study.task, rows[0])
 
 
 def read_figures(study: Study, rows: Float32) -> list[dict[str, float | int] | None]:

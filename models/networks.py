@@ -1,10 +1,11 @@
 """Networks for radiographs and CT: one study builds the same parameters at the server and at every site, without BatchNorm.
 
 A network takes float32 (B, 1, S, S) radiographs or (B, 1, D, H, W) volumes in [0, 1] and returns logits float32 (B, T), T the
-targets of the study. Statistics of a batch are statistics of patients: they would leave the site with the weights, couple the
-gradients of different patients (which differential privacy forbids) and differ by hospital. So every norm is a
-GroupNorm (or the LayerNorm of a transformer), and `build` looks at what it built, because some networks ignore the norm they are
-asked for. Nothing else of a network may couple patients either: no layer drops whole images or branches at random.
+targets of the study; where the study names covariates, it takes these as well (`models.fusion`). Statistics of a batch are
+statistics of patients: they would leave the site with the weights, couple the gradients of different patients (which differential
+privacy forbids) and differ by hospital. So every norm is a GroupNorm (or the LayerNorm of a transformer), and `build` looks at
+what it built, because some networks ignore the norm they are asked for. Nothing else of a network may couple patients either: no
+layer drops whole images or branches at random.
 
 A study may train a part of the network: `PARTS` says which, `build` freezes the rest, and the vector keeps its length.
 """
@@ -23,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import relations
 from models.conflicts import VIT_PATCH
+from models.fusion import Fused
 from models.sections import NetworkName
 from models.study import Network, Study
 from privacy.errors import MessageMalformed, StudyConflict
@@ -285,6 +287,19 @@ PARTS: dict[NetworkName, Parts] = {
 }
 
 
+LAST_LAYER: dict[NetworkName, str] = {
+    "small_cnn": "head",
+    "linear": "head",
+    "densenet121": "net.class_layers.out",
+    "densenet169": "net.class_layers.out",
+    "resnet18": "net.fc",
+    "resnet50": "net.fc",
+    "efficientnet_b0": "net._fc",
+    "vit": "head",
+}
+"""Where the linear layer is that turns features into answers."""
+
+
 def build(study: Study) -> nn.Module:
     """The network of `study`, float32, on the CPU, its parameters a function of `study.training.seed` alone.
 
@@ -296,16 +311,34 @@ def build(study: Study) -> nn.Module:
         targets = len(study.task.targets)
         answers = relations.outputs(study.relation, targets)
         inner = KINDS[study.network.name](study.network, answers, study.images.shape[1:])
-        _freeze(inner, study.network)
+        if study.covariates:
+            inner = _fused(inner, study, answers)
+        _freeze(inner, study)
         net = relations.related(inner, study.relation, targets)
     refuse_batch_statistics(net)
     return net
 
 
-def _freeze(net: nn.Module, network: Network) -> None:
+def _fused(net: nn.Module, study: Study, answers: int) -> nn.Module:
+    """`net` without its last layer, with a head over its features and the study's covariates in that place."""
+    place, name = LAST_LAYER[study.network.name], study.network.name
+    last = net.get_submodule(place)
+    features = int(last.get_parameter("weight").shape[1])
+    dropping = isinstance(last, DroppingLinear)
+    net.set_submodule(place, nn.Dropout(study.network.dropout) if dropping else nn.Identity())
+    return Fused(net, features, study.covariates, answers, hidden=name != "linear")
+
+
+def parts_of(study: Study) -> Parts:
+    """What of the study's network is its head, and what its last block, by the beginnings of their names."""
+    parts = PARTS[study.network.name]
+    return Parts("head.", tuple(f"net.{name}" for name in parts.last_block)) if study.covariates else parts
+
+
+def _freeze(net: nn.Module, study: Study) -> None:
     """Leave a gradient to the parameters that `network.trained` names."""
-    head, last_block = PARTS[network.name]
-    trained = {"all": ("",), "head": (head,), "last_block": (head, *last_block)}[network.trained]
+    head, last_block = parts_of(study)
+    trained = {"all": ("",), "head": (head,), "last_block": (head, *last_block)}[study.network.trained]
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name.startswith(trained))
 

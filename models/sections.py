@@ -52,7 +52,7 @@ class Task(Document):
             raise ValueError(f"relation: {self.relation} is about two targets or more")
         return self
 
-    def admits(self, row: Sequence[int | None]) -> bool:
+    def admits(self, row: Sequence[float | None]) -> bool:
         """Whether the labels of one image (1, 0 or None for each target) can all be true at once.
 
         exclusive: one class holds and every label is known; ordered: nothing holds above a step that does not.
@@ -65,13 +65,46 @@ class Task(Document):
         return True
 
 
+class Regression(Document):
+    """What is predicted: one number of each image, within a range that the study declares."""
+
+    kind: Literal["regression"] = Field(description="a number is predicted")
+    targets: Annotated[list[Name], Field(min_length=1, max_length=1)] = Field(
+        description="name of the number; each site names its column in data.labels.numbers"
+    )
+    range: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
+        description="least and greatest value; an image with a reference outside is left out, and counted"
+    )
+    unit: str = Field(
+        pattern=r"^[A-Za-z0-9 %/^*.,()µ°-]{1,40}$", description="unit of the number, such as points, mm or mL"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Regression":
+        low, high = self.range
+        if not -1e6 <= low < high <= 1e6:
+            raise ValueError("range must be two rising numbers between -1e6 and 1e6")
+        return self
+
+    def admits(self, value: float | None) -> bool:
+        """Whether a value lies in the range, or is missing."""
+        return value is None or self.range[0] <= value <= self.range[1]
+
+    def place(self, value: float) -> float:
+        """Where a value lies in the range, 0 to 1."""
+        return (value - self.range[0]) / (self.range[1] - self.range[0])
+
+
 def _kind_of_task(given: Any) -> str:
     kind = given.get("kind") if isinstance(given, dict) else getattr(given, "kind", "")
-    return "[counting]" if kind == "counting" else "[classification]"
+    return f"[{kind}]" if kind in ("counting", "regression") else "[classification]"
 
 
 TaskOrQuestions = Annotated[
-    Annotated[Task, Tag("[classification]")] | Annotated[Counting, Tag("[counting]")], Discriminator(_kind_of_task)
+    Annotated[Task, Tag("[classification]")]
+    | Annotated[Regression, Tag("[regression]")]
+    | Annotated[Counting, Tag("[counting]")],
+    Discriminator(_kind_of_task),
 ]
 
 

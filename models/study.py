@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from models import conflicts
+from models import conflicts, covariates
+from models.covariates import COVARIATES_MAX, Covariate
 from models.documents import YAML_BYTES_MAX, Document, Name, parse, read
 from models.questions import Counting
 from models.sections import (
@@ -29,6 +30,7 @@ from models.sections import (
     Privacy,
     PrivacyOrNone,
     Protection,
+    Regression,
     Relation,
     Strategy,
     Task,
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MASKED_SITES_MIN", "PROTECTIONS", "YAML_BYTES_MAX", "Document", "Evaluation", "Images", "Name", "Network",
-    "Participation", "Point", "Privacy", "Protection", "Strategy", "Study", "Task", "Training", "Volume", "parse", "read",
+    "Participation", "Point", "Privacy", "Protection", "Regression", "Strategy", "Study", "Task", "Training", "Volume", "parse",
+    "read",
 ]  # fmt: skip
 
 LABEL = b"isocenter/v1/study"
@@ -65,6 +68,12 @@ class Study(Document):
     purpose: str = Field(min_length=1, max_length=2000, description="what sites read before they approve")
     task: TaskOrQuestions = Field(description="what is predicted; or, with `kind: counting`, questions in numbers")
     images: Images = Images()
+    covariates: dict[Name, Covariate] = Field(
+        default={},
+        exclude_if=lambda value: not value,
+        max_length=COVARIATES_MAX,
+        description="what is learned from beside the image: age, sex, and numbers that sites name in data.labels.numbers",
+    )
     network: Network = Network()
     training: Training
     strategy: Strategy = Strategy()
@@ -95,6 +104,11 @@ class Study(Document):
         """A study that counts says nothing of training: these sections are fixed then, and `check` refuses others."""
         task = given.get("task") if isinstance(given, dict) else None
         return COUNTING_SECTIONS | given if isinstance(task, dict) and task.get("kind") == "counting" else given
+
+    @field_validator("covariates", mode="before")
+    @classmethod
+    def _known_covariates(cls, given: Any) -> Any:
+        return covariates.filled_in(given)
 
     @field_validator("title", "purpose")
     @classmethod
@@ -172,13 +186,21 @@ class Study(Document):
     @property
     def relation(self) -> Relation:
         """How the targets hang together; those of questions do not."""
-        return "independent" if isinstance(self.task, Counting) else self.task.relation
+        return self.task.relation if isinstance(self.task, Task) else "independent"
 
     @property
     def predicts(self) -> str:
         """The targets and how they hang together, for people."""
+        if isinstance(self.task, Regression):
+            low, high = self.task.range
+            return f"{self.task.targets[0]} (a number, {low:g} to {high:g} {self.task.unit})"
         how = {"independent": "", "exclusive": " (one of them holds)", "ordered": " (each at least this grade)"}
         return ", ".join(self.task.targets) + how[self.relation]
+
+    @property
+    def learns_from(self) -> str:
+        """Images and covariates, for people."""
+        return "; ".join([self.images.words, *covariates.words(self.covariates)])
 
     @property
     def all_sites(self) -> list[str]:
@@ -214,6 +236,7 @@ class Study(Document):
         """One sentence for each setting under which questions are not asked; a site asks as well before it answers."""
         fixed = {
             "images": Images(),
+            "covariates": {},
             "network": Network(),
             "training": Training.model_validate(COUNTING_SECTIONS["training"]),
             "strategy": Strategy(),

@@ -1,14 +1,35 @@
-"""Classification: what a target means to the loss, the activation and the class weights. A missing label never counts.
+"""What a target means to the loss, the activation and the class weights. A missing label never counts.
 
-`targets` float (B, T) hold 1 for present and 0 for absent; `known` float (B, T) hold 1 where the reference standard
-says something and 0 where it does not. What `targets` holds where `known` is 0 reaches no result, not even a NaN.
+`targets` float (B, T) hold 1 for present and 0 for absent, or the place of a number in its range, 0 to 1; `known` float (B, T)
+hold 1 where the reference standard says something and 0 where it does not. What `targets` holds where `known` is 0 reaches no
+result, not even a NaN.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from privacy.errors import MessageMalformed
+
+Each = Callable[[Tensor, Tensor], Tensor]
+"""The loss of each target of each image, of the shape of its logits and targets."""
+HUBER = 0.25  # of the range: a larger error counts in proportion, not squared, because a score may be a slip of the pen
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Of a target that is present or absent."""
+    return functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
+
+
+def distance(logits: Tensor, target: Tensor) -> Tensor:
+    """Of a number: Huber's loss of the predicted place in its range, in units in which HUBER costs a half."""
+    return functional.huber_loss(torch.sigmoid(logits), target, reduction="none", delta=HUBER) / HUBER**2
+
+
+EACH: dict[str, Each] = {"classification": cross_entropy, "regression": distance}
+"""By `task.kind`."""
 
 
 def class_weights(targets: Tensor, known: Tensor, *, balance: bool) -> Tensor:
@@ -28,8 +49,8 @@ def class_weights(targets: Tensor, known: Tensor, *, balance: bool) -> Tensor:
     return torch.where(both[:, None], balanced, weights)
 
 
-def loss(logits: Tensor, targets: Tensor, known: Tensor, weights: Tensor) -> Tensor:
-    """Weighted binary cross-entropy, a scalar: the mean over known labels (0 if there is none, with a zero gradient).
+def loss(logits: Tensor, targets: Tensor, known: Tensor, weights: Tensor, each_of: Each = cross_entropy) -> Tensor:
+    """Weighted loss, a scalar: the mean of `each_of` over known labels (0 if there is none, with a zero gradient).
 
     logits, targets, known: (B, T); weights: (T, 2) of `class_weights`. Raises MessageMalformed when shapes differ.
     """
@@ -40,12 +61,11 @@ def loss(logits: Tensor, targets: Tensor, known: Tensor, weights: Tensor) -> Ten
     # A NaN in a missing cell would survive a product with 0, so missing cells are replaced before anything is computed.
     target = torch.where(labelled, targets, torch.zeros_like(targets)).to(logits.dtype)
     weight = torch.where(target > 0.5, weights[:, 1], weights[:, 0]).to(logits.dtype) * labelled
-    each = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (each * weight).sum() / labelled.sum().clamp(min=1)
+    return (each_of(logits, target) * weight).sum() / labelled.sum().clamp(min=1)
 
 
-def unit_losses(logits: Tensor, targets: Tensor, known: Tensor) -> Tensor:
-    """The loss of each unit by itself, (B,): mean binary cross-entropy over the known labels of its images, 0 without one.
+def unit_losses(logits: Tensor, targets: Tensor, known: Tensor, each_of: Each = cross_entropy) -> Tensor:
+    """The loss of each unit by itself, (B,): the mean of `each_of` over the known labels of its images, 0 without one.
 
     logits, targets, known: (B, K, T), the K images of unit b in row b. No row enters another's loss, not even as a
     denominator. Raises MessageMalformed when shapes differ.
@@ -55,7 +75,7 @@ def unit_losses(logits: Tensor, targets: Tensor, known: Tensor) -> Tensor:
         raise MessageMalformed(f"logits, targets and known do not fit together: {shapes}")
     labelled = known > 0
     target = torch.where(labelled, targets, torch.zeros_like(targets)).to(logits.dtype)
-    each = functional.binary_cross_entropy_with_logits(logits, target, reduction="none") * labelled
+    each = each_of(logits, target) * labelled
     return each.sum(dim=(1, 2)) / labelled.sum(dim=(1, 2)).clamp(min=1)
 
 

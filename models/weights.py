@@ -225,7 +225,7 @@ def _shaped(value: Tensor, here: Tensor) -> Tensor | None:
 def _require_body(study: Study, wanted: Mapping[str, Tensor], placed: Mapping[str, Tensor]) -> None:
     """Raise StudyConflict unless most kernels of the body are in `placed`; where all is head, those of the head."""
     kernels = {name: value.numel() for name, value in wanted.items() if value.dim() > 1}
-    head = networks.PARTS[study.network.name].head
+    head = networks.parts_of(study).head
     body = {
         name: size for name, size in kernels.items() if not PREFIXES.sub("", name).startswith(PREFIXES.sub("", head))
     }

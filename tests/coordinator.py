@@ -24,6 +24,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def answer_nonsense(server: socket.socket) -> None:
+    while True:
+        try:
+            connection, _ = server.accept()
+        except OSError:
+            return
+        with connection:
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
 def settings(**changes: Any) -> ServerFile:
     given = {"version": 1, "name": "demo", "host": "127.0.0.1", "service_port": free_port(), **changes}
     return ServerFile.model_validate(given)
