@@ -28,7 +28,7 @@ RELEASE = "release"
 """Kind of the line that tells norm and ε of an update before it is protected; the report of the same order tells that it left."""
 STAYS = frozenset(
     {"settings", "paused", "resumed", "offer-refused", "budget", "worker-replaced", "torn-line-set-aside"}
-    | {"head-witnessed", "head-contradicted", "variate-absent", RELEASE}
+    | {"head-witnessed", "head-contradicted", "variate-absent", "norms-absent", RELEASE}
 )
 """Kinds of lines about what stayed here."""
 

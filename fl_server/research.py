@@ -445,6 +445,11 @@ def attack(
             "attacks are made on pictures, and this study is of volumes",
             remedy="There is no attack on volumes yet, so a model of volumes with differential privacy cannot be released.",
         )
+    if study.strategy.local_norms:
+        raise StudyConflict(
+            "with strategy: fedbn there is no common model to attack",
+            remedy="Attack the study with fedavg: its updates hold all that those of fedbn do.",
+        )
     out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=out / "attack.log", level=logging.WARNING)
     with progress() as tell:
