@@ -403,7 +403,7 @@ def simulate(  # noqa: PLR0913, PLR0917  each parameter is one option
     if compare:
         found = comparison.compare(study, outcome, progress)
         matrix.write(found, out)
-        report.write(outcome.results, out, found)
+        report.write(outcome.results, out, found, outcome.saliency)
     summary.say(outcome.page, as_json)
     if found is not None and not as_json:
         _say_matrix(found, out / "comparison.png")
