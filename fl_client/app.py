@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from fl_client import variates
+from fl_client import norms, variates
 from fl_client.cohort import Cohort, Split, splits_of
 from fl_client.counting import UNTOLD_S, carry_out_count, countable
 from fl_client.ingest import Index
@@ -78,8 +78,8 @@ class Desk:
             self.engines[study.digest] = learning.engine_of(net, study)
         return self.engines[study.digest]
 
-    def net(self, study: Study, order: WorkOrder) -> nn.Module:
-        """The study's network with the ordered weights."""
+    def net(self, site: Site, study: Study, order: WorkOrder) -> nn.Module:
+        """The study's network with the ordered weights, and where the study leaves them there this site's norm layers."""
         if study.digest in self.nets:
             self.nets[study.digest] = self.nets.pop(study.digest)  # the last one used stands last
         else:
@@ -87,8 +87,12 @@ class Desk:
                 del self.nets[old]
                 self.engines.pop(old, None)
             self.nets[study.digest] = networks.build(study)
-        networks.load_vector(self.nets[study.digest], order.model)
-        return self.nets[study.digest]
+        net = self.nets[study.digest]
+        if study.strategy.local_norms:
+            norms.load(site, net, order)
+        else:
+            networks.load_vector(net, order.model)
+        return net
 
     def cohort(self, site: Site, study: Study, split: Split) -> Cohort:
         """The site's images of `split`; CohortTooSmall if this split is smaller than the study's or the site's minimum."""
@@ -155,7 +159,7 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
     # What the sum of an earlier attempt at this round held must not be sent again under other masks.
     repeat = site.repeats(order) if study.protection == "masked" else 0
     model, common = halves(study, order)
-    net = desk.net(study, replace(order, model=model))
+    net = desk.net(site, study, replace(order, model=model))
     sending = desk.vault.begin(site, study, order, order.model.size)
     hold = site.reserve(study, order, cohort.identities)
     validation = cohorts["validation"]
@@ -164,6 +168,9 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
         number = order.round
         if common is None:
             update = learning.learn(net, cohort, study, round_number=number, repeat=repeat)
+            if study.strategy.local_norms:
+                norms.keep(site, net, order)
+                update = replace(update, delta=update.delta[~networks.norm_places(net)])
         else:
             control = Control(net, variates.before(site, order, common.size), common)
             update = learning.learn_steered(net, cohort, study, control, round_number=number, repeat=repeat)
@@ -205,7 +212,7 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: EvaluateOr
         raise StepRefused("the study asks no questions that could be counted")
     tested = splits_of(study, trains=site.name in study.participation.sites)[-1]
     cohort = desk.cohort(site, study, tested if order.split == "test" else "validation")
-    net = desk.net(study, order)
+    net = desk.net(site, study, order)
     sending = desk.vault.begin(site, study, order, order.model.size)
     scored = score(net, cohort)
     sheet = release(study, sheet_of(scored, cohort, study))

@@ -442,6 +442,7 @@ def _leaving(study: Study) -> str:
     """What leaves in a round, beside released figures."""
     if study.privacy == "none":
         updates = "model updates, mean gradients" if study.strategy.steered else "model updates"
+        updates += " without norm layers, which stay here" if study.strategy.local_norms else ""
         return f"{updates}, losses, numbers of patients and images, histograms of scores by label"
     what = "sums of gradients" if study.privacy.mode == "distributed" else "model updates"
     return (

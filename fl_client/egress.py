@@ -37,7 +37,7 @@ STAYS = frozenset(
         "torn-line-set-aside",
         "model-pulled",
     }
-    | {"evaluation-written", "head-witnessed", "head-contradicted", "variate-absent", RELEASE}
+    | {"evaluation-written", "head-witnessed", "head-contradicted", "variate-absent", "norms-absent", RELEASE}
 )
 """Kinds of lines about what stayed here."""
 

@@ -80,6 +80,11 @@ def check(study: Study) -> None:
             "models are compared by their AUROC, and this study's target is a number",
             remedy="Leave --compare out, and simulate a study of one site to see what it does alone.",
         )
+    if study.strategy.local_norms:
+        raise StudyConflict(
+            "with strategy: fedbn there is no common model to compare",
+            remedy="Leave --compare out, and simulate the study with fedavg as well.",
+        )
     if study.evaluation.external == "all" and study.participation.evaluate_only:
         raise StudyConflict(
             "with evaluation.external: all a site is tested on patients that it trains on in other rows of a comparison",

@@ -24,7 +24,7 @@ from models.contributions import RELEASE_DECIMALS
 from models.sections import LONGEST_SIDE_PX, MASKED_SITES_MIN, RELEASE_MIN
 from models.study import Study
 from privacy import keys
-from privacy.errors import MessageMalformed, RunUnknown
+from privacy.errors import MessageMalformed, RunUnknown, StudyConflict
 from privacy.heads import SignedHead
 
 GROUP_SITES_MIN = MASKED_SITES_MIN  # whatever the study's protection: a card is read by people who agreed to nothing
@@ -60,6 +60,11 @@ def package(folder: Path, wanted: Wanted, key: keys.PrivateKey) -> bytes:
         raise MessageMalformed(f"the results of this run cannot be read ({type(error).__name__})") from None
     if (card["run_id"], card["digest"], study.digest) != (results["run_id"], results["digest"], card["digest"]):
         raise MessageMalformed("the card and the results are of different runs or studies")
+    if study.strategy.local_norms:
+        raise StudyConflict(
+            "with strategy: fedbn every site keeps norm layers of its own, so this run has no model that others could use",
+            remedy="Use another strategy for a model to release; the report of this run says what local norms bring.",
+        )
     evidence.release_gate(study, wanted.attack)
     metrics = measure(check(results))
     described = _card(study, card, metrics, wanted)

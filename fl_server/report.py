@@ -27,10 +27,13 @@ from fl_server.results import Evaluation, Results, Round, check
 from models.sections import RELEASE_MIN
 
 
-def write(results: dict[str, Any], folder: Path, compared: Comparison | None = None) -> Path:
+def write(
+    results: dict[str, Any], folder: Path, compared: Comparison | None = None, saliency: bytes | None = None
+) -> Path:
     """Write the report of one run into `folder` (made if absent) and return the path of report.html, written last.
 
     `compared`: other models of the same study, shown beside it; their figures stand in comparison.json, not in metrics.json.
+    `saliency`: PNG of where the model looks on phantoms.
 
     Raises MessageMalformed, before anything is written, if `results` is not a results document or contradicts itself.
     """
@@ -40,6 +43,8 @@ def write(results: dict[str, Any], folder: Path, compared: Comparison | None = N
     images = {name: figures.png(figure) for name, figure in drawn.items()}
     if compared is not None:
         images["comparison"] = matrix.draw(compared)
+    if saliency is not None:
+        images["saliency"] = saliency
     page = _render(evaluation, metrics, images, compared)
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():

@@ -416,7 +416,7 @@ def simulate(  # noqa: PLR0913, PLR0917  each parameter is one option
     if compare:
         found = comparison.compare(study, outcome, progress)
         matrix.write(found, out)
-        report.write(outcome.results, out, found)
+        report.write(outcome.results, out, found, outcome.saliency)
     summary.say(outcome.page, as_json)
     if found is not None and not as_json:
         _say_matrix(found, out / "comparison.png")
@@ -457,6 +457,11 @@ def attack(
         raise StudyConflict(
             "attacks are made on pictures, and this study is of volumes",
             remedy="There is no attack on volumes yet, so a model of volumes with differential privacy cannot be released.",
+        )
+    if study.strategy.local_norms:
+        raise StudyConflict(
+            "with strategy: fedbn there is no common model to attack",
+            remedy="Attack the study with fedavg: its updates hold all that those of fedbn do.",
         )
     out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=out / "attack.log", level=logging.WARNING)

@@ -40,11 +40,12 @@ def _of_sites(metrics: dict[str, Any]) -> Table:
 
 def _of_targets(metrics: dict[str, Any]) -> Table:
     """Several targets: each over the tested sites together, and between which figures of single sites it lies."""
-    table = Table("target", "AUROC", "95 % interval", "pos. / neg.", "single sites", box=None, header_style="bold")
+    heads = ("target", "AUROC", "95 % interval", "pos. / neg.", "sites that told")
+    table = Table(*heads, box=None, header_style="bold", pad_edge=False)
     for target, row in metrics["pooled"]["targets"].items():
         own = [site["targets"][target]["auroc"] for site in metrics["sites"].values()]
         told = [value for value in own if value is not None]
-        span = f"{min(told):.2f} to {max(told):.2f}, {len(told)} of {len(own)}" if told else f"none of {len(own)} told"
+        span = f"{len(told)}/{len(own)}: {min(told):.2f} to {max(told):.2f}" if told else f"0/{len(own)}"
         table.add_row(target, *_estimate(row), f"{row['positives']} / {row['negatives']}", span)
     return table
 

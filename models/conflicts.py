@@ -92,6 +92,8 @@ def _of_strategy(study: Settings) -> list[str]:
         found.append("strategy: fedprox holds ordinary training near the common model; private steps have no such term")
     if plan.steered:
         found += _of_scaffold(study)
+    if plan.local_norms:
+        found += _of_local_norms(study)
     if not plan.robust:
         return found
     if study.protection == "masked":
@@ -106,6 +108,23 @@ def _of_strategy(study: Settings) -> list[str]:
     least = 3 if plan.name == "median" else math.ceil(round(1 / (plan.trimmed_share or 1), 9))
     if part.quorum < least:
         found.append(f"strategy: {plan.name} leaves nobody out of a quorum of {part.quorum}; it needs {least}")
+    return found
+
+
+def _of_local_norms(study: Settings) -> list[str]:
+    """A model without norms is no model: whoever has trained none has nothing to evaluate or release."""
+    found = []
+    if study.privacy != "none":
+        found.append(
+            "strategy: fedbn keeps weights that learned from patients outside what the accounting of privacy covers"
+        )
+    if study.network.name == "linear":
+        found.append("strategy: fedbn keeps norm layers at the sites, and the linear network has none")
+    if study.participation.evaluate_only:
+        found.append(
+            "strategy: fedbn and participation.evaluate_only: a site that trains nothing has no norm layers, and those of "
+            "others stay with them"
+        )
     return found
 
 

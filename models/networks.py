@@ -408,6 +408,38 @@ def trained_places(net: nn.Module) -> NDArray[np.bool_]:
     return np.repeat([moved[name] for name, _ in layout(net)], [math.prod(shape) for _, shape in layout(net)])
 
 
+def norm_places(net: nn.Module) -> NDArray[np.bool_]:
+    """(P,): which values of `to_vector` are gains and biases of norm layers."""
+    norms = _norm_names(net)
+    return np.repeat([name in norms for name, _ in layout(net)], [math.prod(shape) for _, shape in layout(net)])
+
+
+def fresh_norms(net: nn.Module) -> NDArray[np.float32]:
+    """The values at `norm_places` in a network that learned nothing: gain 1, bias 0."""
+    norms = _norm_names(net)
+    sizes = [(name, math.prod(shape)) for name, shape in layout(net) if name in norms]
+    return np.concatenate(
+        [np.full(size, name.rpartition(".")[2] == "weight", np.float32) for name, size in sizes]
+        or [np.zeros(0, np.float32)]
+    )
+
+
+def shared(net: nn.Module, study: Study) -> NDArray[np.float32]:
+    """What of the weights of `net` sites and coordinator send: all of them, or with local norms all others; float32."""
+    whole = to_vector(net)
+    return whole[~norm_places(net)] if study.strategy.local_norms else whole
+
+
+def _norm_names(net: nn.Module) -> set[str]:
+    kinds = (nn.GroupNorm, nn.LayerNorm)
+    return {
+        f"{name}.{own}"
+        for name, module in net.named_modules()
+        if isinstance(module, kinds)
+        for own in ("weight", "bias")
+    }
+
+
 def placed(part: NDArray[Any], places: NDArray[np.bool_]) -> NDArray[Any]:
     """(P,) with the values of `part` at `places`, in their order, and exact zeros elsewhere; of the type of `part`."""
     whole = np.zeros(places.size, part.dtype)

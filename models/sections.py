@@ -265,11 +265,22 @@ class Training(Document):
 
 
 StrategyName = Literal[
-    "fedavg", "fedprox", "scaffold", "fedavgm", "fedadam", "fedyogi", "fedsgd", "median", "trimmed_mean", "krum"
+    "fedavg",
+    "fedprox",
+    "fedbn",
+    "scaffold",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "fedsgd",
+    "median",
+    "trimmed_mean",
+    "krum",
 ]
 STRATEGY_PARAMETERS: dict[str, dict[str, float]] = {
     "fedavg": {},
     "fedprox": {"proximal_mu": 0.01},
+    "fedbn": {},
     "scaffold": {},
     "fedavgm": {"server_rate": 1.0, "momentum": 0.9},
     "fedadam": {"server_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
@@ -288,16 +299,17 @@ ROBUST_SITES_MAX = 64  # all updates are in the coordinator's memory at once: 1.
 class Strategy(Document):
     """How what the sites send becomes the next model.
 
-    Averages, weighted by cases: FedAvg and FedSGD (McMahan et al. 2017), FedProx (Li et al. 2020), SCAFFOLD (Karimireddy et al.
-    2020), FedAvgM (Hsu et al. 2019), FedAdam and FedYogi (Reddi et al. 2021). Robust, each site counting the same and seen by
-    itself: median and trimmed mean of each weight (Yin et al. 2018), Krum (Blanchard et al. 2017). A parameter that is left out
-    gets the value of STRATEGY_PARAMETERS, so that it is part of what is signed; `check` refuses one that the
-    strategy has no use for.
+    Averages, weighted by cases: FedAvg and FedSGD (McMahan et al. 2017), FedProx (Li et al. 2020), FedBN (Li et al. 2021),
+    SCAFFOLD (Karimireddy et al. 2020), FedAvgM (Hsu et al. 2019), FedAdam and FedYogi (Reddi et al. 2021). Robust, each site
+    counting the same and seen by itself: median and trimmed mean of each weight (Yin et al. 2018), Krum (Blanchard et al. 2017).
+    A parameter that is left out gets the value of STRATEGY_PARAMETERS, so that it is part of what is signed; `check` refuses one
+    that the strategy has no use for.
     """
 
     name: StrategyName = Field(
         default="fedavg",
         description="fedavg: mean of updates; fedprox: the same, sites held near the common model; "
+        "fedbn: each site keeps its own norm layers, and there is no common model to release; "
         "scaffold: the same, each step corrected by what the site's gradients differ from all sites'; fedavgm, fedadam, fedyogi: "
         "momentum or adaptive steps at the coordinator; fedsgd: mean of gradients, for `privacy.mode: distributed`; median, "
         "trimmed_mean, krum: withstand hostile or broken sites, for protection sealed or plain",
@@ -368,6 +380,11 @@ class Strategy(Document):
     def steered(self) -> bool:
         """Whether a round brings control variates as well: a second half of the model that is sent, and of the update."""
         return self.name == "scaffold"
+
+    @property
+    def local_norms(self) -> bool:
+        """Whether gains and biases of norm layers stay at the sites, and are in no vector."""
+        return self.name == "fedbn"
 
     @property
     def parameters(self) -> dict[str, float]:

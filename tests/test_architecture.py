@@ -34,6 +34,7 @@ MEETING_PLACES = {
     "fl_server/simulation.py",
     "fl_server/comparison.py",  # trains on what the first left behind
     "fl_server/evidence.py",  # attacks what the first left behind
+    "fl_server/saliency.py",  # looks at its phantoms
     "fl_server/release_cli.py",  # scores a folder of DICOM, which only the site's half can read
 }
 FLWR_DOORS = {

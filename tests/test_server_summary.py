@@ -32,6 +32,6 @@ def test_the_screen_shows_every_target_within_eighty_columns(tmp_path: Path, mon
     lines = [line.rstrip() for line in paper.getvalue().splitlines()]
     assert all(len(line) <= 80 for line in lines[:-1])  # the last is a path
     shown = {line.split()[0]: " ".join(line.split()[1:]) for line in lines if line.split()[0] in targets}
-    assert shown["opacity"] == "0.800 0.710 to 0.900 1200 / 34567 0.70 to 0.70, 1 of 2"
-    assert shown["effusion-of-either-side"].endswith("0.80 to 0.80, 1 of 2")
-    assert shown["cardiomegaly"] == "- one class 0 / 35767 none of 2 told"
+    assert shown["opacity"] == "0.800 0.710 to 0.900 1200 / 34567 1/2: 0.70 to 0.70"
+    assert shown["effusion-of-either-side"].endswith("1/2: 0.80 to 0.80")
+    assert shown["cardiomegaly"] == "- one class 0 / 35767 0/2"
