@@ -11,11 +11,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,12 @@ from torch.utils.data import Dataset
 
 from fl_client.cache import content_of
 from fl_client.index import Index, IndexedImage
+from fl_client.masks import Masks
 from fl_client.observed import observe
 from models.imaging import to_grid
 from models.labels import Label, LabelTable
+from models.masks import plane_spacing_mm
+from models.masks import to_grid as to_mask_grid
 from models.questions import Counting, Observed, agreed
 from models.study import Evaluation, Study
 from models.volumes import to_volume_grid
@@ -76,19 +79,24 @@ class Member:
 class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     """One split of one study at one site.
 
-    `images` float32 (N, 1, S, S) or (N, 1, D, H, W) in 0..1, memory-mapped; `targets` float32 (N, T), 0 where missing;
+    `images` float32 (N, 1, S, S) or (N, 1, D, H, W) in 0..1, memory-mapped; `targets` float32 (N, T), 0 where missing, or of a
+    segmentation the masks, uint8 (N, T, *grid), with `spacing_mm` float32 (N, axes) of the grid, NaN where nobody knows it;
     `known` float32 (N, T), 1 where labelled; `patients` int64 (N,), numbers from 0 that mean nothing outside this object.
     `identities[n]`: by what patient n is known again (number and images, hashed), whatever study, folder or name it comes back
     under. `public_size`: patients of the training split in tens, as they were when the study began here. `observed[i]`: what is
     known of image i, for the subgroups that the study names; empty if it names none.
     """
 
-    def __init__(self, members: list[Member], images: torch.Tensor, names: list[str]) -> None:
+    def __init__(
+        self, members: list[Member], images: torch.Tensor, names: list[str], masks: torch.Tensor | None = None
+    ) -> None:
         self.images = images
         labels = [[math.nan if label is None else float(label) for label in member.labels] for member in members]
         table = torch.tensor(labels, dtype=torch.float32).reshape(len(members), len(names))
         self.known = (~table.isnan()).float()
-        self.targets = table.nan_to_num(nan=0.0)
+        self.present = table.nan_to_num(nan=0.0)
+        self.targets = self.present if masks is None else masks
+        self.spacing_mm = torch.full((len(members), max(0, images.ndim - 2)), math.nan)
         tokens = {token: number for number, token in enumerate(sorted({member.token for member in members}))}
         self.patients = torch.tensor([tokens[member.token] for member in members], dtype=torch.int64)
         self.identities = _identities(members)
@@ -107,15 +115,14 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         radiographs were cached with another scaling, PatientInTwoSplits if an image came back under a patient of another split.
         """
         names = study.task.targets
-        if not set(names) & set(labels.mapping.targets):
-            mapped = ", ".join(sorted(labels.mapping.targets))
-            raise LabelTableError(
-                f"none of the study's targets ({', '.join(names)}) is in data.labels.targets ({mapped})"
-            )
+        require_mapped(index, labels, study)
         members, left_out = join(index, labels, study)
         placed = Pins({}, {}) if split == "external" else _pinned(pins, members, study)
         mine = [member for member in members if split in ("external", placed.splits.get(member.token))]
-        cohort = cls(mine, _grid(index, study, split, mine), names)
+        grids = _grid(index, study, split, mine), _mask_grid(index, study, split, mine)
+        cohort = cls(mine, grids[0], names, grids[1])
+        if study.segments and mine:
+            cohort.spacing_mm = torch.tensor([_spacing_mm(member.image, study) for member in mine])
         cohort.ingested, cohort.left_out, cohort.public_size = index.taken, left_out, placed.public_size
         if study.evaluation.subgroups:
             cohort.observed = agreed([observe(member.image, labels) for member in mine])
@@ -140,7 +147,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
 
     @property
     def counts(self) -> Counts:
-        positive = (self.targets * self.known).sum(0).int().tolist()
+        positive = (self.present * self.known).sum(0).int().tolist()
         labelled = self.known.sum(0).int().tolist()
         return Counts(
             patients=len(set(self.patients.tolist())),
@@ -150,12 +157,24 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         )
 
 
+def require_mapped(index: Index, labels: LabelTable, study: Study) -> None:
+    """Raise LabelTableError if the site says of none of the study's targets what it is here, in labels or in masks."""
+    names = study.task.targets
+    mapped = Masks.open(index.state).structures if study.segments else sorted(labels.mapping.targets)
+    if not set(names) & set(mapped):
+        where = "data.masks.structures" if study.segments else "data.labels.targets"
+        raise LabelTableError(
+            f"none of the study's targets ({', '.join(names)}) is in {where} ({', '.join(mapped) or 'none'})",
+            remedy=f"Describe them under {where} in site.yaml, and run `fl-client ingest`." if study.segments else None,
+        )
+
+
 def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], LeftOut]:
-    """Images with a label for at least one target, ordered by patient token and file."""
+    """Images with a label for at least one target, ordered by patient token and file; of a segmentation, with a mask."""
     members: list[Member] = []
     unlabelled = modality = contradictory = 0
     index.require_fit()
-    wanted = study.images
+    wanted, masks = study.images, Masks.open(index.state) if study.segments else None
     if wanted.volume is None and wanted.scaling != index.scaling:
         raise DataError(
             f"the study asks for radiographs scaled by {wanted.scaling}, and those here were by {index.scaling}",
@@ -169,8 +188,11 @@ def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], 
             modality += 1
             continue
         key = image.key(labels.mapping.matches)
-        found = labels.lookup(key)
-        row = tuple(found.get(name) for name in study.task.targets)
+        if masks is None:
+            found = labels.lookup(key)
+            row = tuple(found.get(name) for name in study.task.targets)
+        else:
+            row = masks.labels(image, study.task.targets)
         if all(label is None for label in row):
             unlabelled += 1
             continue
@@ -316,53 +338,97 @@ def read_pins(pins: Path) -> Pins:
     return read
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What is prepared of each image: `shape` of all together, `says` what one row is made of, `make` that row."""
+
+    shape: tuple[int, ...]
+    dtype: npt.DTypeLike
+    says: list[str]
+    make: Callable[[int], npt.NDArray[Any]]
+
+
 def _grid(index: Index, study: Study, split: Split, members: list[Member]) -> torch.Tensor:
-    """float32 (N, *study.images.shape), memory-mapped from a file that is made once per selection of images and grid; in memory
-    where the cache is locked.
+    """float32 (N, *study.images.shape)."""
+    says = [f"{member.image.cache} {member.image.affine}" for member in members]
+    rows = _Rows(
+        (len(members), *study.images.shape), np.float32, says, lambda n: _on_grid(index, members[n].image, study)
+    )
+    return _prepared(rows, index, study, f"{study.digest[:16]}-{split}")
+
+
+def _mask_grid(index: Index, study: Study, split: Split, members: list[Member]) -> torch.Tensor | None:
+    """uint8 (N, T, *grid) of a segmentation, None of another study."""
+    if not study.segments:
+        return None
+    masks, names = Masks.open(index.state), study.task.targets
+    structures = [masks.structures.index(name) if name in masks.structures else -1 for name in names]
+
+    def make(number: int) -> npt.NDArray[np.uint8]:
+        image = members[number].image
+        affine = np.array(image.affine, np.float64).reshape(3, 4) if image.is_volume else None
+        return to_mask_grid(masks.bits(image), affine, study.images, structures)
+
+    says = [f"{masks.taken[member.image.cache].cache} {member.image.affine} {structures}" for member in members]
+    rows = _Rows((len(members), len(names), *study.images.shape[1:]), np.uint8, says, make)
+    return _prepared(rows, index, study, f"masks-{study.digest[:16]}-{split}")
+
+
+def _spacing_mm(image: IndexedImage, study: Study) -> tuple[float, ...]:
+    """Millimetres between voxels of the study's grid of `image`; NaN where its file does not say how large its pixels are."""
+    if study.images.volume is not None:
+        return tuple(study.images.volume.spacing_mm)
+    if image.spacing_mm is None or not image.matrix:
+        return math.nan, math.nan
+    return plane_spacing_mm(image.matrix, image.spacing_mm, study.images.size_px)
+
+
+def _prepared(rows: _Rows, index: Index, study: Study, stem: str) -> torch.Tensor:
+    """The rows, memory-mapped from a file that is made once per selection of images and grid; in memory where the cache is
+    locked.
     """
-    shape = (len(members), *study.images.shape)
-    if not members:
-        return torch.zeros(shape)
+    shape = rows.shape
+    if not shape[0]:
+        return torch.from_numpy(np.zeros(shape, rows.dtype))
     if index.cache.key is not None:  # what is locked in the cache lies nowhere else on the disk either
-        return torch.from_numpy(np.stack([_on_grid(index, member.image, study) for member in members]))
+        return torch.from_numpy(np.stack([rows.make(number) for number in range(shape[0])]))
     asked = study.images.model_dump_json()
-    caches = "\n".join([asked, *(f"{member.image.cache} {member.image.affine}" for member in members)])
-    name = hashlib.sha256(GRID_LABEL + b"\n" + caches.encode()).hexdigest()[:32]
-    folder, stem = index.state / "grids", f"{study.digest[:16]}-{split}"
+    name = hashlib.sha256(GRID_LABEL + b"\n" + "\n".join([asked, *rows.says]).encode()).hexdigest()[:32]
+    folder = index.state / "grids"
     path = folder / f"{stem}-{name}.npy"
-    if not _is_grid(path, shape):
+    if not _is_grid(path, rows):
         folder.mkdir(mode=0o700, exist_ok=True)
-        _make_grid(path, shape, study, index, members)
+        _make_grid(path, rows)
         # A running worker keeps its map of an older file: unlinking takes the name, not the content.
         for old in folder.glob(f"{stem}-*"):
             if old.name.partition(".")[0] != path.stem:
                 old.unlink(missing_ok=True)
-    stored: npt.NDArray[np.float32] = np.load(path, mmap_mode="c", allow_pickle=False)
+    stored: npt.NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
     return torch.from_numpy(stored)
 
 
-def _is_grid(path: Path, shape: tuple[int, ...]) -> bool:
+def _is_grid(path: Path, rows: _Rows) -> bool:
     """Whether the file is there and holds what was written: a flipped bit would be trained on, and nobody would know."""
     try:
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
         content = _content_file(path).read_text(encoding="ascii")
     except (OSError, ValueError, EOFError):
         return False
-    return bool(stored.shape == shape and stored.dtype == np.float32 and content_of(stored) == content)
+    return bool(stored.shape == rows.shape and stored.dtype == rows.dtype and content_of(stored) == content)
 
 
 def _content_file(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def _make_grid(path: Path, shape: tuple[int, ...], study: Study, index: Index, members: list[Member]) -> None:
+def _make_grid(path: Path, rows: _Rows) -> None:
     """Write the images one by one into a file that gets its name when it is whole; never all of them in memory."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         os.close(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
-        grid = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
-        for number, member in enumerate(members):
-            grid[number] = _on_grid(index, member.image, study)
+        grid = np.lib.format.open_memmap(part, mode="w+", dtype=rows.dtype, shape=rows.shape)
+        for number in range(rows.shape[0]):
+            grid[number] = rows.make(number)
         content = content_of(grid)
         grid.flush()
         del grid

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Context
@@ -161,13 +162,15 @@ class Desk:
         absent = self.absent(total, study.all_sites)
         return Test(sheet, absent, released, groups, table, total.mean.ingested)
 
-    def _released(self, total: Total, rows: Float32) -> list[dict[str, float | int] | None]:
+    def _released(self, total: Total, rows: Float32) -> list[dict[str, Any] | None]:
         """What one site says of itself, target by target; nothing where it contradicts itself or the sum it is in."""
         study, pooled = self.run.study, total.mean.sheet.histogram
         try:
             found = read_figures(study, rows)
         except MessageMalformed:
             return [None] * len(study.task.targets)
+        if study.segments:
+            return [figure if figure and figure["cases"] <= total.mean.sheet.images else None for figure in found]
         return [
             figure
             if figure and figure["negatives"] <= pooled.negatives(n) and figure["positives"] <= pooled.positives(n)

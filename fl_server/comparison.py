@@ -73,6 +73,10 @@ def check(study: Study) -> None:
     """Raise StudyConflict if a study cannot be compared; asked before anything is trained."""
     if study.task.kind == "counting" or not study.training.rounds:
         raise StudyConflict("a study that trains nothing has nothing to compare", remedy="Leave --compare out.")
+    if study.segments:
+        raise StudyConflict(
+            "models are compared by AUROC, and this study outlines structures", remedy="Leave --compare out."
+        )
     if study.evaluation.external == "all" and study.participation.evaluate_only:
         raise StudyConflict(
             "with evaluation.external: all a site is tested on patients that it trains on in other rows of a comparison",

@@ -372,6 +372,9 @@ def say_report(page: Path, as_json: bool) -> None:
         print(text)
         return
     metrics = json.loads(text)
+    if "auroc" not in metrics["pooled"]:
+        _say_outlines(metrics, page)
+        return
     table = Table("", "AUROC", "95 % interval", "positives", "negatives", box=None, header_style="bold")
     for name, row in {"pooled": metrics["pooled"], **metrics["sites"]}.items():
         value = f"{row['auroc']:.3f}" if row["auroc"] is not None else "-"
@@ -379,6 +382,18 @@ def say_report(page: Path, as_json: bool) -> None:
         least = "" if name == "pooled" else ">= "  # sites release tens, rounded down
         classes = ("-" if row[key] is None else f"{least}{row[key]}" for key in ("positives", "negatives"))
         table.add_row(name, value, interval, *classes)
+    images, patients = metrics["pooled"]["images"], metrics["pooled"]["patients"]
+    console.print(f"Held-out test, {images} images of {patients} patients, {metrics['label']}:", highlight=False)
+    console.print(table)
+    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
+
+
+def _say_outlines(metrics: dict[str, Any], page: Path) -> None:
+    from fl_server import outlines
+
+    table = Table("structure", "test of", "cases", "Dice", "surface Dice", "HD95 mm", "missed / invented", box=None)
+    for row in outlines.rows(metrics):
+        table.add_row(*row)
     images, patients = metrics["pooled"]["images"], metrics["pooled"]["patients"]
     console.print(f"Held-out test, {images} images of {patients} patients, {metrics['label']}:", highlight=False)
     console.print(table)
@@ -460,6 +475,11 @@ def attack(
     study = _read_study(file)
     if isinstance(study.task, Counting):
         raise StudyConflict("a study that counts trains nothing to attack", remedy="Attack a study that trains.")
+    if study.segments:
+        raise StudyConflict(
+            "attacks are made on scores of images, and this study outlines structures",
+            remedy="There is no attack on outlines yet, so such a model with differential privacy cannot be released.",
+        )
     if study.images.volume is not None:
         raise StudyConflict(
             "attacks are made on pictures, and this study is of volumes",
@@ -595,6 +615,7 @@ class _Teller:
 
     def _scored(self, event: dict[str, Any]) -> None:
         auroc = f"  AUROC {event['auroc']:.3f}" if event["auroc"] is not None else ""
+        auroc = auroc if event.get("dice") is None else f"  Dice {event['dice']:.3f}"
         loss = f"{event['loss']:.3f}" if event["loss"] is not None else "unknown"
         self.scored = f"validation loss {loss}{auroc}"
         self._news()
@@ -628,6 +649,7 @@ class _Teller:
     def _finished(self, event: dict[str, Any]) -> None:
         style = "green" if event["label"] == "complete" else "yellow"
         auroc = f", test AUROC {event['auroc']:.3f}" if event["auroc"] is not None else ""
+        auroc = auroc if event.get("dice") is None else f", test Dice {event['dice']:.3f}"
         console.print(f"Run finished: {event['label']}{auroc}", style=style, highlight=False, markup=False)
 
     def _stopped(self, event: dict[str, Any]) -> None:
