@@ -281,7 +281,7 @@ def _of_segments(data: bytes, masks: MaskMap, place: Place) -> tuple[Bits, list[
             half = 1 if kind == "BINARY" else (int(dataset.MaximumFractionalValue) + 1) // 2
             made = np.zeros(place.shape if place.affine else matrix, np.uint8)
             for number, facts in enumerate(dataset.PerFrameFunctionalGroupsSequence):
-                segment = int(facts.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
+                segment = int(_fact(facts, dataset, "SegmentIdentificationSequence").ReferencedSegmentNumber)
                 plane = made[_slice_of(facts, dataset, place)] if place.affine else made
                 plane[frames[number] >= half] |= bits_of[segment]
         except imaging.READING_ERRORS:
@@ -306,14 +306,9 @@ def _segment_bits(dataset: Any, masks: MaskMap) -> dict[int, int]:
 
 def _slice_of(facts: Any, dataset: Any, place: Place) -> int:
     """The slice of the volume that a frame lies on. Raises ImageLeftOut(mask_geometry) if it is none of them."""
-    shared = dataset.SharedFunctionalGroupsSequence[0]
-
-    def of(name: str) -> Any:
-        return facts.get(name) or shared.get(name)
-
-    corner = np.array([float(v) for v in of("PlanePositionSequence")[0].ImagePositionPatient])
-    turned = [float(v) for v in of("PlaneOrientationSequence")[0].ImageOrientationPatient]
-    spacing = [float(v) for v in of("PixelMeasuresSequence")[0].PixelSpacing]
+    corner = np.array([float(v) for v in _fact(facts, dataset, "PlanePositionSequence").ImagePositionPatient])
+    turned = [float(v) for v in _fact(facts, dataset, "PlaneOrientationSequence").ImageOrientationPatient]
+    spacing = [float(v) for v in _fact(facts, dataset, "PixelMeasuresSequence").PixelSpacing]
     where = place.to_mm
     inverse = np.linalg.inv(np.vstack([where, [0, 0, 0, 1]]))[:3]
     rows, columns = np.array(turned[3:]) * spacing[0], np.array(turned[:3]) * spacing[1]
@@ -326,6 +321,11 @@ def _slice_of(facts: Any, dataset: Any, place: Place) -> int:
     if not there or same_steps.max() > 0.5 or not 0 <= number < place.shape[0]:
         raise ImageLeftOut(Reason.MASK_GEOMETRY)
     return number
+
+
+def _fact(facts: Any, dataset: Any, name: str) -> Any:
+    """The functional group `name` of a frame: its own, or that which all frames share."""
+    return (facts.get(name) or dataset.SharedFunctionalGroupsSequence[0][name].value)[0]
 
 
 class _Looked(Document):

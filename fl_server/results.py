@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Discriminator, Field, StringConstraints, Tag, ValidationError
 
 from models import grades
 from models.contributions import grade_count
@@ -74,6 +74,19 @@ class OutlineFigure(Document):
     cases: Released
 
 
+def _kind_of_figure(given: Any) -> str:
+    return (
+        "[outlines]"
+        if isinstance(given, OutlineFigure) or (isinstance(given, dict) and "dice" in given)
+        else "[scores]"
+    )
+
+
+AnyFigure = Annotated[
+    Annotated[Figure, Tag("[scores]")] | Annotated[OutlineFigure, Tag("[outlines]")], Discriminator(_kind_of_figure)
+]
+
+
 class GroupCounts(Document):
     """Of one subgroup of the test split, target by target: how many sites told of it, and a `ScoreHistogram.to_json`."""
 
@@ -120,7 +133,7 @@ class Results(Document):
     rounds: Annotated[list[Round], Field(max_length=10_000)]
     test: Scores | None
     test_missing: dict[Name, Reason]
-    figures: dict[Name, list[Figure | OutlineFigure | None]]
+    figures: dict[Name, list[AnyFigure | None]]
     groups: Annotated[list[GroupCounts], Field(max_length=10_000)]
     grades: Annotated[list[list[Count]], Field(max_length=33)]
     ingested: Count
@@ -162,7 +175,7 @@ def check(results: dict[str, Any]) -> Evaluation:
         study = Study.from_canonical(canonical(document.study))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "document"
+        place = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "document"
         raise MessageMalformed(f"results: {place}: {first['msg']}", remedy=REMEDY) from None
     except (TypeError, ValueError, RecursionError, DocumentError) as error:
         raise MessageMalformed(f"results: {error}", remedy=REMEDY) from None
