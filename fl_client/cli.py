@@ -333,14 +333,16 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
             f"{study.network.words}; one round may take {part.round_timeout_s / 60:g} minutes at most",
         ),
         ("Others", _others(study, peers)),
-        ("Stays", "images, identifiers, dates, file names, the score of any single image"),
+        ("Stays", f"images, identifiers, dates, file names, {_single(study)} of any single image"),
         ("Leaves", f"{masked}{_leaving(study)}"),
     ]
     if study.evaluation.site_figures:
         lines.append(
             (
                 "Figures",
-                "your own test AUROC with its intervals and class counts in tens, if both classes have 10 images",
+                "your own test Dice, surface Dice and HD95 of each structure with intervals, and cases in tens, from 10 patients"
+                if study.segments
+                else "your own test AUROC with its intervals and class counts in tens, if both classes have 10 images",
             )
         )
     else:
@@ -358,6 +360,20 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
         lines.append(("Grades", "how many test images of each grade are called which grade, in the same sum"))
     lines.append(("Seen by", f"{_seen_by(study)} (protection: {study.protection})"))
     return lines + _privacy_lines(study, site)
+
+
+def _single(study: Study) -> str:
+    return "the mask, the outline and the figures" if study.segments else "the score"
+
+
+def _summed(study: Study) -> str:
+    """What of an evaluation is added up, in words."""
+    if study.segments:
+        return (
+            f"of each structure ({', '.join(study.task.targets)}) with 10 annotated patients: number of cases and of empty "
+            "masks, sums of Dice, surface Dice and HD95 and of their squares"
+        )
+    return "histograms of scores by label"
 
 
 def _group_of_one(study: Study) -> str:
@@ -394,7 +410,7 @@ def _seen_by(study: Study) -> str:
             "the coordinator sees only sums over the sites; what yours added stays hidden in them unless a third of the "
             "sites in a sum, or more, work together with it"
         )
-    own = "the coordinator sees YOUR site's own update and histograms"
+    own = f"the coordinator sees YOUR site's own update and {'sums of figures' if study.segments else 'histograms'}"
     if study.protection == "sealed":
         return f"{own}; nobody can read them on the way to it"
     return f"{own}, and so does whoever can look into its server"
@@ -404,11 +420,14 @@ def _leaving(study: Study) -> str:
     """What leaves in a round, beside released figures."""
     if study.privacy == "none":
         updates = "model updates, mean gradients" if study.strategy.steered else "model updates"
-        return f"{updates}, losses, numbers of patients and images, histograms of scores by label"
+        return f"{updates}, losses, numbers of patients and images, {_summed(study)}"
+    few = "both classes have 10 of them"
+    if study.segments:
+        few = "10 of them hold the structure, or none, and 10 do not, or none"
     what = "sums of gradients" if study.privacy.mode == "distributed" else "model updates"
     return (
-        f"{what} with noise, your number of training patients in tens; histograms of scores by label, number and mean loss of "
-        "evaluated images, if both classes have 10 of them"
+        f"{what} with noise, your number of training patients in tens; {_summed(study)}, number and mean loss of evaluated "
+        f"images, if {few}"
     )
 
 
@@ -429,7 +448,8 @@ def _privacy_lines(study: Study, site: Site) -> list[tuple[str, str]]:
         ("Privacy", f"\n{' ' * 9}".join([noise, *sentences])),
         (
             "Not in ε",
-            "counts and histograms of scores of your validation and test images; none of fewer than 10 leaves",
+            f"counts and {'sums of figures' if study.segments else 'histograms of scores'} of your validation and test images; "
+            "none of fewer than 10 leaves",
         ),
         (
             "Budget",
@@ -464,13 +484,14 @@ def _check_budget(site: Site, study: Study) -> None:
 def _own_data(study: Study, site: Site) -> str:
     """What this site would bring to the study, or what is missing for it; said before anybody approves."""
     from fl_client.ingest import Index
+    from fl_client.masks import mapped
 
     try:
-        index, mapped = Index.open(site.state), set(site.source.labels.targets)
+        index, here = Index.open(site.state), mapped(site.state, site.source.labels, study)
     except DataError as error:
         return f"{error} {error.remedy}"
-    unmapped = sorted(set(study.task.targets) - mapped)
-    note = f"; site.yaml maps no label to {', '.join(unmapped)}, so these count as missing" if unmapped else ""
+    unmapped, what = sorted(set(study.task.targets) - set(here)), "mask" if study.segments else "label"
+    note = f"; site.yaml maps no {what} to {', '.join(unmapped)}, so these count as missing" if unmapped else ""
     return f"{index.taken} images of {index.patients} patients are ready here{note}"
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from fl_client.cache import content_of
 from fl_client.index import Index, IndexedImage
-from fl_client.masks import Masks
+from fl_client.masks import Masks, mapped, where
 from fl_client.observed import observe
 from models.imaging import to_grid
 from models.labels import Label, LabelTable
@@ -159,14 +159,14 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
 
 def require_mapped(index: Index, labels: LabelTable, study: Study) -> None:
     """Raise LabelTableError if the site says of none of the study's targets what it is here, in labels or in masks."""
-    names = study.task.targets
-    mapped = Masks.open(index.state).structures if study.segments else sorted(labels.mapping.targets)
-    if not set(names) & set(mapped):
-        where = "data.masks.structures" if study.segments else "data.labels.targets"
-        raise LabelTableError(
-            f"none of the study's targets ({', '.join(names)}) is in {where} ({', '.join(mapped) or 'none'})",
-            remedy=f"Describe them under {where} in site.yaml, and run `fl-client ingest`." if study.segments else None,
-        )
+    if mapped(index.state, labels.mapping, study):
+        return
+    here = Masks.open(index.state).structures if study.segments else sorted(labels.mapping.targets)
+    remedy = "Say what they are in your masks, and run `fl-client ingest`." if study.segments else None
+    raise LabelTableError(
+        f"none of the study's targets ({', '.join(study.task.targets)}) is in {where(study)} ({', '.join(here) or 'none'})",
+        remedy=remedy,
+    )
 
 
 def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], LeftOut]:
@@ -352,7 +352,7 @@ def _grid(index: Index, study: Study, split: Split, members: list[Member]) -> to
     """float32 (N, *study.images.shape)."""
     says = [f"{member.image.cache} {member.image.affine}" for member in members]
     rows = _Rows(
-        (len(members), *study.images.shape), np.float32, says, lambda n: _on_grid(index, members[n].image, study)
+        (len(members), *study.images.shape), np.float32, says, lambda n: on_grid(index, members[n].image, study)
     )
     return _prepared(rows, index, study, f"{study.digest[:16]}-{split}")
 
@@ -438,7 +438,7 @@ def _make_grid(path: Path, rows: _Rows) -> None:
         part.unlink(missing_ok=True)
 
 
-def _on_grid(index: Index, image: IndexedImage, study: Study) -> npt.NDArray[np.float32]:
+def on_grid(index: Index, image: IndexedImage, study: Study) -> npt.NDArray[np.float32]:
     """float32 of `study.images.shape` in 0..1. Raises CacheLost."""
     if study.images.volume is None:
         return to_grid(index.pixels(image), study.images.size_px)

@@ -33,8 +33,9 @@ from fl_client.sources import Folder, Item, Reason
 from models import imaging
 from models.documents import Document
 from models.imaging import quiet_reading
-from models.labels import Label
+from models.labels import Label, LabelMap
 from models.masks import looked_up
+from models.study import Study
 from privacy import disk, keys
 from privacy.errors import CacheLost, ImageLeftOut
 
@@ -117,6 +118,17 @@ class Masks:
 
     def reasons(self) -> Counter[Reason]:
         return Counter(self.left_out.values())
+
+
+def mapped(state: Path, labels: LabelMap, study: Study) -> list[str]:
+    """Targets of `study` that this site says what they are: in its masks, or in its label table."""
+    here = Masks.open(state).structures if study.segments else labels.targets
+    return [name for name in study.task.targets if name in here]
+
+
+def where(study: Study) -> str:
+    """The part of site.yaml that says so."""
+    return "data.masks.structures" if study.segments else "data.labels.targets"
 
 
 def file_of(state: Path) -> Path:

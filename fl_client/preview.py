@@ -14,6 +14,7 @@ from fl_client import cohort, enrol
 from fl_client.consent import consents
 from fl_client.facts import shared
 from fl_client.index import Index
+from fl_client.masks import mapped, where
 from fl_client.policy import broken
 from fl_client.site import SiteFile
 from models.labels import LabelTable
@@ -138,9 +139,9 @@ def study_of(home: Path, text: str) -> Study:
 def preview(index: Index, labels: LabelTable, study: Study, settings: SiteFile, pins: Path) -> Preview:
     """Raises LabelTableError if the site maps none of the study's targets, DataError if its pins are damaged."""
     names = study.task.targets
-    unmapped = sorted(set(names) - set(labels.mapping.targets))
+    unmapped = sorted(set(names) - set(mapped(index.state, labels.mapping, study)))
     if len(unmapped) == len(names):
-        raise LabelTableError(f"data.labels.targets in site.yaml has none of the study's targets ({', '.join(names)})")
+        raise LabelTableError(f"{where(study)} in site.yaml has none of the study's targets ({', '.join(names)})")
     members, left_out = cohort.join(index, labels, study)
     splits = cohort.placed(members, study, cohort.read_pins(pins)).splits
     role = _role(settings.site, study)

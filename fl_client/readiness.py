@@ -330,13 +330,15 @@ def _leakage(looked: Inspection) -> str:
 
 def previews_of_approved(looked: Inspection) -> "list[Preview]":
     """What each approved study that fits this site's labels takes, by the splits that were pinned."""
+    from fl_client.masks import mapped  # with torch, which takes a second to load
+
     labels = attempt(lambda: looked.labels)
     answered = [c.offer.study for c in consents(looked.home) if c.statement.decision == "approved"]
     approved = [study for study in answered if study.task.kind != "counting"]  # which splits nobody
-    fitting = [study for study in approved if labels and set(study.task.targets) & set(labels.mapping.targets)]
+    fitting = [study for study in approved if labels and mapped(looked.index.state, labels.mapping, study)]
     if labels is None or not fitting or looked.index.unfit:  # the findings about labels and images say why
         return []
-    from fl_client.preview import preview  # with torch, which takes a second to load
+    from fl_client.preview import preview
 
     settings = Site.settings_of(looked.home)
     return [preview(looked.index, labels, study, settings, pins_of(looked.home, study)) for study in fitting]

@@ -17,10 +17,12 @@ from safetensors.numpy import load_file
 
 from fl_server import evidence
 from fl_server.measures import TOO_FEW, measure
+from fl_server.outlines import NO_CASES
 from fl_server.results import canonical, check
 from models import exporting, registry
 from models.contributions import RELEASE_DECIMALS
 from models.sections import RELEASE_MIN
+from models.segmentation import NAMES
 from models.study import Study
 from privacy import keys
 from privacy.errors import MessageMalformed, RunUnknown
@@ -83,11 +85,11 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
         **card,
         "intended_use": study.purpose,
         "targets": list(study.task.targets),
-        "reference_standard": "The label table of each site, with the site's own words for each target.",
+        "reference_standard": _reference(study),
         "preprocessing": study.images.model_dump(mode="json"),
         "preprocessing_sha256": keys.digest(canonical(study.images.model_dump(mode="json"))),
         "privacy_sentences": [statement.sentence() for statement in study.statements()],
-        "metrics": _figures(metrics),
+        "metrics": _figures(metrics, study),
         "attack": wanted.attack,
         "limits": [
             f"Evaluated on held-out patients of the sites named here, and nowhere else: {_kinds(metrics)} testing.",
@@ -97,10 +99,17 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
     }
 
 
-def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
+def _reference(study: Study) -> str:
+    if study.segments:
+        return "The masks of each site, with the site's own values for each structure."
+    return "The label table of each site, with the site's own words for each target."
+
+
+def _figures(metrics: dict[str, Any], study: Study) -> dict[str, Any]:
     """Of metrics.json what leaves the consortium: label, selected round, and test figures pooled and per site."""
     pooled = metrics["pooled"]
-    targets = {name: _target(entry) for name, entry in pooled["targets"].items()}
+    told = _outlined if study.segments else _target
+    targets = {name: told(entry) for name, entry in pooled["targets"].items()}
     counts = {name: pooled[name] // RELEASE_MIN * RELEASE_MIN for name in ("patients", "images")}
     return {
         "label": metrics["label"],
@@ -128,6 +137,21 @@ def _target(entry: dict[str, Any]) -> dict[str, Any]:
     return {**classes, "auroc": round(entry["auroc"], RELEASE_DECIMALS), "interval": interval}
 
 
+def _outlined(entry: dict[str, Any]) -> dict[str, Any]:
+    """The same of one structure: means with intervals, cases by tens."""
+    cases = entry["cases"] // RELEASE_MIN * RELEASE_MIN
+    if cases < RELEASE_MIN:
+        return {**dict.fromkeys(("cases", *NAMES)), "why": entry.get("why", NO_CASES)}
+    return {"cases": cases} | {name: _rounded(entry[name]) for name in NAMES}
+
+
+def _rounded(found: dict[str, Any] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    ends = None if found["interval"] is None else [round(end, RELEASE_DECIMALS) for end in found["interval"]]
+    return {"value": round(found["value"], RELEASE_DECIMALS), "interval": ends}
+
+
 def _in_words(study: Study, card: dict[str, Any]) -> str:
     lines = [
         f"# {study.title}",
@@ -136,7 +160,7 @@ def _in_words(study: Study, card: dict[str, Any]) -> str:
         "",
         f"**Intended use.** {study.purpose}",
         "",
-        f"**Predicts** {', '.join(study.task.targets)} from {study.images.words}",
+        f"**Predicts** {study.predicts} from {study.images.words}",
         f"Preprocessing `{card['preprocessing_sha256']}`.",
         "",
         f"**Reference standard.** {card['reference_standard']}",

@@ -19,6 +19,7 @@ from privacy.heads import SignedHead
 
 console = Console()
 SCORE = "fl_client.scoring:score"  # only the hospital's half reads DICOM, so it is looked up by its name
+OUTLINE = "fl_client.outlining:outline"
 
 PackageFile = Annotated[Path, typer.Argument(metavar="PACKAGE", help="A released model, NAME-VERSION.isocenter.")]
 Trust = Annotated[
@@ -106,14 +107,20 @@ def verify(package: PackageFile, trust: Trust = None, as_json: AsJson = False) -
 
 def predict(
     package: PackageFile,
-    folder: Annotated[Path, typer.Argument(help="Folder with DICOM radiographs, at any depth.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Table of scores; it must not exist.")] = Path("scores.csv"),
+    folder: Annotated[Path, typer.Argument(help="Folder with DICOM radiographs, at any depth; for outlines also CT.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Table of scores, or of sizes beside OUT_seg with DICOM SEG; a new file."),
+    ] = Path("scores.csv"),
     trust: Trust = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Confined processes that read files.")] = 1,
 ) -> None:
-    """Score the radiographs of a folder, prepared as in training; what is left out is counted by reason."""
+    """Score or outline the images of a folder, prepared as in training; what is left out is counted by reason."""
     found = Package.open(package, trust)
     _free(out)
+    if found.study.segments:
+        _outline(found, folder, out, jobs)
+        return
     with Progress(console=Console(stderr=True)) as bars:
         bar = bars.add_task("scoring", total=None)
         scored = pkgutil.resolve_name(SCORE)(
@@ -126,6 +133,28 @@ def predict(
     out.chmod(0o600)  # scores of patients
     _line(f"{len(scored.rows)} scored: {out}")
     for reason, count in sorted(scored.left_out.items()):
+        _line(f"left out, {reason}: {count}")
+
+
+def _outline(package: Package, folder: Path, out: Path, jobs: int) -> None:
+    """A DICOM SEG for each image below `folder`, and a table of sizes."""
+    segmentations = out.with_name(f"{out.stem}_seg")
+    _free(segmentations)
+    with Progress(console=Console(stderr=True)) as bars:
+        bar = bars.add_task("outlining", total=None)
+        outlined = pkgutil.resolve_name(OUTLINE)(
+            package, folder, segmentations, jobs, lambda done, total: bars.update(bar, completed=done, total=total)
+        )
+    unit = "cm2" if package.study.images.volume is None else "ml"
+    with out.open("x", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        sizes = [f"{name}_{unit}" for name in package.study.task.targets]
+        table.writerow(["file", "series_instance_uid", "sop_instance_uid", "segmentation", *sizes])
+        for *names, found in outlined.rows:
+            table.writerow([*names, *("" if size is None else f"{size:.3f}" for size in found)])
+    out.chmod(0o600)  # figures of patients
+    _line(f"{len(outlined.rows)} outlined: {segmentations}, sizes in {out}")
+    for reason, count in sorted(outlined.left_out.items()):
         _line(f"left out, {reason}: {count}")
 
 

@@ -1,7 +1,7 @@
 """A released model for others' programs: a MONAI bundle, a torch.export program, or ONNX.
 
-All three map images float32 (B, 1, *grid) in 0..1 on the study's grid to scores float32 (B, T) in 0..1, for any B, and need
-nothing of Isocenter where they are used.
+All three map images float32 (B, 1, *grid) in 0..1 on the study's grid to scores float32 (B, T) in 0..1, or of a model that
+outlines (B, T, *grid), for any B, and need nothing of Isocenter where they are used.
 """
 
 import json
@@ -109,14 +109,17 @@ def _bundle(package: Package, out: Path) -> None:
     for folder in ("configs", "models", "docs"):
         (out / folder).mkdir(parents=True)
     (out / "configs" / "metadata.json").write_text(json.dumps(_metadata(package), indent=1), encoding="utf-8")
-    (out / "configs" / "inference.json").write_text(json.dumps(_inference(), indent=1), encoding="utf-8")
+    (out / "configs" / "inference.json").write_text(json.dumps(_inference(package.study), indent=1), encoding="utf-8")
     torch.save(network(package).state_dict(), out / "models" / "model.pt")
     _pt2(package, out / "models" / "model.pt2")
     grid = " x ".join(str(side) for side in package.study.images.shape[1:])
+    what = "`scores.json`, with one list per file"
+    if package.study.segments:
+        what = "`scores.npz`, with one array (structure, *grid) per file; a voxel belongs to a structure from 0.5 on"
     usage = (
         f"\n## Using this bundle\n\nPut images as .npy files, float32 {grid} in 0 to 1 with bright as dense, into `inputs/`.\n"
         "Then in this folder: `pip install monai fire`, `python -m monai.bundle run --config_file configs/inference.json`.\n"
-        f"It writes `scores.json`, with one list per file: {', '.join(package.study.task.targets)}.\n"
+        f"It writes {what}: {', '.join(package.study.task.targets)}.\n"
     )
     (out / "docs" / "README.md").write_text(package.files["card.md"].decode() + usage, encoding="utf-8")
     (out / "LICENSE").write_text(LICENCE, encoding="utf-8")
@@ -136,9 +139,9 @@ def _metadata(package: Package) -> dict[str, Any]:
     }
     scores = {
         "type": "probabilities",
-        "format": "classification",
+        "format": "segmentation" if study.segments else "classification",
         "num_channels": len(study.task.targets),
-        "spatial_shape": [],
+        "spatial_shape": list(study.images.shape[1:]) if study.segments else [],
         "channel_def": {str(place): name for place, name in enumerate(study.task.targets)},
     }
     return {
@@ -150,7 +153,7 @@ def _metadata(package: Package) -> dict[str, Any]:
         "numpy_version": np.__version__,
         "required_packages_version": {},
         "name": study.title,
-        "task": f"Classification of {', '.join(study.task.targets)}",
+        "task": f"{'Segmentation' if study.segments else 'Classification'} of {', '.join(study.task.targets)}",
         "description": study.purpose,
         "authors": f"The consortium of {', '.join(study.all_sites)}",
         "copyright": "Of whoever signed the package",
@@ -159,12 +162,16 @@ def _metadata(package: Package) -> dict[str, Any]:
     }
 
 
-def _inference() -> dict[str, Any]:
+def _inference(study: Study) -> dict[str, Any]:
+    named = "dict(zip(map(os.path.basename, @files), @scores))"
+    written, ending, scored = f"pathlib.Path(@output_file).write_text(json.dumps({named}))", "json", "tolist()"
+    if study.segments:
+        written, ending, scored = f"numpy.savez_compressed(@output_file, **{named})", "npz", "detach().numpy()"
     return {
-        "imports": ["$import glob", "$import os", "$import pathlib", "$import json", "$import torch"],
+        "imports": [f"$import {name}" for name in ("glob", "os", "pathlib", "json", "numpy", "torch")],
         "bundle_root": ".",
         "input_dir": "$@bundle_root + '/inputs'",
-        "output_file": "$@bundle_root + '/scores.json'",
+        "output_file": f"$@bundle_root + '/scores.{ending}'",
         "files": "$sorted(glob.glob(@input_dir + '/*.npy'))",
         "preprocessing": {
             "_target_": "Compose",
@@ -176,10 +183,8 @@ def _inference() -> dict[str, Any]:
         },
         "network": "$torch.export.load(@bundle_root + '/models/model.pt2').module()",
         "batch": "$torch.stack(list(map(@preprocessing, @files)))",
-        "scores": "$@network(@batch).tolist()",
-        "run": [
-            "$pathlib.Path(@output_file).write_text(json.dumps(dict(zip(map(os.path.basename, @files), @scores))))",
-        ],
+        "scores": f"$@network(@batch).{scored}",
+        "run": [f"${written}"],
     }
 
 

@@ -55,6 +55,7 @@ PYDICOM_DOORS = {
     "fl_client/export.py",
     "fl_client/headers.py",
     "fl_client/masks.py",  # DICOM segmentations
+    "fl_client/outlining.py",  # writes them
     "fl_client/landing.py",  # what an archive sent, before it is a file
     "fl_client/phantom.py",
     "fl_client/phantom_ct.py",
