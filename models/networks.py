@@ -322,7 +322,7 @@ PARTS: dict[NetworkName, Parts] = {
     "efficientnet_b0": Parts("net._fc.", ("net._blocks.6.", "net._conv_head.", "net._bn1.")),
     "vit": Parts("head.", (f"blocks.{VIT_BLOCKS - 1}.", "norm.")),
     "unet": Parts("head.", ("net.model.2.",)),  # the last step up
-    "segresnet": Parts("net.conv_final.", ("net.up_samples.2.", "net.up_layers.2.")),
+    "segresnet": Parts("net.conv_final.2.", ("net.up_samples.2.", "net.up_layers.2.", "net.conv_final.0.")),
 }
 
 
