@@ -13,7 +13,7 @@ from fl_server.results import Evaluation, OutlineFigure, Sample, testing_of
 from models.sections import RELEASE_MIN
 from models.segmentation import MEASURES, NAMES, Overlaps
 
-NO_CASES = f"no site told of {RELEASE_MIN} cases of as many patients"
+NO_CASES = f"too few sites told of {RELEASE_MIN} cases of as many patients"
 NO_TEST = "no test result"
 NO_REPORT = "not in the test result"
 TOO_FEW = f"not released: fewer than {RELEASE_MIN} cases of as many patients"
@@ -64,7 +64,7 @@ def brief(sample: Sample | None) -> dict[str, Any] | None:
 
 def _pooled(sums: Overlaps, place: int, absent: str) -> dict[str, Any]:
     row = sums.row(place)
-    entry: dict[str, Any] = {name: row[name] for name in ("cases", *EMPTIES)}
+    entry: dict[str, Any] = {name: row[name] for name in ("sites", "cases", *EMPTIES)}
     entry |= {"surface_cases": row["surface_cases"], "hd95_cases": row["distance_cases"]}
     for name, measure in zip(NAMES, MEASURES, strict=True):
         found = sums.mean(place, measure)

@@ -17,7 +17,7 @@ from models import grades
 from models.contributions import grade_count
 from models.metrics import ScoreHistogram
 from models.sections import RELEASE_MIN
-from models.segmentation import DISTANCE_MAX, Overlaps
+from models.segmentation import CASES, DISTANCE_MAX, Overlaps
 from models.study import MASKED_SITES_MIN, Document, Name, Study
 from models.subgroups import Groups, groups, least_sites
 from privacy.errors import DocumentError, MessageMalformed
@@ -342,8 +342,10 @@ def _outlined(scores: Scores, study: Study, where: str) -> Sample:
         raise MessageMalformed(
             f"results: {where}: sums of {len(sums.counts)} structures, not {structures}", remedy=REMEDY
         )
+    if any(0 < sites < least_sites(study) or sites > len(scores.sites) for sites in sums.counts[:, 0].tolist()):
+        raise MessageMalformed(f"results: {where}: a structure is told by too few sites, or by too many", remedy=REMEDY)
     # Images of a private study are in tens, so cases may be more.
-    if study.privacy == "none" and int(sums.counts[:, 0].max()) > scores.images:
+    if study.privacy == "none" and int(sums.counts[:, CASES].max()) > scores.images:
         raise MessageMalformed(f"results: {where}: more cases than the {scores.images} images", remedy=REMEDY)
     if (scores.loss is None and scores.images > 0) or scores.patients > scores.images:
         raise MessageMalformed(f"results: {where}: loss, patients and images do not fit each other", remedy=REMEDY)

@@ -21,7 +21,7 @@ from models import grades, intervals, questions, segmentation, subgroups
 from models.metrics import ScoreHistogram
 from models.questions import Counting
 from models.sections import RELEASE_MIN
-from models.segmentation import Cases, Overlaps
+from models.segmentation import CASES, Cases, Overlaps
 from models.study import Study
 from models.subgroups import Groups, Scored
 from privacy import noise
@@ -216,9 +216,10 @@ def _tallied(study: Study, tally: Int64, facts: tuple[int, int, float]) -> Sheet
     patients, images, _ = facts
     nothing = empty_sheet(study)
     if study.segments:
-        sheet = Sheet(*facts, nothing.histogram, Overlaps(tally))
+        overlaps = Overlaps(tally)
+        sheet = Sheet(*facts, nothing.histogram, overlaps)
         # Under differential privacy images are in tens, up to nine too few at each site, and cases are not.
-        most = int(tally[:, 0].max()) if study.privacy == "none" else 0
+        most = int(overlaps.counts[:, CASES].max()) if study.privacy == "none" else 0
     else:
         sheet = Sheet(*facts, ScoreHistogram(tally))
         most = int(sheet.histogram.counts.sum(axis=(1, 2)).max())

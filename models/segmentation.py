@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.intervals import Interval, bootstrap_mean
-from models.sections import RELEASE_MIN, PrivacyOrNone, TaskOrQuestions
+from models.sections import MASKED_SITES_MIN, RELEASE_MIN, PrivacyOrNone, Protection, TaskOrQuestions
 from privacy.errors import MessageMalformed
 
 Int64 = npt.NDArray[np.int64]
@@ -31,10 +31,13 @@ Float64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
 
 COLUMNS = (
-    "cases", "both_empty", "missed", "invented", "dice", "dice_squares",
+    "sites", "cases", "both_empty", "missed", "invented", "dice", "dice_squares",
     "surface_cases", "surface", "surface_squares", "distance_cases", "distance", "distance_squares",
 )  # fmt: skip
-"""Of each structure, in the order of the sum: cases, those of each kind of empty mask, then counts, sums and sums of squares."""
+"""Of each structure, in the order of the sum: sites that tell of it, cases, those of each kind of empty mask, then counts, sums
+and sums of squares.
+"""
+CASES = COLUMNS.index("cases")
 SHARE_UNIT = 2.0**-20
 DISTANCE_UNIT = 2.0**-10  # mm, and mm²
 DISTANCE_MAX = 1000.0  # mm; no body is larger, and a million such cases still make a sound count
@@ -56,6 +59,8 @@ class Outlining(Protocol):
     def task(self) -> TaskOrQuestions: ...
     @property
     def privacy(self) -> PrivacyOrNone: ...
+    @property
+    def protection(self) -> Protection: ...
 
 
 def compare(found: Bool, truth: Bool, spacing_mm: Sequence[float], tolerance_mm: float) -> tuple[float, float, float]:
@@ -157,7 +162,7 @@ class Overlaps:
             known = cases.known[:, structure]
             present, found = cases.present[known, structure], cases.found[known, structure]
             empties = int((~present & ~found).sum()), int((present & ~found).sum()), int((~present & found).sum())
-            row = [int(known.sum()), *empties]
+            row = [int(known.any()), int(known.sum()), *empties]
             for measure in MEASURES:
                 values = np.minimum(cases.rows(structure, measure)[0], _MOST[measure])
                 sums = [int(np.rint(part / _UNITS[measure]).sum()) for part in (values, values**2)]
@@ -180,6 +185,19 @@ class Overlaps:
             if min(sizes) < RELEASE_MIN:
                 counts[structure] = 0
         return Overlaps(counts)
+
+    def require_of(self, sites: int) -> "Overlaps":
+        """These sums, if they can be of so many sites; raises MessageMalformed if more of them tell of a structure."""
+        if self.counts[:, 0].max(initial=0) > sites:
+            raise MessageMalformed(f"more than the {sites} sites of the sum tell of a structure")
+        return self
+
+    def kept(self, study: Outlining) -> "Overlaps":
+        """What a run may keep of an opened sum: structures that enough sites tell of. One that a site alone annotates is that
+        site's own sum, which masks do not hide, so of a masked run none of fewer than MASKED_SITES_MIN is kept.
+        """
+        least = MASKED_SITES_MIN if study.protection == "masked" else 1
+        return Overlaps(np.where(self.counts[:, :1] >= least, self.counts, 0))
 
     def row(self, structure: int) -> dict[str, int]:
         """One structure's sums by name."""
@@ -217,6 +235,8 @@ def _possible(row: dict[str, int]) -> bool:
     overlapping = row["cases"] - row["both_empty"] - row["missed"] - row["invented"]
     return (
         overlapping >= 0
+        and row["sites"] <= row["cases"]
+        and (row["sites"] > 0) == (row["cases"] > 0)
         and row["distance_cases"] <= overlapping
         and row["distance_cases"] <= row["surface_cases"] <= row["cases"] - row["both_empty"]
         and row["both_empty"] * one <= row["dice"] <= (row["both_empty"] + overlapping) * one

@@ -198,7 +198,7 @@ def test_the_summed_figures_are_those_of_all_cases_computed_by_hand(ran: SimpleN
 
     net = networks.build(ran.study)
     networks.load_vector(net, load_file(ran.run / "model.safetensors")["model"])
-    sums = dict.fromkeys(COLUMNS[:5], 0.0) | {"surface": 0.0, "surface_cases": 0}
+    sums = dict.fromkeys(COLUMNS[:6], 0.0) | {"surface": 0.0, "surface_cases": 0}
     for part in splits(ran, "test").values():
         with torch.inference_mode():
             outlines = (net(part.images) > 0).numpy()[:, 0]
@@ -211,7 +211,12 @@ def test_the_summed_figures_are_those_of_all_cases_computed_by_hand(ran: SimpleN
             sums["surface_cases"] += 1
             sums["surface"] += _surface_dice(found, truth, spacing, 20)
     told = dict(zip(COLUMNS, ran.results["test"]["counts"][0], strict=True))
-    assert told["cases"] == sums["cases"] and told["missed"] == sums["missed"] and told["invented"] == 0
+    assert (
+        told["sites"] == 3
+        and told["cases"] == sums["cases"]
+        and told["missed"] == sums["missed"]
+        and told["invented"] == 0
+    )
     assert told["dice"] * 2.0**-20 == pytest.approx(sums["dice"], abs=1e-3)
     assert told["surface"] * 2.0**-20 == pytest.approx(sums["surface"], abs=1e-3)
 
@@ -238,10 +243,12 @@ def test_report_and_terminal_say_dice_and_no_auroc(ran: SimpleNamespace) -> None
 
 
 LIES: list[tuple[str, Any]] = [
-    ("negative", lambda r: r["test"]["counts"][0].__setitem__(4, -1)),
-    ("dice above one", lambda r: r["test"]["counts"][0].__setitem__(4, 2**50)),
+    ("negative", lambda r: r["test"]["counts"][0].__setitem__(5, -1)),
+    ("dice above one", lambda r: r["test"]["counts"][0].__setitem__(5, 2**50)),
     ("more cases than images", lambda r: r["test"].__setitem__("images", 3) or r["test"].__setitem__("patients", 3)),
     ("one structure less", lambda r: r["test"]["counts"].pop()),
+    ("told by two sites", lambda r: r["test"]["counts"][0].__setitem__(0, 2)),
+    ("told by four sites", lambda r: r["test"]["counts"][0].__setitem__(0, 4)),
     ("a histogram", lambda r: r["test"].__setitem__("counts", {"bins": 10})),
     ("figures of scores", lambda r: r["figures"].__setitem__("north", [_auroc(), None])),
     ("outside its interval", lambda r: r["figures"]["north"][0].__setitem__("dice", [0.9, 0.1, 0.2])),
