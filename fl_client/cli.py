@@ -356,6 +356,8 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
                 f"{_group_of_one(study)}",
             )
         )
+    if study.segments and study.protection == "masked":
+        lines.append(("Alone", _alone("structure that no other site annotates", "sums", "structure")))
     if study.relation == "ordered" and study.privacy == "none":
         lines.append(("Grades", "how many test images of each grade are called which grade, in the same sum"))
     lines.append(("Seen by", f"{_seen_by(study)} (protection: {study.protection})"))
@@ -379,9 +381,13 @@ def _summed(study: Study) -> str:
 def _group_of_one(study: Study) -> str:
     if study.protection != "masked":
         return "The coordinator sees those of your site by themselves"
+    return _alone("group that no other site tells of", "histogram", "group")
+
+
+def _alone(what: str, seen: str, kept: str) -> str:
     return (
-        "A group that no other site tells of is yours alone in that sum: the coordinator's program sees its histogram when "
-        "the sum is opened, and keeps no group of fewer than 3 sites"
+        f"A {what} is yours alone in that sum: the coordinator's program sees its {seen} when the sum is opened, and keeps no "
+        f"{kept} of fewer than 3 sites"
     )
 
 

@@ -38,6 +38,10 @@ def misses(rule: Rule, study: Study, researcher: str, delta: float, today: dt.da
         found.append(f"{study.budgeted_rounds} rounds, spare ones included, are more than {rule.rounds}")
     if study.evaluation.subgroups:
         found.append("the study adds up test results of subgroups, which no ε covers")
+    if study.segments:
+        found.append(
+            "the study outlines structures: sums of their figures, which no ε covers, are for people to approve"
+        )
     if study.evaluation.external == "all":
         found.append("the study tests on all patients of sites that only evaluate, not on a share of them")
     if study.participation.quorum < rule.minimum_sites:

@@ -1,6 +1,7 @@
 """A released model that outlines: its card, its exports, and `fl-study predict`, whose DICOM SEG lies on its image."""
 
 import csv
+import datetime as dt
 import json
 import stat
 import subprocess
@@ -19,11 +20,12 @@ from safetensors.numpy import save
 from test_outlines import TEXT, VOLUMES, study
 from typer.testing import CliRunner
 
-from fl_client import cli, masks, outlining
+from fl_client import cli, masks, outlining, rules
 from fl_client.cohort import on_grid
 from fl_client.index import Index
 from fl_client.phantom import VENDORS, make_hospital
 from fl_client.phantom_ct import SCANNERS, make_ct_hospital
+from fl_client.policy import Rule
 from fl_client.rehearsal import prepare
 from fl_client.site import MaskMap
 from fl_server import measures, release, report
@@ -270,9 +272,8 @@ def test_the_card_tells_cases_in_tens_and_nothing_of_nine(tmp_path: Path) -> Non
 
 
 def test_approval_says_what_leaves_and_what_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan = study(**{"protection__masked": "protection: plain"})
     hospital = Hospital.open(tmp_path)
-    cli.show_study(plan, hospital.site, "ada", [])
+    cli.show_study(study(), hospital.site, "ada", [])
     said = " ".join(capsys.readouterr().out.split())
     assert (
         "outlines of lungs, opacity" in said and "score" not in said and "AUROC" not in said and "histogram" not in said
@@ -281,3 +282,15 @@ def test_approval_says_what_leaves_and_what_stays(tmp_path: Path, capsys: pytest
     assert "Dice, surface Dice and HD95 of each structure" in said
     assert "the mask, the outline and the figures of any single image" in said
     assert "site.yaml maps no mask to lungs, opacity" in said
+    assert "A structure that no other site annotates is yours alone in that sum" in said
+
+
+def test_no_rule_approves_a_study_of_outlines() -> None:
+    """Everything else about it would fit."""
+    facts = {"researchers": ["ada"], "epsilon": 9, "rounds": 10, "until": "2030-01-01"}
+    privacy = {"epsilon": 8, "clip_norm": 1, "sampling_rate": 0.2, "noise_multiplier": 3}
+    private = Study.model_validate(study().model_dump(mode="json", exclude_defaults=True) | {"privacy": privacy})
+    found = rules.misses(Rule.model_validate(facts), private, "ada", 1e-5, dt.date(2026, 1, 1))
+    assert found == [
+        "the study outlines structures: sums of their figures, which no ε covers, are for people to approve"
+    ]
