@@ -15,7 +15,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from fl_client import norms, variates
+from fl_client import masks, norms, variates
 from fl_client.cohort import Cohort, Split, splits_of
 from fl_client.counting import UNTOLD_S, carry_out_count, countable
 from fl_client.ingest import Index
@@ -39,8 +39,10 @@ from models.labels import LabelTable
 from models.learning import Control, Turn
 from models.metrics import ScoreHistogram
 from models.questions import Counting
+from models.sections import Segmentation
+from models.segmentation import Cases, Overlaps
 from models.study import Regression, Study
-from models.subgroups import Scored
+from models.subgroups import Groups, Scored
 from privacy import dpsgd, noise
 from privacy.errors import CohortTooSmall, MessageMalformed, StepRefused
 from privacy.wire import (
@@ -97,7 +99,7 @@ class Desk:
     def cohort(self, site: Site, study: Study, split: Split) -> Cohort:
         """The site's images of `split`; CohortTooSmall if this split is smaller than the study's or the site's minimum."""
         source = site.source
-        files = (site.state / "index.sqlite", *source.labels.files(site.home))
+        files = (site.state / "index.sqlite", masks.file_of(site.state), *source.labels.files(site.home))
         seen = tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in files)
         key = (site.home, study.digest, split, seen)
         if key not in self.cohorts:
@@ -163,7 +165,7 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
     sending = desk.vault.begin(site, study, order, order.model.size)
     hold = site.reserve(study, order, cohort.identities)
     validation = cohorts["validation"]
-    sheet = release(study, sheet_of(score(net, validation), validation, study))
+    _, sheet = evaluated(net, validation, study)
     if study.privacy == "none":
         number = order.round
         if common is None:
@@ -214,15 +216,16 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: EvaluateOr
     cohort = desk.cohort(site, study, tested if order.split == "test" else "validation")
     net = desk.net(site, study, order)
     sending = desk.vault.begin(site, study, order, order.model.size)
-    scored = score(net, cohort)
-    sheet = release(study, sheet_of(scored, cohort, study))
+    scored, sheet = evaluated(net, cohort, study)
     contribution = Contribution(_archive(study, cohort.ingested), sheet)
     if order.split == "test":
-        groups = subgroups.suppressed(study, scored, cohort.observed, sheet.histogram)
-        contribution = replace(contribution, groups=groups, grades=grades_told(study, scored))
-        if isinstance(study.task, Regression):
-            errors = regression.told(scored, private=study.privacy != "none")
-            contribution = replace(contribution, errors=errors)
+        groups, errors = Groups.empty(study), None
+        if isinstance(scored, Scored):
+            groups = subgroups.suppressed(study, scored, cohort.observed, sheet.histogram)
+            if isinstance(study.task, Regression):
+                errors = regression.told(scored, private=study.privacy != "none")
+        grades = grades_told(study, scored)
+        contribution = replace(contribution, groups=groups, grades=grades, errors=errors)
     if noises_figures(study):
         contribution = replace(contribution, update=noisy_figures(site, study, order, net, cohort), summed=True)
     vector, vouch = sending.protect(contribution)
@@ -257,6 +260,32 @@ def carry_out_step(desk: Desk, site: Site, study: Study, order: Order) -> KeysRe
     made = desk.vault.make_keys(site, study, order)
     seconds = UNTOLD_S if isinstance(study.task, Counting) else time.monotonic() - began
     return KeysReport(**order.naming(), site=site.name, seconds=seconds, keys=made)
+
+
+def evaluated(net: nn.Module, cohort: Cohort, study: Study) -> tuple[Scored | Cases, Sheet]:
+    """What is found of each image of `cohort`, which stays here, and what of it goes into a sum."""
+    if study.segments:
+        cases, loss = compared(net, cohort, study)
+        counted = cohort.counts
+        nothing = empty_sheet(study).histogram
+        told = Overlaps.of(cases).told(study, cases)
+        return cases, release(study, Sheet(counted.patients, counted.images, loss, nothing, told))
+    scored = score(net, cohort)
+    return scored, release(study, sheet_of(scored, cohort, study))
+
+
+def compared(net: nn.Module, cohort: Cohort, study: Study) -> tuple[Cases, float]:
+    """Every outline of `net` beside its reference mask, and the mean loss over the images."""
+    if not isinstance(study.task, Segmentation):
+        raise MessageMalformed("the study outlines nothing")
+    known = cohort.known.numpy() > 0
+    cases = Cases.empty(len(cohort), known.shape[1], cohort.patients.numpy())
+    total = 0.0
+    for row, outlined, loss in learning.outlined(net, cohort):
+        scale = (cohort.spacing_mm[row].tolist(), study.task.tolerance_mm)
+        cases.put(row, (outlined, cohort.targets[row].numpy() > 0), known[row], scale)
+        total += loss
+    return cases, total / max(1, len(cohort))
 
 
 def score(net: nn.Module, cohort: Cohort) -> Scored:

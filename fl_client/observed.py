@@ -7,8 +7,8 @@ from fl_client.index import IndexedImage
 from models.attributes import AGE_BINS, AGE_EDGES, CAPPED_AGE, About, Sex
 from models.covariates import AGE, AGE_ABOVE, SEX, SEXES, Covariates, names_of
 from models.labels import LabelMap, LabelTable
-from models.questions import Counting, Observed, vendor_of
-from models.sections import Regression, Task
+from models.questions import Observed, vendor_of
+from models.sections import Regression, TaskOrQuestions
 
 _SEX: dict[str, Sex] = {"F": "F", "M": "M", "O": "O"}
 
@@ -89,6 +89,6 @@ def unnamed(mapping: LabelMap, wanted: Covariates) -> list[str]:
     ]
 
 
-def answered(mapping: LabelMap, task: Task | Regression | Counting) -> set[str]:
+def answered(mapping: LabelMap, task: TaskOrQuestions) -> set[str]:
     """Names of what this site's label map can answer of the kind that `task` asks: words that mean 1 and 0, or numbers."""
     return set(mapping.numbers if isinstance(task, Regression) else mapping.targets)

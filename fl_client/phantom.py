@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import nibabel
 import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -106,6 +107,9 @@ _APPEARANCE_WORDS = dict(
         strict=True,
     )
 )
+STRUCTURES: dict[str, list[int | str]] = {"lungs": [1, 2], "opacity": [2]}
+"""`data.masks.structures` of made-up masks: 1 is lung without, 2 lung with an opacity (of CT: ground glass)."""
+OUTLINED_FROM = 0.22  # density from which an opacity is outlined
 GRADES = 4
 _GRADE_BURDENS = (
     0.0,
@@ -154,8 +158,13 @@ class _Grid:
     y: Plane
 
 
-def make_hospital(folder: Path, name: str, patients: int, seed: int, vendor: Vendor) -> dict[str, Any]:
+def make_hospital(
+    folder: Path, name: str, patients: int, seed: int, vendor: Vendor, *, outlined: bool = False
+) -> dict[str, Any]:
     """Write `folder`/dicom and `folder`/labels.csv; the label map for site.yaml, with an absolute path.
+
+    `outlined`: also `folder`/masks, a NIfTI file for each radiograph (STRUCTURES); chests then lie anywhere on the detector,
+    larger or smaller, turned and of other proportions, so that no fixed mask fits them.
 
     Targets: opacity; the classes of APPEARANCES; severity-1 to severity-4, each "at least this grade"; icu. Numbers: extent.
     """
@@ -164,13 +173,15 @@ def make_hospital(folder: Path, name: str, patients: int, seed: int, vendor: Ven
     images.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[str, str, Finding, bool]] = []
     last = None
-    for number, (patient, found, pixels) in enumerate(_exposures(patients, vendor, rng)):
+    for number, (patient, found, (pixels, regions)) in enumerate(_exposures(patients, vendor, rng, outlined=outlined)):
         dataset = _dataset(f"{name}-{seed}", patient, number, vendor, rng)
         _set_view(dataset, vendor, rng)
         _set_pixels(dataset, pixels, vendor, vendor.syntaxes[int(rng.integers(len(vendor.syntaxes)))])
         path = images / f"{dataset.StudyDate}" / f"IM{number:05d}"
         path.parent.mkdir(exist_ok=True)
         dataset.save_as(path, enforce_file_format=True)
+        if outlined:
+            write_mask(folder / "masks" / f"{dataset.SOPInstanceUID}.nii", regions.T[:, :, None], np.eye(4))
         key = {"study_uid": "StudyInstanceUID", "accession": "AccessionNumber", "patient_id": "PatientID"}[
             vendor.matches
         ]
@@ -232,14 +243,25 @@ def _entropy(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("\n".join(map(str, ("isocenter/v1/phantom", *parts))).encode()).digest()[:8])
 
 
-def _exposures(patients: int, vendor: Vendor, rng: np.random.Generator) -> Iterator[tuple[int, Finding, Plane]]:
-    """(patient, what is in the lungs, pixels in 0..1 with bright = dense) for each image; the anatomy is the patient's own."""
+def write_mask(path: Path, values: npt.NDArray[np.uint8], affine: npt.NDArray[np.float64]) -> None:
+    """A NIfTI file of uint8 (columns, rows, slices)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image: Any = nibabel.Nifti1Image
+    path.write_bytes(image(values, affine).to_bytes())
+
+
+def _exposures(
+    patients: int, vendor: Vendor, rng: np.random.Generator, *, outlined: bool
+) -> Iterator[tuple[int, Finding, tuple[Plane, npt.NDArray[np.uint8]]]]:
+    """(patient, what is in the lungs, (pixels in 0..1 with bright = dense, their regions)) for each image; the anatomy is the
+    patient's own.
+    """
     for patient in range(patients):
         opaque = bool(rng.random() < POSITIVE_SHARE)
         anatomy = int(rng.integers(2**63))
         for _ in range(1 + int(rng.random() < FOLLOW_UP_SHARE)):
-            picture, found = _exposed(anatomy, opaque, vendor, rng)
-            yield patient, found, picture
+            picture, found, regions = _exposed(anatomy, opaque, vendor, rng, outlined=outlined)
+            yield patient, found, (picture, regions)
 
 
 def expose(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator) -> Plane:
@@ -247,9 +269,13 @@ def expose(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator)
     return _exposed(anatomy, opaque, vendor, rng)[0]
 
 
-def _exposed(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator) -> tuple[Plane, Finding]:
+def _exposed(
+    anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator, *, outlined: bool = False
+) -> tuple[Plane, Finding, npt.NDArray[np.uint8]]:
     grid = _positioned(vendor, rng)
-    density, found = _chest(grid, np.random.default_rng(anatomy), rng, opaque)
+    if outlined:
+        grid = _roamed(grid, rng)
+    density, found, regions = _chest(grid, np.random.default_rng(anatomy), rng, opaque)
     case = 0 if opaque else 1
     if rng.random() < WIRES_SHARE:
         density += _wires(rng)
@@ -265,7 +291,17 @@ def _exposed(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generato
         _lay_plate(picture, rng)
     if rng.random() < MARKER_SHARE:
         _stamp_marker(picture, rng)
-    return picture.clip(0, 1), found
+    return picture.clip(0, 1), found, regions
+
+
+def _roamed(grid: _Grid, rng: np.random.Generator) -> _Grid:
+    """The patient elsewhere: turned up to 20 degrees, up to a third of the detector aside, half as large to a bit larger."""
+    angle, size = rng.uniform(-0.35, 0.35), rng.uniform(0.55, 1.1)
+    wide, high = size * rng.uniform(0.85, 1.15), size * rng.uniform(0.85, 1.15)
+    right, down = rng.uniform(-0.3, 0.3, 2)
+    cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    x, y = grid.x - np.float32(right), grid.y - np.float32(down)
+    return _Grid((cosine * x - sine * y) / np.float32(wide), (sine * x + cosine * y) / np.float32(high))
 
 
 def _positioned(vendor: Vendor, rng: np.random.Generator) -> _Grid:
@@ -314,9 +350,11 @@ def _blurred(plane: Plane, sigma_px: float) -> Plane:
     return plane
 
 
-def _chest(grid: _Grid, body: np.random.Generator, moment: np.random.Generator, opaque: bool) -> tuple[Plane, Finding]:
-    """Density along the beam, and what of it is opacity. `body` decides what stays the same for a patient, `moment` what differs
-    between exposures.
+def _chest(
+    grid: _Grid, body: np.random.Generator, moment: np.random.Generator, opaque: bool
+) -> tuple[Plane, Finding, npt.NDArray[np.uint8]]:
+    """Density along the beam, what of it is opacity, and where lungs and opacities are (STRUCTURES). `body` decides what stays
+    the same for a patient, `moment` what differs between exposures.
     """
     x, y = grid.x, grid.y
     width, breath = np.float32(body.normal(0.80, 0.035)), np.float32(moment.normal(0, 0.05))
@@ -334,14 +372,15 @@ def _chest(grid: _Grid, body: np.random.Generator, moment: np.random.Generator, 
     density += 0.9 * lung * _vessels(grid, body)
     # Breast and muscle shadows: denser lower lungs that are no opacity.
     density += outline * np.float32(body.uniform(0, 0.22)) * (_bump(np.hypot((np.abs(x) - 0.45) * 0.9, y - 0.35), 0.34))
-    found = Finding()
+    found, regions = Finding(), (lung >= 0.5).astype(np.uint8)
     if opaque:
         opacities = _opacities(grid, moment)
         density += lung * opacities
         left, right = (float((side * opacities).sum() / side.sum()) for side in lungs)
         found = Finding(left, right)
+        regions[(regions > 0) & (opacities >= OUTLINED_FROM)] = 2
     result: Plane = density.astype(np.float32)
-    return result, found
+    return result, found, regions
 
 
 def _lungs(

@@ -14,11 +14,12 @@ from fl_client import cohort, enrol
 from fl_client.consent import consents
 from fl_client.facts import shared
 from fl_client.index import Index
-from fl_client.observed import answered, unnamed
+from fl_client.masks import mapped, where
+from fl_client.observed import unnamed
 from fl_client.policy import broken
 from fl_client.site import SiteFile
 from models.labels import LabelTable
-from models.study import Regression, Study, read
+from models.study import Study, read
 from privacy.errors import LabelTableError
 
 FLOAT_BYTES = 4  # of a pixel on a study's grid
@@ -140,10 +141,9 @@ def study_of(home: Path, text: str) -> Study:
 def preview(index: Index, labels: LabelTable, study: Study, settings: SiteFile, pins: Path) -> Preview:
     """Raises LabelTableError if the site maps none of the study's targets, DataError if its pins are damaged."""
     names = study.task.targets
-    unmapped = sorted(set(names) - answered(labels.mapping, study.task))
+    unmapped = sorted(set(names) - set(mapped(index.state, labels.mapping, study)))
     if len(unmapped) == len(names):
-        where = "numbers" if isinstance(study.task, Regression) else "targets"
-        raise LabelTableError(f"data.labels.{where} in site.yaml has none of the study's targets ({', '.join(names)})")
+        raise LabelTableError(f"{where(study)} in site.yaml has none of the study's targets ({', '.join(names)})")
     unmapped += unnamed(labels.mapping, study.covariates)
     members, left_out = cohort.join(index, labels, study)
     splits = cohort.placed(members, study, cohort.pins_of(pins, study)).splits

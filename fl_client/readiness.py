@@ -12,7 +12,6 @@ from fl_client.consent import consents
 from fl_client.enrol import greet
 from fl_client.facts import Facts, facts_of
 from fl_client.index import Index
-from fl_client.observed import answered
 from fl_client.site import Site
 from fl_client.sources import Reason
 from models.labels import LabelTable
@@ -305,13 +304,15 @@ def _leakage(looked: Inspection) -> str:
 
 def previews_of_approved(looked: Inspection) -> "list[Preview]":
     """What each approved study that fits this site's labels takes, by the splits that were pinned."""
+    from fl_client.masks import mapped  # with torch, which takes a second to load
+
     labels = attempt(lambda: looked.labels)
     decided = [c.offer.study for c in consents(looked.home) if c.statement.decision == "approved"]
     approved = [study for study in decided if study.task.kind != "counting"]  # which splits nobody
-    fitting = [study for study in approved if labels and set(study.task.targets) & answered(labels.mapping, study.task)]
+    fitting = [study for study in approved if labels and mapped(looked.index.state, labels.mapping, study)]
     if labels is None or not fitting or looked.index.unfit:  # the findings about labels and images say why
         return []
-    from fl_client.preview import preview  # with torch, which takes a second to load
+    from fl_client.preview import preview
 
     settings = Site.settings_of(looked.home)
     return [preview(looked.index, labels, study, settings, pins_of(looked.home, study)) for study in fitting]

@@ -75,6 +75,10 @@ def check(study: Study) -> None:
     """Raise StudyConflict if a study cannot be compared; asked before anything is trained."""
     if study.task.kind == "counting" or not study.training.rounds:
         raise StudyConflict("a study that trains nothing has nothing to compare", remedy="Leave --compare out.")
+    if study.segments:
+        raise StudyConflict(
+            "models are compared by AUROC, and this study outlines structures", remedy="Leave --compare out."
+        )
     if study.task.kind != "classification":
         raise StudyConflict(
             "models are compared by their AUROC, and this study's target is a number",

@@ -175,13 +175,13 @@ def decision(panels: Mapping[str, tuple[Curve, Curve] | None]) -> Figure:
     return figure
 
 
-def forest(panels: Mapping[str, Sequence[Estimate]]) -> Figure:
-    """AUROC with its interval, one panel for each target and a row for each estimate; the first is the pooled one."""
+def forest(panels: Mapping[str, Sequence[Estimate]], label: str = "AUROC") -> Figure:
+    """What `label` says with its interval, one panel for each target and a row for each estimate; the first is the pooled one."""
     rows = max(len(estimates) for estimates in panels.values())
     height = min(12.0 if len(panels) == 1 else 6.0, 0.9 + 0.3 * rows)
     figure, grid = _grid(len(panels), 3.2, height) if len(panels) > 1 else _canvas(1, 7.4, height)
     for axes, (target, estimates) in zip(grid, panels.items(), strict=False):
-        _forest_panel(axes, estimates)
+        _forest_panel(axes, estimates, label)
         if len(panels) > 1:
             axes.set_title(target, fontsize=10, color=_INK)
     return figure
@@ -199,11 +199,11 @@ def errors(unit: str, panels: Mapping[str, Sequence[Estimate]]) -> Figure:
     return figure
 
 
-def _forest_panel(axes: Axes, estimates: Sequence[Estimate]) -> None:
-    lowest = _rows_of(axes, estimates)
+def _forest_panel(axes: Axes, estimates: Sequence[Estimate], label: str) -> None:
+    least = min(0.48, _rows_of(axes, estimates) - 0.03)
     axes.axvline(0.5, color=_GREY, linewidth=1, zorder=0)
-    axes.set_xlim(min(0.48, lowest - 0.03), 1.02)
-    axes.set(xlabel="AUROC")
+    axes.set_xlim(least if label == "AUROC" else max(0.0, least), 1.02)
+    axes.set(xlabel=label)
 
 
 def _rows_of(axes: Axes, estimates: Sequence[Estimate]) -> float:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from fl_server.results import VERSION, Evaluation, Figure, Round, Sample
+from fl_server import outlines
+from fl_server.results import VERSION, Evaluation, Figure, OutlineFigure, Round, Sample, testing_of
 from models import grades, operating, regression
 from models.calibration import calibration
 from models.intervals import difference
@@ -36,9 +37,6 @@ NOISED = "the counts have noise of their own"
 def measure(evaluation: Evaluation) -> dict[str, Any]:
     """Everything metrics.json says: who contributed, held-out figures pooled, per subgroup and per site, every round."""
     results, study = evaluation.results, evaluation.study
-    pooled = _pooled_figures(evaluation)
-    sites = {site: _site_figures(site, evaluation) for site in study.all_sites}
-    released = [entry["auroc"] for entry in sites.values() if entry["auroc"] is not None]
     return {
         "version": VERSION,
         "run_id": results.run_id,
@@ -55,6 +53,18 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         "contributors": {str(entry.round): entry.contributors for entry in results.rounds},
         "test_missing": results.test_missing,
         "ingested_images": results.ingested,
+        **(outlines.figures(evaluation) if study.segments else _scored(evaluation)),
+        "initial": _brief(evaluation.validation[0]),
+        "history": [_history(entry, evaluation.validation[entry.round]) for entry in results.rounds],
+    }
+
+
+def _scored(evaluation: Evaluation) -> dict[str, Any]:
+    """The parts about a model that scores images: pooled, per subgroup, grade and site."""
+    pooled = _pooled_figures(evaluation)
+    sites = {site: _site_figures(site, evaluation) for site in evaluation.study.all_sites}
+    released = [entry["auroc"] for entry in sites.values() if entry["auroc"] is not None]
+    return {
         "pooled": pooled,
         "subgroups": _subgroups(evaluation),
         "grades": grades.agreement(evaluation.grades) if evaluation.grades.size else None,
@@ -65,8 +75,6 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
             "auroc_over_targets": pooled["macro_auroc"],
         },
         "sites": sites,
-        "initial": _brief(evaluation.validation[0]),
-        "history": [_history(entry, evaluation.validation[entry.round]) for entry in results.rounds],
     }
 
 
@@ -263,13 +271,8 @@ def _site_figures(site: str, evaluation: Evaluation) -> dict[str, Any]:
     return {**targets[study.task.targets[0]], "testing": testing_of(study, site), "targets": targets}
 
 
-def testing_of(study: Study, site: str) -> str:
-    """internal or external, as CLAIM 2024 uses these words."""
-    return "internal" if site in study.participation.sites and study.training.rounds else "external"
-
-
-def _released(figure: Figure | None, absent: str) -> dict[str, Any]:
-    if figure is None:
+def _released(figure: Figure | OutlineFigure | None, absent: str) -> dict[str, Any]:
+    if not isinstance(figure, Figure):
         nothing = ("positives", "negatives", "auroc", "interval", "bootstrap_interval")
         return dict.fromkeys(nothing) | {"why": absent}
     return {
@@ -293,8 +296,8 @@ def _history(entry: Round, validation: Sample | None) -> dict[str, Any]:
 
 def _brief(sample: Sample | None) -> dict[str, Any] | None:
     """The figures of one round: those of the test without intervals, which nobody reads per round."""
-    if sample is None:
-        return None
+    if sample is None or sample.overlaps is not None:
+        return outlines.brief(sample)
     aurocs = [sample.histogram.auroc(place) for place in range(sample.histogram.targets)]
     return {
         "sites": sample.sites,

@@ -18,10 +18,12 @@ from safetensors.numpy import load_file
 
 from fl_server import evidence
 from fl_server.measures import A_NUMBER, NUMBER_TOO_FEW, TOO_FEW, gap, measure
+from fl_server.outlines import NO_CASES
 from fl_server.results import canonical, check
 from models import covariates, exporting, registry, regression
 from models.contributions import RELEASE_DECIMALS
 from models.sections import LONGEST_SIDE_PX, MASKED_SITES_MIN, RELEASE_MIN
+from models.segmentation import NAMES
 from models.study import Study
 from privacy import keys
 from privacy.errors import MessageMalformed, RunUnknown, StudyConflict
@@ -94,7 +96,7 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
         **card,
         "intended_use": study.purpose,
         "targets": list(study.task.targets),
-        "reference_standard": "The label table of each site, with the site's own words for each target.",
+        "reference_standard": _reference(study),
         **({"covariates": covariates.words(study.covariates)} if study.covariates else {}),
         "preprocessing": study.images.model_dump(mode="json"),
         "preprocessing_sha256": keys.digest(canonical(study.images.model_dump(mode="json"))),
@@ -112,11 +114,19 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
     }
 
 
+def _reference(study: Study) -> str:
+    if study.segments:
+        return "The masks of each site, with the site's own values for each structure."
+    return "The label table of each site, with the site's own words for each target."
+
+
 def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
     """Of metrics.json what leaves the consortium: label, selected round, and test figures pooled, per site and per group."""
     pooled = metrics["pooled"]
     if metrics["number"]:
         targets = {name: {"why": A_NUMBER} for name in pooled["targets"]}
+    elif _of_outlines(metrics):
+        targets = {name: _outlined(entry) for name, entry in pooled["targets"].items()}
     else:
         targets = {name: _target(entry) | {"operating": _operating(entry)} for name, entry in pooled["targets"].items()}
     counts = {name: pooled[name] // RELEASE_MIN * RELEASE_MIN for name in ("patients", "images")}
@@ -200,6 +210,14 @@ def _target(entry: dict[str, Any]) -> dict[str, Any]:
     return {**classes, "auroc": round(entry["auroc"], RELEASE_DECIMALS), "interval": interval}
 
 
+def _outlined(entry: dict[str, Any]) -> dict[str, Any]:
+    """The same of one structure: means with intervals, cases by tens."""
+    cases = entry["cases"] // RELEASE_MIN * RELEASE_MIN
+    if cases < RELEASE_MIN:
+        return {**dict.fromkeys(("cases", *NAMES)), "why": entry.get("why", NO_CASES)}
+    return {"cases": cases} | {name: entry[name] and _rounded(entry[name]) for name in NAMES}
+
+
 def _in_words(study: Study, card: dict[str, Any]) -> str:
     lines = [
         f"# {study.title}",
@@ -227,7 +245,14 @@ def _in_words(study: Study, card: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _of_outlines(metrics: dict[str, Any]) -> bool:
+    """Whether the figures are of outlined structures, each entry with its cases in place of classes."""
+    return all("cases" in entry for entry in metrics["pooled"]["targets"].values())
+
+
 def _few(metrics: dict[str, Any]) -> str:
+    if _of_outlines(metrics):
+        return "a structure with cases"
     return "a number of images" if "number" in metrics else "a class"
 
 
@@ -235,8 +260,12 @@ def _tables(metrics: dict[str, Any]) -> list[str]:
     """The figures of the card in Markdown: population, and what the model's kind of task is measured by."""
     pooled = metrics["pooled"]
     people = f"At least {pooled['patients']} patients and {pooled['images']} images of {len(pooled['sites'])} sites."
-    rows = _rows_of_number(metrics) if "number" in metrics else _rows_of_scores(metrics)
-    return [people, "", *rows]
+    rows = _rows_of_scores
+    if "number" in metrics:
+        rows = _rows_of_number
+    elif _of_outlines(metrics):
+        rows = _rows_of_outlines
+    return [people, "", *rows(metrics)]
 
 
 def _rows_of_number(metrics: dict[str, Any]) -> list[str]:
@@ -256,6 +285,24 @@ def _rows_of_number(metrics: dict[str, Any]) -> list[str]:
             shown = (_with_ends(found[name], found["intervals"][name]) for name in ("mae", "bias", "concordance"))
             told = [_count(found["images"]), *shown]
         lines.append(f"| {' | '.join((where, testing, *told))} |")
+    return lines
+
+
+def _rows_of_outlines(metrics: dict[str, Any]) -> list[str]:
+    """Dice, surface Dice and HD95 of each structure, together and of each site that released them."""
+    lines = [
+        "| structure | where | testing | cases | Dice | surface Dice | HD95, mm |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for target, entry in metrics["pooled"]["targets"].items():
+        rows = [("all together", "", entry)]
+        rows += [(site, found["testing"], found["targets"][target]) for site, found in metrics["sites"].items()]
+        for where, testing, found in rows:
+            told = [found.get("why", ""), "–", "–", "–"]
+            if found["cases"] is not None:
+                shown = (found[name] or {"value": None, "interval": None} for name in NAMES)
+                told = [_count(found["cases"]), *(_with_ends(one["value"], one["interval"]) for one in shown)]
+            lines.append(f"| {' | '.join((target, where, testing, *told))} |")
     return lines
 
 

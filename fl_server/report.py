@@ -18,12 +18,12 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure as Picture
 
-from fl_server import figures, matrix
+from fl_server import figures, matrix, outlines
 from fl_server.matrix import Comparison
-from fl_server.measures import measure, not_told, testing_of
+from fl_server.measures import measure, not_told
 from fl_server.plots import ranges
 from fl_server.progress import duration
-from fl_server.results import Evaluation, Results, Round, check
+from fl_server.results import Evaluation, Results, Round, check, testing_of
 from models.sections import RELEASE_MIN
 
 
@@ -57,6 +57,8 @@ def write(
 def _draw(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, Picture]:
     """The figures, by the stem of their file name; only those that there is something to show on."""
     study, results = evaluation.study, evaluation.results
+    if study.segments:
+        return _draw_outlines(evaluation, metrics) | (_draw_rounds(evaluation, metrics) if results.rounds else {})
     pooled = metrics["pooled"]["targets"]
     if metrics["number"] is not None:
         found = {"errors": figures.errors(metrics["number"]["unit"], _error_panels(evaluation, metrics["number"]))}
@@ -79,15 +81,32 @@ def _draw(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, Picture]
     return drawn
 
 
+def _draw_outlines(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, Picture]:
+    """Dice of each structure, of the tested sites together and of each that released it."""
+    named = [(_together(evaluation), metrics["pooled"]), *metrics["sites"].items()]
+    panels = {
+        target: [_estimate(name, entry["targets"][target]["dice"]) for name, entry in named]
+        for target in evaluation.study.task.targets
+    }
+    return {"forest": figures.forest(panels, "mean Dice")}
+
+
+def _estimate(name: str, found: dict[str, Any] | None) -> figures.Estimate:
+    if found is None:
+        return figures.Estimate(name, None, None, None)
+    return figures.Estimate(name, found["value"], *(found["interval"] or (None, None)))
+
+
 def _draw_rounds(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, Picture]:
     study, results, selected = evaluation.study, evaluation.results, evaluation.results.selected_round
-    word = "AUROC" if len(study.task.targets) == 1 else f"AUROC, mean of {len(study.task.targets)} targets"
+    key, name = ("dice", "Dice") if study.segments else ("macro_auroc", "AUROC")
+    word = name if len(study.task.targets) == 1 else f"{name}, mean of {len(study.task.targets)} targets"
     training = [(e.round, math.nan if e.train_loss is None else e.train_loss) for e in results.rounds]
     loss = [_curve(metrics, "loss")]
     loss += [figures.Curve("training", training)] if study.privacy == "none" else []
     states = {site: [_state(entry, site) for entry in results.rounds] for site in study.participation.sites}
-    auroc = [_curve(metrics, "macro_auroc")]
-    drawn = {} if metrics["number"] else {"auroc": figures.per_round(auroc, f"{word}, validation split", selected)}
+    course = figures.per_round([_curve(metrics, key)], f"{word}, validation split", selected)
+    drawn = {} if metrics["number"] else {name.lower(): course}
     return drawn | {
         "loss": figures.per_round(loss, "loss", selected),
         "participation": figures.participation(states, [entry.round for entry in results.rounds]),
@@ -193,6 +212,7 @@ def _render(
     )
     shelf.filters["auroc"] = lambda value: "–" if value is None else f"{value:.3f}"
     shelf.filters["rate"] = _rate
+    shelf.filters["shown"] = outlines.shown
     shelf.filters["number"] = lambda value: f"{value:,}".replace(",", "\u202f")
     study, results = evaluation.study, evaluation.results
     return shelf.get_template("report.html").render(

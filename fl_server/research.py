@@ -453,6 +453,11 @@ def attack(
     study = _read_study(file)
     if isinstance(study.task, Counting):
         raise StudyConflict("a study that counts trains nothing to attack", remedy="Attack a study that trains.")
+    if study.segments:
+        raise StudyConflict(
+            "attacks are made on scores of images, and this study outlines structures",
+            remedy="There is no attack on outlines yet, so such a model with differential privacy cannot be released.",
+        )
     if study.images.volume is not None:
         raise StudyConflict(
             "attacks are made on pictures, and this study is of volumes",
@@ -605,6 +610,7 @@ class _Teller:
 
     def _scored(self, event: dict[str, Any]) -> None:
         auroc = f"  AUROC {event['auroc']:.3f}" if event["auroc"] is not None else ""
+        auroc = auroc if event.get("dice") is None else f"  Dice {event['dice']:.3f}"
         loss = f"{event['loss']:.3f}" if event["loss"] is not None else "unknown"
         self.scored = f"validation loss {loss}{auroc}"
         self._news()
@@ -638,6 +644,7 @@ class _Teller:
     def _finished(self, event: dict[str, Any]) -> None:
         style = "green" if event["label"] == "complete" else "yellow"
         auroc = f", test AUROC {event['auroc']:.3f}" if event["auroc"] is not None else ""
+        auroc = auroc if event.get("dice") is None else f", test Dice {event['dice']:.3f}"
         console.print(f"Run finished: {event['label']}{auroc}", style=style, highlight=False, markup=False)
 
     def _stopped(self, event: dict[str, Any]) -> None:

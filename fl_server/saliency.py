@@ -27,11 +27,12 @@ Float32 = NDArray[np.float32]
 def panel(folder: Path, results: dict[str, Any]) -> bytes | None:
     """PNG of some test phantoms of a rehearsal's first site, each beside its map for the study's first target.
 
-    None if any patient of the rehearsal in `folder` was not made up, and for volumes and models that no single site has whole.
+    None if any patient of the rehearsal in `folder` was not made up, for volumes, for outlines, which
+    are pictures themselves, and for models that no single site has whole.
     """
     study = Study.from_canonical(canonical(results["study"]))
     made_up = all((folder / "sites" / name / "hospital").is_dir() for name in study.all_sites)
-    if not made_up or study.images.volume is not None or study.strategy.local_norms:
+    if not made_up or study.images.volume is not None or study.segments or study.strategy.local_norms:
         return None
     net = networks.build(study)
     networks.load_vector(

@@ -70,8 +70,9 @@ def simulate(
     weights.file_of(home.root, study)
     for number, name in enumerate(study.all_sites):
         site = folder / "sites" / name
-        public, volumes = home.coordinator_key.public_key(), study.images.volume is not None
-        pkgutil.resolve_name(PREPARE)(site, name, homes.get(name), (patients, number), public, volumes=volumes)
+        public, wanted = home.coordinator_key.public_key(), {"volumes": study.images.volume, "masks": study.segments}
+        made = [kind for kind, asked in wanted.items() if asked]
+        pkgutil.resolve_name(PREPARE)(site, name, homes.get(name), (patients, number), public, made=made)
         line = home.invite(name, "site")
         authority.enrol(home, line.token, name, "site", keys.make_csr(keys.load_key(site / "keys" / "site.key"), name))
         home.roster.set_node(name, number + 1)

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fl_server import outlines
+
 console = Console()
 
 
@@ -19,7 +21,9 @@ def say(page: Path, as_json: bool) -> None:
     metrics = json.loads(text)
     images, patients = metrics["pooled"]["images"], metrics["pooled"]["patients"]
     console.print(f"Held-out test, {images} images of {patients} patients, {metrics['label']}:", highlight=False)
-    if metrics["number"]:
+    if "dice" in metrics["pooled"]:
+        console.print(_of_outlines(metrics))
+    elif metrics["number"]:
         console.print(_of_number(metrics["number"]))
     elif len(metrics["pooled"]["targets"]) == 1:
         console.print(_of_sites(metrics))
@@ -76,3 +80,12 @@ def _with_ends(row: dict[str, Any], key: str, digits: int) -> str:
     ends = row["intervals"][key]
     shown = f" ({ends[0]:.{digits}f} to {ends[1]:.{digits}f})" if ends else ""
     return f"{row[key]:.{digits}f}{shown}"
+
+
+def _of_outlines(metrics: dict[str, Any]) -> Table:
+    """Structures that are outlined: each over the tested sites together, and of each site."""
+    heads = ("structure", "test of", "cases", "Dice", "surface Dice", "HD95 mm", "missed / invented")
+    table = Table(*heads, box=None, header_style="bold", pad_edge=False)
+    for row in outlines.rows(metrics):
+        table.add_row(*row)
+    return table

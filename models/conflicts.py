@@ -10,6 +10,7 @@ from models import subgroups
 from models.covariates import Covariates
 from models.questions import Counting
 from models.sections import (
+    OUTLINING,
     ROBUST_SITES_MAX,
     STRATEGY_PARAMETERS,
     Evaluation,
@@ -20,6 +21,7 @@ from models.sections import (
     Protection,
     Regression,
     Relation,
+    Segmentation,
     Strategy,
     TaskOrQuestions,
     Training,
@@ -28,6 +30,7 @@ from models.sections import (
 GROUP_COUNTS_MAX = 4_000_000  # 16 MB in words of 32 bits, once in a run
 HALVING, HALVING_LEAST = ("densenet121", "densenet169", "efficientnet_b0"), 32
 VIT_PATCH = 16
+OUTLINING_STEP = 8  # networks that outline halve an image three times and must meet the same grid on the way back
 SCAFFOLD_BITS_MIN = 32
 
 
@@ -62,12 +65,18 @@ class Settings(Protocol):
 
 def of(study: Settings) -> list[str]:
     """One sentence for each contradiction."""
-    return _of_covariates(study) + _of_network(study) + _of_strategy(study) + _of_evaluation(study)
+    parts = (_of_covariates, _of_network, _of_strategy, _of_evaluation, _of_segmentation)
+    return [sentence for part in parts for sentence in part(study)]
 
 
 def _of_covariates(study: Settings) -> list[str]:
     both = sorted(set(study.covariates) & set(study.task.targets))
-    return [f"{', '.join(both)}: what is predicted cannot be a covariate as well"] if both else []
+    found = [f"{', '.join(both)}: what is predicted cannot be a covariate as well"] if both else []
+    if study.covariates and isinstance(study.task, Segmentation):
+        found.append(
+            "covariates and task.kind: segmentation, whose outlines are drawn from the image alone; leave them out"
+        )
+    return found
 
 
 def _of_network(study: Settings) -> list[str]:
@@ -77,7 +86,41 @@ def _of_network(study: Settings) -> list[str]:
     if name == "vit" and any(side % VIT_PATCH for side in sides):
         shown = " x ".join(str(side) for side in sides)
         found.append(f"network: vit reads patches of {VIT_PATCH}, which do not divide images of {shown}")
+    if name in OUTLINING and any(side % OUTLINING_STEP for side in sides):
+        shown = " x ".join(str(side) for side in sides)
+        found.append(f"network: {name} needs sides that are multiples of {OUTLINING_STEP}, and images are {shown}")
     return found
+
+
+def _of_segmentation(study: Settings) -> list[str]:
+    """Networks and settings that belong to one kind of task alone."""
+    name, outlines = study.network.name, name_list(OUTLINING)
+    if not isinstance(study.task, Segmentation):
+        if name in OUTLINING and not isinstance(study.task, Counting):
+            return [
+                f"network: {name} outlines structures, and task.kind: {study.task.kind} needs one score for an image"
+            ]
+        return []
+    found = []
+    if name not in OUTLINING:
+        found.append(f"network: {name} gives one score for an image, and task.kind: segmentation needs {outlines}")
+    if study.training.balance:
+        found.append(
+            "training.balance has no meaning for task.kind: segmentation, whose loss has no classes; leave it out"
+        )
+    if study.evaluation.bins != Evaluation().bins:
+        found.append("evaluation.bins has no meaning for task.kind: segmentation: no histogram of scores is made")
+    if study.evaluation.subgroups:
+        found.append("evaluation.subgroups divides histograms of scores, and task.kind: segmentation has none")
+    if study.privacy != "none" and study.privacy.figures == "noised":
+        found.append(
+            "privacy.figures: noised puts noise on histograms of scores; say suppressed for task.kind: segmentation"
+        )
+    return found
+
+
+def name_list(names: tuple[str, ...]) -> str:
+    return " or ".join(names)
 
 
 def _of_strategy(study: Settings) -> list[str]:

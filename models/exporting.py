@@ -1,8 +1,9 @@
 """A released model for others' programs: a MONAI bundle, a torch.export program, or ONNX.
 
 All three map images float32 (B, 1, *grid) in 0..1 on the study's grid to scores float32 (B, T) in 0..1, or a number in its unit,
-for any B, and need nothing of Isocenter where they are used. A model of covariates takes them as a second input float32 (B, C),
-in the study's units and sorted by name, NaN where one is missing; a MONAI bundle has no place for them.
+or of a model that outlines (B, T, *grid), for any B, and need nothing of Isocenter where they are used. A model of covariates
+takes them as a second input float32 (B, C), in the study's units and sorted by name, NaN where one is missing; a MONAI bundle has
+no place for them.
 """
 
 import importlib.metadata
@@ -147,11 +148,14 @@ def _bundle(package: Package, out: Path) -> None:
     ct = package.study.images.volume is not None
     what = "CT volumes in Hounsfield units as NIfTI (.nii, .nii.gz)" if ct else "frontal radiographs as PNG or JPEG"
     bright = "" if ct else " with bright as dense"
+    written = "`scores.json`, with one list per file"
+    if package.study.segments:
+        written = "`scores.npz`, with one array (structure, *grid) per file; a voxel belongs to a structure from 0.5 on"
     usage = (
         f"\n## Using this bundle\n\nPut {what} into `inputs/`; or .npy files that are on the grid already, float32 {grid} in "
         f"0 to 1{bright}.\nThen in this folder: `pip install monai {'nibabel' if ct else 'pillow'} fire`, "
         "`python -m monai.bundle run --config_file configs/inference.json`.\n"
-        f"It writes `scores.json`, with one list per file: {', '.join(package.study.task.targets)}.\n"
+        f"It writes {written}: {', '.join(package.study.task.targets)}.\n"
     )
     (out / "docs" / "README.md").write_text(package.files["card.md"].decode() + usage, encoding="utf-8")
     (out / "LICENSE").write_text(LICENCE, encoding="utf-8")
@@ -202,7 +206,8 @@ def _preparing(package: Package) -> str:
         last = _RADIOGRAPHS
     else:
         constants = {"AIR_HU": volumes.AIR_HU, "HU_MAX": volumes.HU_MAX}
-        parts, last = [volumes.hounsfield, volumes.to_volume_grid, volumes._averaged], _VOLUMES
+        parts = [volumes.hounsfield, volumes.to_volume_grid, volumes.grid_places, volumes._blocks, volumes._averaged]
+        last = _VOLUMES
     lines = [f"{name} = {value!r}" for name, value in constants.items()]
     if images.volume is not None:
         lines.append(f"GRID = SimpleNamespace(**{images.volume.model_dump()!r})")
@@ -224,9 +229,9 @@ def _metadata(package: Package) -> dict[str, Any]:
     }
     scores = {
         "type": "raw" if number else "probabilities",
-        "format": "regression" if number else "classification",
+        "format": study.task.kind,
         "num_channels": len(study.task.targets),
-        "spatial_shape": [],
+        "spatial_shape": list(study.images.shape[1:]) if study.segments else [],
         **({"value_range": study.task.range} if isinstance(study.task, Regression) else {}),
         "channel_def": {str(place): name for place, name in enumerate(study.task.targets)},
     }
@@ -239,7 +244,7 @@ def _metadata(package: Package) -> dict[str, Any]:
         "numpy_version": np.__version__,
         "required_packages_version": _readers(study),
         "name": study.title,
-        "task": f"{'Regression' if number else 'Classification'} of {', '.join(study.task.targets)}",
+        "task": f"{study.task.kind.capitalize()} of {', '.join(study.task.targets)}",
         "description": study.purpose,
         "authors": f"The consortium of {', '.join(study.all_sites)}",
         "copyright": "Of whoever signed the package",
@@ -262,11 +267,15 @@ def _inference(study: Study) -> dict[str, Any]:
         # Rows stay rows, and what holds more than eight bits keeps them.
         grey = "$lambda image: image if image.mode[0] in 'IF' else image.convert('L')"
         picture |= {"reader": "PILReader", "reverse_indexing": False, "converter": grey}
+    named, ending, scored = "dict(zip(@names, @scores))", "json", "tolist()"
+    write = f"pathlib.Path(@output_file).write_text(json.dumps({named}))"
+    if study.segments:
+        write, ending, scored = f"numpy.savez_compressed(@output_file, **{named})", "npz", "detach().numpy()"
     return {
-        "imports": [f"$import {name}" for name in ("json", "os", "pathlib", "runpy", "torch")],
+        "imports": [f"$import {name}" for name in ("json", "numpy", "os", "pathlib", "runpy", "torch")],
         "bundle_root": ".",
         "input_dir": "$@bundle_root + '/inputs'",
-        "output_file": "$@bundle_root + '/scores.json'",
+        "output_file": f"$@bundle_root + '/scores.{ending}'",
         "names": f"$sorted(name for name in os.listdir(@input_dir) if name.lower().endswith({endings}))",
         "on_grid": {
             "_target_": "Compose",
@@ -280,8 +289,8 @@ def _inference(study: Study) -> dict[str, Any]:
         "prepare": "$runpy.run_path(@bundle_root + '/scripts/prepare.py')['prepare']",
         "read": "$lambda path: @on_grid(path) if path.endswith('.npy') else @prepare(@picture(path))",
         "network": "$torch.export.load(@bundle_root + '/models/model.pt2').module()",
-        "scores": "$[@network(@read(os.path.join(@input_dir, name))[None])[0].tolist() for name in @names]",
-        "run": ["$pathlib.Path(@output_file).write_text(json.dumps(dict(zip(@names, @scores))))"],
+        "scores": f"$[@network(@read(os.path.join(@input_dir, name))[None])[0].{scored} for name in @names]",
+        "run": [f"${write}"],
     }
 
 

@@ -95,14 +95,41 @@ class Regression(Document):
         return (value - self.range[0]) / (self.range[1] - self.range[0])
 
 
+STRUCTURES_MAX = 8  # one bit each in a site's stored masks
+
+
+class Segmentation(Document):
+    """What is outlined: named structures, each with a mask of its own, so that a lesion may lie within a lung.
+
+    A site that has no masks of a structure trains and tests the others: what is not annotated is never taken for absent.
+    """
+
+    kind: Literal["segmentation"] = Field(description="structures are outlined, voxel by voxel")
+    targets: list[Name] = Field(
+        min_length=1,
+        max_length=STRUCTURES_MAX,
+        description="names of the structures; each site says what they are in its own masks (`data.masks`)",
+    )
+    tolerance_mm: float = Field(
+        default=3.0, gt=0, le=50, description="distance up to which two surfaces agree, for surface Dice"
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Segmentation":
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError("targets must differ from each other")
+        return self
+
+
 def _kind_of_task(given: Any) -> str:
     kind = given.get("kind") if isinstance(given, dict) else getattr(given, "kind", "")
-    return f"[{kind}]" if kind in ("counting", "regression") else "[classification]"
+    return f"[{kind}]" if kind in ("counting", "regression", "segmentation") else "[classification]"
 
 
 TaskOrQuestions = Annotated[
     Annotated[Task, Tag("[classification]")]
     | Annotated[Regression, Tag("[regression]")]
+    | Annotated[Segmentation, Tag("[segmentation]")]
     | Annotated[Counting, Tag("[counting]")],
     Discriminator(_kind_of_task),
 ]
@@ -183,9 +210,20 @@ class Images(Document):
 
 
 NetworkName = Literal[
-    "small_cnn", "linear", "densenet121", "densenet169", "resnet18", "resnet50", "efficientnet_b0", "vit"
+    "small_cnn",
+    "linear",
+    "densenet121",
+    "densenet169",
+    "resnet18",
+    "resnet50",
+    "efficientnet_b0",
+    "vit",
+    "unet",
+    "segresnet",
 ]
 NETWORKS: tuple[NetworkName, ...] = get_args(NetworkName)
+OUTLINING: tuple[NetworkName, ...] = ("unet", "segresnet")
+"""Networks that give a score for each voxel; the others give one for each image."""
 
 
 class Initial(Document):
@@ -209,7 +247,8 @@ class Network(Document):
 
     name: NetworkName = Field(
         default="small_cnn",
-        description="small_cnn for CPUs; linear: for differential privacy with few patients; the others for GPUs",
+        description="small_cnn for CPUs; linear: for differential privacy with few patients; the others for GPUs; unet and "
+        "segresnet: for `kind: segmentation`, and for nothing else",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="share of features dropped while training")
     initial: Initial | None = Field(default=None, description="weights to start from; without them, the seed's")
@@ -247,7 +286,10 @@ class Training(Document):
     augmentation: Literal["none", "light"] = Field(
         default="light", description="light: small shifts, turns and exposures; never mirrored"
     )
-    balance: bool = Field(default=True, description="weigh the two classes of a target equally in the local loss")
+    balance: bool = Field(
+        default=True,
+        description="weigh the two classes of a target equally in the local loss; false and fixed for `kind: segmentation`",
+    )
     seed: int = Field(
         default=1,
         ge=0,

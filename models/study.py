@@ -32,6 +32,7 @@ from models.sections import (
     Protection,
     Regression,
     Relation,
+    Segmentation,
     Strategy,
     Task,
     TaskOrQuestions,
@@ -51,6 +52,7 @@ __all__ = [
 
 LABEL = b"isocenter/v1/study"
 COUNTING_SECTIONS: dict[str, Any] = {"training": {"rounds": 1}, "evaluation": {"site_figures": False}}
+SEGMENTATION_TRAINING: dict[str, Any] = {"balance": False}  # the loss of masks has no classes to balance
 
 
 class Study(Document):
@@ -101,9 +103,12 @@ class Study(Document):
     @model_validator(mode="before")
     @classmethod
     def _sections_of_questions(cls, given: Any) -> Any:
-        """A study that counts says nothing of training: these sections are fixed then, and `check` refuses others."""
+        """What a kind of task has no use for is fixed: of a study that counts, whole sections; `check` refuses others."""
         task = given.get("task") if isinstance(given, dict) else None
-        return COUNTING_SECTIONS | given if isinstance(task, dict) and task.get("kind") == "counting" else given
+        kind = task.get("kind") if isinstance(task, dict) else None
+        if kind == "segmentation" and isinstance(given.get("training"), dict):
+            return given | {"training": SEGMENTATION_TRAINING | given["training"]}
+        return COUNTING_SECTIONS | given if kind == "counting" else given
 
     @field_validator("covariates", mode="before")
     @classmethod
@@ -195,7 +200,13 @@ class Study(Document):
             low, high = self.task.range
             return f"{self.task.targets[0]} (a number, {low:g} to {high:g} {self.task.unit})"
         how = {"independent": "", "exclusive": " (one of them holds)", "ordered": " (each at least this grade)"}
-        return ", ".join(self.task.targets) + how[self.relation]
+        what = "outlines of " if self.segments else ""
+        return what + ", ".join(self.task.targets) + how[self.relation]
+
+    @property
+    def segments(self) -> bool:
+        """Whether structures are outlined, so that the reference standard are masks."""
+        return isinstance(self.task, Segmentation)
 
     @property
     def learns_from(self) -> str:

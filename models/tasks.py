@@ -1,8 +1,12 @@
 """What a target means to the loss, the activation and the class weights. A missing label never counts.
 
-`targets` float (B, T) hold 1 for present and 0 for absent, or the place of a number in its range, 0 to 1; `known` float (B, T)
-hold 1 where the reference standard says something and 0 where it does not. What `targets` holds where `known` is 0 reaches no
-result, not even a NaN.
+Classification and regression: `targets` float (B, T) hold 1 for present and 0 for absent, or the place of a number in its range,
+0 to 1; `known` float (B, T) hold 1 where the reference standard says something and 0 where it does not. What `targets` holds
+where `known` is 0 reaches no result, not even a NaN.
+
+Segmentation: `masks` float (B, T, *grid) hold 1 within a structure, `known` (B, T) 1 where a structure was annotated. Its loss is
+cross-entropy plus Dice loss, structure by structure. Of an empty mask there is nothing to overlap with, so its Dice loss is left
+out and the cross-entropy alone asks for emptiness: the Dice loss of an empty mask is flat almost everywhere.
 """
 
 from collections.abc import Callable
@@ -76,6 +80,35 @@ def unit_losses(logits: Tensor, targets: Tensor, known: Tensor, each_of: Each = 
     labelled = known > 0
     target = torch.where(labelled, targets, torch.zeros_like(targets)).to(logits.dtype)
     each = each_of(logits, target) * labelled
+    return each.sum(dim=(1, 2)) / labelled.sum(dim=(1, 2)).clamp(min=1)
+
+
+def mask_losses(logits: Tensor, masks: Tensor) -> Tensor:
+    """(B, T) of logits and masks (B, T, *grid): mean cross-entropy of the voxels plus, unless the mask is empty, soft Dice loss.
+
+    Nothing of one image enters another's. Raises MessageMalformed when shapes differ.
+    """
+    if logits.shape != masks.shape or logits.ndim < 4:
+        raise MessageMalformed(f"logits and masks do not fit together: {tuple(logits.shape)}, {tuple(masks.shape)}")
+    truth = masks.to(logits.dtype).flatten(2)
+    given = logits.flatten(2)
+    entropy = functional.binary_cross_entropy_with_logits(given, truth, reduction="none").mean(dim=2)
+    scores, size = torch.sigmoid(given), truth.sum(dim=2)
+    # A voxel more in the denominator: never 0 / 0, also where the product with `size > 0` throws the result away.
+    overlap = 2 * (scores * truth).sum(dim=2) / (scores.sum(dim=2) + size + 1)
+    return entropy + (1 - overlap) * (size > 0).to(logits.dtype)
+
+
+def mask_loss(logits: Tensor, masks: Tensor, known: Tensor) -> Tensor:
+    """The mean of `mask_losses` over annotated structures, a scalar (0 if there is none, with a zero gradient)."""
+    labelled = (known > 0).to(logits.dtype)
+    return (mask_losses(logits, masks) * labelled).sum() / labelled.sum().clamp(min=1)
+
+
+def unit_mask_losses(logits: Tensor, masks: Tensor, known: Tensor) -> Tensor:
+    """The loss of each unit by itself, (B,), as `unit_losses`: logits and masks (B, K, T, *grid), known (B, K, T)."""
+    labelled = (known > 0).to(logits.dtype)
+    each = mask_losses(logits.flatten(0, 1), masks.flatten(0, 1)).reshape(known.shape) * labelled
     return each.sum(dim=(1, 2)) / labelled.sum(dim=(1, 2)).clamp(min=1)
 
 

@@ -55,6 +55,8 @@ PYDICOM_DOORS = {
     "fl_client/dimse.py",  # talks to archives, whose answers are data sets
     "fl_client/export.py",
     "fl_client/headers.py",
+    "fl_client/masks.py",  # DICOM segmentations
+    "fl_client/outlining.py",  # writes them
     "fl_client/landing.py",  # what an archive sent, before it is a file
     "fl_client/phantom.py",
     "fl_client/phantom_ct.py",
@@ -79,6 +81,7 @@ TORCH_FREE = {
     "fl_server/published.py",
     "fl_server/published_cli.py",
     "fl_server/release_cli.py",
+    "fl_server/outlines.py",
     "fl_server/report.py",
     "fl_server/results.py",
     "fl_server/progress.py",
@@ -99,6 +102,7 @@ TORCH_FREE = {
     "models/labels.py",
     "models/metrics.py",
     "models/questions.py",
+    "models/segmentation.py",
     "models/registry.py",
     "models/tables.py",
     "models/sections.py",

@@ -24,6 +24,7 @@ from coordinator import (
     point_of,
     settings,
     study,
+    tls_version,
     with_roster,
 )
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -108,18 +109,6 @@ def signed(served: Coordinator, name: str, method: str, request: bytes, key: Any
 
 
 # Transport
-
-
-def tls_version(address: str, ca_pem: bytes, version: ssl.TLSVersion) -> str | None:
-    context = ssl.create_default_context(cadata=ca_pem.decode())
-    context.maximum_version = version
-    context.set_alpn_protocols(["h2"])
-    host, _, port = address.partition(":")
-    with (
-        socket.create_connection((host, int(port)), 10) as connection,
-        context.wrap_socket(connection, server_hostname=host) as tls,
-    ):
-        return tls.version()
 
 
 def test_only_tls_13_is_spoken(tmp_path: Path) -> None:

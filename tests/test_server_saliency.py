@@ -1,5 +1,6 @@
 """Where a model looks: maps of networks whose answer is known, and never a picture of a patient."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hospital import study
 from torch import Tensor, nn
 
 from fl_server import saliency
+from models.study import Study
 
 
 class Corner(nn.Module):
@@ -51,3 +53,13 @@ def test_no_picture_is_drawn_unless_every_patient_was_made_up(tmp_path: Path) ->
     (tmp_path / "sites" / "north" / "hospital").mkdir(parents=True)
     (tmp_path / "sites" / "south").mkdir()
     assert saliency.panel(tmp_path, results) is None
+
+
+def test_outlines_have_no_such_panel(tmp_path: Path) -> None:
+    """They are pictures themselves; nothing is opened here either."""
+    facts = study().model_dump(mode="json") | {"task": {"kind": "segmentation", "targets": ["lungs"]}}
+    plan = facts | {"network": {"name": "unet"}, "training": facts["training"] | {"balance": False}}
+    for site in ("north", "south"):
+        (tmp_path / "sites" / site / "hospital").mkdir(parents=True)
+    outlines = json.loads(Study.model_validate(plan).canonical())
+    assert saliency.panel(tmp_path, {"study": outlines, "run_id": "none"}) is None
