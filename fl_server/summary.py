@@ -63,7 +63,12 @@ def _of_number(number: dict[str, Any]) -> Table:
     """A target that is a number: the tested sites together, and each."""
     heads = ("", "mean abs. error", "bias", "concordance", "images")
     table = Table(
-        *heads, box=None, header_style="bold", title=f"{number['target']}, {number['unit']}", title_justify="left"
+        *heads,
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+        title=f"{number['target']}, {number['unit']}",
+        title_justify="left",
     )
     for name, row in {"pooled": number["pooled"], **number["sites"]}.items():
         if row["mae"] is None:
