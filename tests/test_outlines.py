@@ -285,7 +285,7 @@ def test_what_is_about_scores_alone_is_refused_by_name(ran: SimpleNamespace, tmp
 # Studies that ship ---------------------------------------------------------------------------------------------------
 
 # (least mean Dice, least distance above the best fixed mask and above no mask): what 60 phantoms at each site show, with room.
-MARGINS = {"outlines": (0.8, 0.15), "ct_outlines": (0.7, 0.1)}
+MARGINS = {"outlines": (0.8, 0.15), "ct_outlines": (0.75, 0.05)}
 
 
 @pytest.mark.slow
