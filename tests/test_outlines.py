@@ -132,7 +132,7 @@ def test_a_mask_moves_with_its_image() -> None:
 )
 def test_private_gradients_are_those_of_a_loop_over_patients(name: str, flat: bool) -> None:
     """Oracle: autograd on the mean loss of each patient's images, clipped by hand. The engine passed the isolation check."""
-    privacy = {"epsilon": 8, "clip_norm": 0.5, "sampling_rate": 0.5, "images_per_patient": 2}
+    privacy = {"epsilon": 100, "noise_multiplier": 1.0, "clip_norm": 0.5, "sampling_rate": 0.5, "images_per_patient": 2}
     base = of(name, flat=flat)
     wanted = Study.model_validate(base.model_dump(mode="json", exclude_defaults=True) | {"privacy": privacy})
     wanted.check()
@@ -157,6 +157,8 @@ def test_private_gradients_are_those_of_a_loop_over_patients(name: str, flat: bo
         expected += gradient * min(1.0, 0.5 / np.linalg.norm(gradient)) / 0.5
     assert total.units == 3
     assert np.linalg.norm(total.total * 2.0**-clip.bits - expected) < 0.01 * np.linalg.norm(expected)
+    made = learning.learn_privately(engine, net, split, wanted, learning.Turn(1, 10))
+    assert made.cases == 10 and np.isfinite(made.delta).all() and made.delta.any()
 
 
 # A masked run --------------------------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ def test_what_is_about_scores_alone_is_refused_by_name(ran: SimpleNamespace, tmp
 # Studies that ship ---------------------------------------------------------------------------------------------------
 
 # (least mean Dice, least distance above the best fixed mask and above no mask): what 60 phantoms at each site show, with room.
-MARGINS = {"outlines": (0.8, 0.15), "ct_outlines": (0.7, 0.1)}
+MARGINS = {"outlines": (0.8, 0.15), "ct_outlines": (0.75, 0.05)}
 
 
 @pytest.mark.slow

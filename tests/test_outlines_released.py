@@ -200,7 +200,7 @@ def _content() -> bytes:
 # Exports -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("package", [FLAT, DEEP], ids=["2d", "3d"])
+@pytest.mark.parametrize("package", [FLAT, pytest.param(DEEP, marks=pytest.mark.slow)], ids=["2d", "3d"])
 def test_an_exported_program_scores_every_voxel_as_the_network_does(package: Package, tmp_path: Path) -> None:
     images = torch.rand(3, *package.study.images.shape, generator=torch.Generator().manual_seed(1))
     exporting.export(package, "pt2", tmp_path / "model.pt2")
@@ -221,7 +221,8 @@ def test_onnx_scores_every_voxel_as_the_network_does(tmp_path: Path) -> None:
     assert np.abs(found - expected).max() < 1e-4
 
 
-def test_a_bundle_says_what_it_outlines(tmp_path: Path) -> None:
+def test_a_bundle_says_what_it_outlines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_pt2", lambda package, out: None)  # another test's, and slow
     exporting.export(FLAT, "bundle", tmp_path / "bundle")
     facts = json.loads((tmp_path / "bundle" / "configs" / "metadata.json").read_text())
     assert facts["task"] == "Segmentation of lungs, opacity"
