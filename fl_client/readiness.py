@@ -231,7 +231,7 @@ def _missing(looked: Inspection) -> str:
     parts = [f"{name}: {of(t.missing, facts.images, 'images')} without label" for name, t in facts.targets.items()]
     parts.append(f"{of(facts.patients_unlabelled, facts.patients, 'patients')} without any")
     sentence = "; ".join(parts)
-    if not facts.targets or facts.patients_unlabelled == facts.patients:
+    if facts.patients_unlabelled == facts.patients:
         raise WorthALook(
             f"{sentence}. No study can train here: look at `key` and `words` below data.labels in site.yaml."
         )
