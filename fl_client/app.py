@@ -15,14 +15,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from fl_client import variates
+from fl_client import masks, norms, variates
 from fl_client.cohort import Cohort, Split, splits_of
 from fl_client.counting import UNTOLD_S, carry_out_count, countable
 from fl_client.ingest import Index
 from fl_client.orders import answer
 from fl_client.protection import Vault
 from fl_client.site import Site
-from models import learning, networks, subgroups
+from models import learning, networks, regression, subgroups
 from models.contributions import (
     Contribution,
     Float32,
@@ -39,8 +39,10 @@ from models.labels import LabelTable
 from models.learning import Control, Turn
 from models.metrics import ScoreHistogram
 from models.questions import Counting
-from models.study import Study
-from models.subgroups import Scored
+from models.sections import Segmentation
+from models.segmentation import Cases, Overlaps
+from models.study import Regression, Study
+from models.subgroups import Groups, Scored
 from privacy import dpsgd, noise, tracing
 from privacy.errors import CohortTooSmall, MessageMalformed, StepRefused
 from privacy.wire import (
@@ -78,8 +80,8 @@ class Desk:
             self.engines[study.digest] = learning.engine_of(net, study)
         return self.engines[study.digest]
 
-    def net(self, study: Study, order: WorkOrder) -> nn.Module:
-        """The study's network with the ordered weights."""
+    def net(self, site: Site, study: Study, order: WorkOrder) -> nn.Module:
+        """The study's network with the ordered weights, and where the study leaves them there this site's norm layers."""
         if study.digest in self.nets:
             self.nets[study.digest] = self.nets.pop(study.digest)  # the last one used stands last
         else:
@@ -87,13 +89,17 @@ class Desk:
                 del self.nets[old]
                 self.engines.pop(old, None)
             self.nets[study.digest] = networks.build(study)
-        networks.load_vector(self.nets[study.digest], order.model)
-        return self.nets[study.digest]
+        net = self.nets[study.digest]
+        if study.strategy.local_norms:
+            norms.load(site, net, order)
+        else:
+            networks.load_vector(net, order.model)
+        return net
 
     def cohort(self, site: Site, study: Study, split: Split) -> Cohort:
         """The site's images of `split`; CohortTooSmall if this split is smaller than the study's or the site's minimum."""
         source = site.source
-        files = (site.state / "index.sqlite", *source.labels.files(site.home))
+        files = (site.state / "index.sqlite", masks.file_of(site.state), *source.labels.files(site.home))
         seen = tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in files)
         key = (site.home, study.digest, split, seen)
         if key not in self.cohorts:
@@ -152,13 +158,12 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
     began = time.monotonic()
     cohorts = desk.cohorts_of(site, study)
     cohort = cohorts["train"]
-    net = desk.net(study, replace(order, model=halves(study, order)[0]))
+    net = desk.net(site, study, replace(order, model=halves(study, order)[0]))
     sending = desk.vault.begin(site, study, order, order.model.size)
     hold = site.reserve(study, order, cohort.identities)
-    validation = cohorts["validation"]
-    sheet = release(study, sheet_of(score(net, validation), validation, study))
+    _, sheet = evaluated(net, cohorts["validation"], study)
     with tracing.span("train"):
-        update = learned(desk, site, study, order, cohort)
+        update = learned(desk, net, site, study, order, cohort)
     site.commit(hold)
     contribution = Contribution(
         _archive(study, cohort.ingested), sheet, update.cases, update.loss, update.delta, update.summed
@@ -176,20 +181,24 @@ def carry_out_training(desk: Desk, site: Site, study: Study, order: TrainOrder) 
     )
 
 
-def learned(desk: Desk, site: Site, study: Study, order: TrainOrder, cohort: Cohort) -> learning.Update:
-    """What the site learns from `order`, whose model is in the desk's network of the study."""
-    # What the sum of an earlier attempt at this round held must not be sent again under other masks.
-    repeat = site.repeats(order) if study.protection == "masked" else 0
-    net, (_, common) = desk.nets[study.digest], halves(study, order)
+def learned(desk: Desk, net: nn.Module, site: Site, study: Study, order: TrainOrder, cohort: Cohort) -> learning.Update:
+    """What the site learns from `order`, whose model is in `net`."""
     if study.privacy != "none":
         engine = desk.engine(net, study)
         return learning.learn_privately(engine, net, cohort, study, Turn(order.round, cohort.public_size))
-    if common is None:
-        return learning.learn(net, cohort, study, round_number=order.round, repeat=repeat)
-    control = Control(net, variates.before(site, order, common.size), common)
-    update = learning.learn_steered(net, cohort, study, control, round_number=order.round, repeat=repeat)
-    variates.keep(site, order, control.variate)
-    return replace(update, delta=np.concatenate([update.delta, control.variate]))
+    # What the sum of an earlier attempt at this round held must not be sent again under other masks.
+    repeat = site.repeats(order) if study.protection == "masked" else 0
+    _, common = halves(study, order)
+    if common is not None:
+        control = Control(net, variates.before(site, order, common.size), common)
+        update = learning.learn_steered(net, cohort, study, control, round_number=order.round, repeat=repeat)
+        variates.keep(site, order, control.variate)
+        return replace(update, delta=np.concatenate([update.delta, control.variate]))
+    update = learning.learn(net, cohort, study, round_number=order.round, repeat=repeat)
+    if study.strategy.local_norms:
+        norms.keep(site, net, order)
+        update = replace(update, delta=update.delta[~networks.norm_places(net)])
+    return update
 
 
 def halves(study: Study, order: TrainOrder) -> tuple[Float32, Float32 | None]:
@@ -209,14 +218,18 @@ def carry_out_evaluation(desk: Desk, site: Site, study: Study, order: EvaluateOr
         raise StepRefused("the study asks no questions that could be counted")
     tested = splits_of(study, trains=site.name in study.participation.sites)[-1]
     cohort = desk.cohort(site, study, tested if order.split == "test" else "validation")
-    net = desk.net(study, order)
+    net = desk.net(site, study, order)
     sending = desk.vault.begin(site, study, order, order.model.size)
-    scored = score(net, cohort)
-    sheet = release(study, sheet_of(scored, cohort, study))
+    scored, sheet = evaluated(net, cohort, study)
     contribution = Contribution(_archive(study, cohort.ingested), sheet)
     if order.split == "test":
-        groups = subgroups.suppressed(study, scored, cohort.observed, sheet.histogram)
-        contribution = replace(contribution, groups=groups, grades=grades_told(study, scored))
+        groups, errors = Groups.empty(study), None
+        if isinstance(scored, Scored):
+            groups = subgroups.suppressed(study, scored, cohort.observed, sheet.histogram)
+            if isinstance(study.task, Regression):
+                errors = regression.told(scored, private=study.privacy != "none")
+        grades = grades_told(study, scored)
+        contribution = replace(contribution, groups=groups, grades=grades, errors=errors)
     if noises_figures(study):
         contribution = replace(contribution, update=noisy_figures(site, study, order, net, cohort), summed=True)
     with tracing.span("protect"):
@@ -254,6 +267,32 @@ def carry_out_step(desk: Desk, site: Site, study: Study, order: Order) -> KeysRe
     return KeysReport(**order.naming(), site=site.name, seconds=seconds, keys=made)
 
 
+def evaluated(net: nn.Module, cohort: Cohort, study: Study) -> tuple[Scored | Cases, Sheet]:
+    """What is found of each image of `cohort`, which stays here, and what of it goes into a sum."""
+    if study.segments:
+        cases, loss = compared(net, cohort, study)
+        counted = cohort.counts
+        nothing = empty_sheet(study).histogram
+        told = Overlaps.of(cases).told(study, cases)
+        return cases, release(study, Sheet(counted.patients, counted.images, loss, nothing, told))
+    scored = score(net, cohort)
+    return scored, release(study, sheet_of(scored, cohort, study))
+
+
+def compared(net: nn.Module, cohort: Cohort, study: Study) -> tuple[Cases, float]:
+    """Every outline of `net` beside its reference mask, and the mean loss over the images."""
+    if not isinstance(study.task, Segmentation):
+        raise MessageMalformed("the study outlines nothing")
+    known = cohort.known.numpy() > 0
+    cases = Cases.empty(len(cohort), known.shape[1], cohort.patients.numpy())
+    total = 0.0
+    for row, outlined, loss in learning.outlined(net, cohort):
+        scale = (cohort.spacing_mm[row].tolist(), study.task.tolerance_mm)
+        cases.put(row, (outlined, cohort.targets[row].numpy() > 0), known[row], scale)
+        total += loss
+    return cases, total / max(1, len(cohort))
+
+
 def score(net: nn.Module, cohort: Cohort) -> Scored:
     """The scores of every image of `cohort`; they stay here."""
     scores = learning.predict(net, cohort)
@@ -262,8 +301,11 @@ def score(net: nn.Module, cohort: Cohort) -> Scored:
 
 def sheet_of(scored: Scored, cohort: Cohort, study: Study) -> Sheet:
     """The scores of `cohort` as counts."""
-    histogram = ScoreHistogram.of(scored.scores, scored.targets, scored.known, bins=study.evaluation.bins)
-    counted, loss = cohort.counts, learning.evaluation_loss(scored.scores, cohort)
+    if isinstance(study.task, Regression):
+        histogram = ScoreHistogram.empty(1, study.evaluation.bins)  # there are no classes to count by
+    else:
+        histogram = ScoreHistogram.of(scored.scores, scored.targets, scored.known, bins=study.evaluation.bins)
+    counted, loss = cohort.counts, learning.evaluation_loss(scored.scores, cohort, study.task.kind)
     return Sheet(counted.patients, counted.images, loss, histogram)
 
 

@@ -16,10 +16,10 @@ from fl_client import archive_cli, data_cli, enrol, evaluate_cli, export_cli, st
 from fl_client.consent import consents, find_consent
 from fl_client.policy import Pause
 from fl_client.site import Site
-from models import catalogue_cli
+from models import catalogue_cli, covariates
 from models.catalogue import Notice
 from models.questions import Counting
-from models.study import Study
+from models.study import Regression, Study
 from privacy import crash_cli, heads, journal_cli, keys, logs
 from privacy.calls import Enrolment
 from privacy.console import run as run_command
@@ -347,10 +347,8 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
     trains = site.name in part.sites
     masked = "masked, as parts of sums: " if study.protection == "masked" else ""
     lines = [
-        (
-            "Learned",
-            f"{study.predicts} from {study.images.words}",
-        ),
+        ("Learned", f"{study.predicts} from {study.images.words}"),
+        *_beside(study),
         (
             "Here",
             _asked_of(study, trains=trains),
@@ -360,16 +358,18 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
             f"{study.network.words}; one round may take {part.round_timeout_s / 60:g} minutes at most",
         ),
         ("Others", _others(study, peers)),
-        ("Stays", "images, identifiers, dates, file names, the score of any single image"),
+        ("Stays", f"images, identifiers, dates, file names, {_single(study)} of any single image"),
         ("Leaves", f"{masked}{_leaving(study)}"),
     ]
     if study.evaluation.site_figures:
-        lines.append(
-            (
-                "Figures",
-                "your own test AUROC with its intervals and class counts in tens, if both classes have 10 images",
+        told = "AUROC with its intervals and class counts in tens, if both classes have 10 images"
+        if isinstance(study.task, Regression):
+            told = (
+                "mean error, bias, and agreement with the reference, with intervals, from 10 images of 10 patients on"
             )
-        )
+        elif study.segments:
+            told = "Dice, surface Dice and HD95 of each structure with intervals, and cases in tens, from 10 patients"
+        lines.append(("Figures", f"your own test {told}"))
     else:
         lines.append(("Figures", "none of your site alone; test results are released over all sites together"))
     if study.evaluation.subgroups:
@@ -381,18 +381,60 @@ def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[st
                 f"{_group_of_one(study)}",
             )
         )
+    if isinstance(study.task, Regression):
+        few = "" if study.privacy == "none" else "; none of fewer than 10 images of 10 patients"
+        lines.append(
+            ("Errors", f"sums over your test images of errors, references and predictions, in the same sum{few}")
+        )
+    if study.segments and study.protection == "masked":
+        lines.append(("Alone", _alone("structure that no other site annotates", "sums", "structure")))
     if study.relation == "ordered" and study.privacy == "none":
         lines.append(("Grades", "how many test images of each grade are called which grade, in the same sum"))
     lines.append(("Seen by", f"{_seen_by(study)} (protection: {study.protection})"))
     return lines + _privacy_lines(study, site)
 
 
+def _beside(study: Study) -> list[tuple[str, str]]:
+    """Which facts of a patient are learned from beside the image."""
+    if not study.covariates:
+        return []
+    margin = f"\n{' ' * 9}"
+    shown = margin.join(covariates.words(study.covariates))
+    return [("Beside", f"of each patient, and it never leaves as it is:{margin}{shown}")]
+
+
+def _single(study: Study) -> str:
+    return "the mask, the outline and the figures" if study.segments else "the score"
+
+
+def _summed(study: Study) -> str:
+    """What of an evaluation is added up, in words."""
+    if study.segments:
+        return (
+            f"of each structure ({', '.join(study.task.targets)}) with 10 annotated patients: number of cases and of empty "
+            "masks, sums of Dice, surface Dice and HD95 and of their squares"
+        )
+    return (
+        "sums of errors of the test images" if isinstance(study.task, Regression) else "histograms of scores by label"
+    )
+
+
+def _kind_of_sum(study: Study) -> str:
+    if study.segments:
+        return "sums of figures"
+    return "sums of errors" if isinstance(study.task, Regression) else "histograms"
+
+
 def _group_of_one(study: Study) -> str:
     if study.protection != "masked":
         return "The coordinator sees those of your site by themselves"
+    return _alone("group that no other site tells of", "histogram", "group")
+
+
+def _alone(what: str, seen: str, kept: str) -> str:
     return (
-        "A group that no other site tells of is yours alone in that sum: the coordinator's program sees its histogram when "
-        "the sum is opened, and keeps no group of fewer than 3 sites"
+        f"A {what} is yours alone in that sum: the coordinator's program sees its {seen} when the sum is opened, and keeps no "
+        f"{kept} of fewer than 3 sites"
     )
 
 
@@ -421,7 +463,7 @@ def _seen_by(study: Study) -> str:
             "the coordinator sees only sums over the sites; what yours added stays hidden in them unless a third of the "
             "sites in a sum, or more, work together with it"
         )
-    own = "the coordinator sees YOUR site's own update and histograms"
+    own = f"the coordinator sees YOUR site's own update and {_kind_of_sum(study)}"
     if study.protection == "sealed":
         return f"{own}; nobody can read them on the way to it"
     return f"{own}, and so does whoever can look into its server"
@@ -431,11 +473,17 @@ def _leaving(study: Study) -> str:
     """What leaves in a round, beside released figures."""
     if study.privacy == "none":
         updates = "model updates, mean gradients" if study.strategy.steered else "model updates"
-        return f"{updates}, losses, numbers of patients and images, histograms of scores by label"
+        updates += " without norm layers, which stay here" if study.strategy.local_norms else ""
+        return f"{updates}, losses, numbers of patients and images, {_summed(study)}"
+    few = "both classes have 10 of them"
+    if study.segments:
+        few = "10 of them hold the structure, or none, and 10 do not, or none"
+    elif isinstance(study.task, Regression):
+        few = "there are 10 of them, of 10 patients"
     what = "sums of gradients" if study.privacy.mode == "distributed" else "model updates"
     return (
-        f"{what} with noise, your number of training patients in tens; histograms of scores by label, number and mean loss of "
-        "evaluated images, if both classes have 10 of them"
+        f"{what} with noise, your number of training patients in tens; {_summed(study)}, number and mean loss of evaluated "
+        f"images, if {few}"
     )
 
 
@@ -456,7 +504,7 @@ def _privacy_lines(study: Study, site: Site) -> list[tuple[str, str]]:
         ("Privacy", f"\n{' ' * 9}".join([noise, *sentences])),
         (
             "Not in ε",
-            "counts and histograms of scores of your validation and test images; none of fewer than 10 leaves",
+            f"counts and {_kind_of_sum(study)} of your validation and test images; none of fewer than 10 leaves",
         ),
         (
             "Budget",
@@ -491,13 +539,16 @@ def _check_budget(site: Site, study: Study) -> None:
 def _own_data(study: Study, site: Site) -> str:
     """What this site would bring to the study, or what is missing for it; said before anybody approves."""
     from fl_client.ingest import Index
+    from fl_client.masks import mapped
+    from fl_client.observed import unnamed
 
     try:
-        index, mapped = Index.open(site.state), set(site.source.labels.targets)
+        index, source = Index.open(site.state), site.source.labels
+        unmapped = sorted(set(study.task.targets) - set(mapped(site.state, source, study)))
     except DataError as error:
         return f"{error} {error.remedy}"
-    unmapped = sorted(set(study.task.targets) - mapped)
-    note = f"; site.yaml maps no label to {', '.join(unmapped)}, so these count as missing" if unmapped else ""
+    unmapped += unnamed(source, study.covariates)
+    note = f"; site.yaml maps nothing to {', '.join(unmapped)}, so these count as missing" if unmapped else ""
     return f"{index.taken} images of {index.patients} patients are ready here{note}"
 
 

@@ -12,11 +12,11 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,15 @@ from torch.utils.data import Dataset
 
 from fl_client.cache import content_of
 from fl_client.index import Index, IndexedImage
-from fl_client.observed import observe
+from fl_client.masks import Masks, mapped, where
+from fl_client.observed import answered, covariates_of, observe
+from models.covariates import names_of
 from models.imaging import to_grid
-from models.labels import Label, LabelTable
-from models.questions import Counting, Observed, agreed
-from models.study import Evaluation, Study
+from models.labels import LabelTable
+from models.masks import plane_spacing_mm
+from models.masks import to_grid as to_mask_grid
+from models.questions import Observed, agreed
+from models.study import Evaluation, Regression, Study, Task
 from models.volumes import to_volume_grid
 from privacy import disk, keys
 from privacy.errors import CohortTooSmall, DataError, LabelTableError, PatientInTwoSplits
@@ -38,6 +42,8 @@ Split = Literal["train", "validation", "test", "external"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 """That patients are pinned to. `external` is all of them, at a site that only evaluates and where a study says so."""
 PINS_VERSION = 1
+HALF = 0.5
+"""Above it a label is positive: 1 of 0 and 1, and of a number the upper half of its range."""
 PUBLIC_STEP = 10  # patients; a private study's sums are divided by such a rounded number, never by who is there
 PINS_BYTES_MAX = 256 * 1024 * 1024  # three million patients
 TOKEN_LABEL = b"isocenter/v1/split-token"
@@ -46,7 +52,9 @@ GRID_LABEL = b"isocenter/v1/grid"
 
 @dataclass(frozen=True)
 class Counts:
-    """How much a split holds; positives and negatives are images per target. Stays at the site unless a report rounds it."""
+    """How much a split holds; positives and negatives are images per target, of a number those in the upper and lower half of its
+    range. Stays at the site unless a report rounds it.
+    """
 
     patients: int
     images: int
@@ -56,40 +64,51 @@ class Counts:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Images that were taken and do not take part in this study: no label for its targets, another modality, or labels that
-    cannot all be true (two of several exclusive classes, or a grade without those below it).
+    """Images that were taken and do not take part in this study: no label for its targets, another modality, labels that
+    cannot all be true (two of several exclusive classes, or a grade without those below it), or a number outside the range that
+    the study declares for it.
     """
 
     unlabelled: int
     modality: int
     contradictory: int = 0
+    out_of_range: int = 0
 
 
 @dataclass(frozen=True)
 class Member:
-    """One image that takes part, with its patient's token and its label for each target of the study, in order."""
+    """One image that takes part, its patient's token, its label for each target, and its covariates, in the study's order."""
 
     image: IndexedImage
     token: str
-    labels: tuple[Label, ...]
+    labels: tuple[float | None, ...]
+    covariates: tuple[float | None, ...] = ()
 
 
 class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     """One split of one study at one site.
 
-    `images` float32 (N, 1, S, S) or (N, 1, D, H, W) in 0..1, memory-mapped; `targets` float32 (N, T), 0 where missing;
-    `known` float32 (N, T), 1 where labelled; `patients` int64 (N,), numbers from 0 that mean nothing outside this object.
-    `identities[n]`: by what patient n is known again (number and images, hashed), whatever study, folder or name it comes back
-    under. `public_size`: patients of the training split in tens, as they were when the study began here. `observed[i]`: what is
-    known of image i, for the subgroups that the study names; empty if it names none. `members[i]`: image i itself.
+    `images` float32 (N, 1, S, S) or (N, 1, D, H, W) in 0..1, memory-mapped; `targets` float32 (N, T), 0 where missing, or of a
+    segmentation the masks, uint8 (N, T, *grid), with `spacing_mm` float32 (N, axes) of the grid, NaN where nobody knows it;
+    `known` float32 (N, T), 1 where labelled; `covariates` float32 (N, C), NaN where missing; `patients` int64 (N,), numbers from
+    0 that mean nothing outside this object. `identities[n]`: by what patient n is known again (number and images, hashed),
+    whatever study, folder or name it comes back under. `public_size`: patients of the training split in tens, as they were when
+    the study began here. `observed[i]`: what is known of image i, for the subgroups that the study names; empty if it names none.
+    `members[i]`: image i itself.
     """
 
-    def __init__(self, members: list[Member], images: torch.Tensor, names: list[str]) -> None:
+    def __init__(
+        self, members: list[Member], images: torch.Tensor, names: list[str], masks: torch.Tensor | None = None
+    ) -> None:
         self.images = images
-        labels = [[math.nan if label is None else float(label) for label in member.labels] for member in members]
-        table = torch.tensor(labels, dtype=torch.float32).reshape(len(members), len(names))
+        table = _rows([member.labels for member in members]).reshape(len(members), len(names))
+        self.covariates = _rows([member.covariates for member in members]).reshape(
+            len(members), len(members[0].covariates) if members else 0
+        )
         self.known = (~table.isnan()).float()
-        self.targets = table.nan_to_num(nan=0.0)
+        self.present = table.nan_to_num(nan=0.0)
+        self.targets = self.present if masks is None else masks
+        self.spacing_mm = torch.full((len(members), max(0, images.ndim - 2)), math.nan)
         tokens = {token: number for number, token in enumerate(sorted({member.token for member in members}))}
         self.patients = torch.tensor([tokens[member.token] for member in members], dtype=torch.int64)
         self.identities = _identities(members)
@@ -108,12 +127,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         targets, CacheLost if pixels are missing, DataError if the pins or too many of the site's files are damaged, or if
         radiographs were cached with another scaling, PatientInTwoSplits if an image came back under a patient of another split.
         """
-        names = study.task.targets
-        if not set(names) & set(labels.mapping.targets):
-            mapped = ", ".join(sorted(labels.mapping.targets))
-            raise LabelTableError(
-                f"none of the study's targets ({', '.join(names)}) is in data.labels.targets ({mapped})"
-            )
+        require_mapped(index, labels, study)
         members, left_out = join(index, labels, study)
         placed = Pins({}, {}) if split == "external" else _pinned(pins, members, study)
         mine = [member for member in members if split in ("external", placed.splits.get(member.token))]
@@ -129,7 +143,11 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
     @classmethod
     def of(cls, index: Index, study: Study, split: Split, members: list[Member]) -> "Cohort":
         """These members on the study's grid. Raises CacheLost."""
-        return cls(members, _grid(index, study, split, members), study.task.targets)
+        grids = _grid(index, study, split, members), _mask_grid(index, study, split, members)
+        cohort = cls(members, grids[0], study.task.targets, grids[1])
+        if study.segments and members:
+            cohort.spacing_mm = torch.tensor([_spacing_mm(member.image, study) for member in members])
+        return cohort
 
     @staticmethod
     def identities_of(index: Index, labels: LabelTable, study: Study, split: Split, pins: Path) -> list[set[str]]:
@@ -147,7 +165,7 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
 
     @property
     def counts(self) -> Counts:
-        positive = (self.targets * self.known).sum(0).int().tolist()
+        positive = ((self.present > HALF) * self.known).sum(0).int().tolist()
         labelled = self.known.sum(0).int().tolist()
         return Counts(
             patients=len(set(self.patients.tolist())),
@@ -157,12 +175,25 @@ class Cohort(Dataset[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]):
         )
 
 
+def require_mapped(index: Index, labels: LabelTable, study: Study) -> None:
+    """Raise LabelTableError if the site says of none of the study's targets what it is here, in labels or in masks."""
+    if mapped(index.state, labels.mapping, study):
+        return
+    here = Masks.open(index.state).structures if study.segments else sorted(answered(labels.mapping, study.task))
+    remedy = "Say what they are in your masks, and run `fl-client ingest`." if study.segments else None
+    raise LabelTableError(
+        f"none of the study's targets ({', '.join(study.task.targets)}) is in {where(study)} ({', '.join(here) or 'none'})",
+        remedy=remedy,
+    )
+
+
 def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], LeftOut]:
-    """Images with a label for at least one target, ordered by patient token and file."""
+    """Images with a label for at least one target, ordered by patient token and file; of a segmentation, with a mask."""
     members: list[Member] = []
-    unlabelled = modality = contradictory = 0
+    unlabelled = modality = contradictory = out_of_range = 0
     index.require_fit()
-    wanted = study.images
+    wanted, ordered = study.images, names_of(study.covariates)
+    masks = Masks.open(index.state) if study.segments else None
     if wanted.volume is None and wanted.scaling != index.scaling:
         raise DataError(
             f"the study asks for radiographs scaled by {wanted.scaling}, and those here were by {index.scaling}",
@@ -176,18 +207,38 @@ def join(index: Index, labels: LabelTable, study: Study) -> tuple[list[Member], 
             modality += 1
             continue
         key = image.key(labels.mapping.matches)
-        found = labels.lookup(key)
-        row = tuple(found.get(name) for name in study.task.targets)
+        row: tuple[float | None, ...]
+        if masks is not None:
+            row = masks.labels(image, study.task.targets)
+        else:
+            found = labels.numbers(key) if isinstance(study.task, Regression) else labels.lookup(key)
+            row = tuple(found.get(name) for name in study.task.targets)
         if all(label is None for label in row):
             unlabelled += 1
             continue
-        if not isinstance(study.task, Counting) and not study.task.admits(row):
+        if isinstance(study.task, Task) and not study.task.admits(row):
             contradictory += 1
             continue
+        if isinstance(study.task, Regression):
+            if not all(study.task.admits(value) for value in row):
+                out_of_range += 1
+                continue
+            row = tuple(None if value is None else study.task.place(value) for value in row)
+        values = covariates_of(key, image, labels, study.covariates)
+        if not all(study.covariates[name].admits(value) for name, value in zip(ordered, values, strict=True)):
+            out_of_range += 1
+            continue
         patient = labels.patient_of(key) or labels.mapping.plain_patient(image.patient)
-        members.append(Member(image, _token(patient), row))
+        members.append(Member(image, _token(patient), row, values))
     members.sort(key=lambda member: (member.token, member.image.file))
-    return members, LeftOut(unlabelled, modality, contradictory)
+    return members, LeftOut(unlabelled, modality, contradictory, out_of_range)
+
+
+def _rows(values: Sequence[Sequence[float | None]]) -> torch.Tensor:
+    """float32 (N, width), NaN for None."""
+    return torch.tensor(
+        [[math.nan if one is None else float(one) for one in row] for row in values], dtype=torch.float32
+    )
 
 
 def _identities(members: list[Member]) -> list[set[str]]:
@@ -204,10 +255,10 @@ def _token(patient: str) -> str:
 
 
 def _strata(members: list[Member]) -> dict[str, bool]:
-    """Token -> does the patient have any positive label?"""
+    """Token -> does the patient have any positive label, or a number in the upper half of its range?"""
     strata: dict[str, bool] = {}
     for member in members:
-        strata[member.token] = strata.get(member.token, False) or 1 in member.labels
+        strata[member.token] = strata.get(member.token, False) or any((label or 0) > HALF for label in member.labels)
     return strata
 
 
@@ -331,53 +382,97 @@ def read_pins(pins: Path) -> Pins:
     return read
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """What is prepared of each image: `shape` of all together, `says` what one row is made of, `make` that row."""
+
+    shape: tuple[int, ...]
+    dtype: npt.DTypeLike
+    says: list[str]
+    make: Callable[[int], npt.NDArray[Any]]
+
+
 def _grid(index: Index, study: Study, split: Split, members: list[Member]) -> torch.Tensor:
-    """float32 (N, *study.images.shape), memory-mapped from a file that is made once per selection of images and grid; in memory
-    where the cache is locked.
+    """float32 (N, *study.images.shape)."""
+    says = [f"{member.image.cache} {member.image.affine}" for member in members]
+    rows = _Rows(
+        (len(members), *study.images.shape), np.float32, says, lambda n: on_grid(index, members[n].image, study)
+    )
+    return _prepared(rows, index, study, f"{study.digest[:16]}-{split}")
+
+
+def _mask_grid(index: Index, study: Study, split: Split, members: list[Member]) -> torch.Tensor | None:
+    """uint8 (N, T, *grid) of a segmentation, None of another study."""
+    if not study.segments:
+        return None
+    masks, names = Masks.open(index.state), study.task.targets
+    structures = [masks.structures.index(name) if name in masks.structures else -1 for name in names]
+
+    def make(number: int) -> npt.NDArray[np.uint8]:
+        image = members[number].image
+        affine = np.array(image.affine, np.float64).reshape(3, 4) if image.is_volume else None
+        return to_mask_grid(masks.bits(image), affine, study.images, structures)
+
+    says = [f"{masks.taken[member.image.cache].cache} {member.image.affine} {structures}" for member in members]
+    rows = _Rows((len(members), len(names), *study.images.shape[1:]), np.uint8, says, make)
+    return _prepared(rows, index, study, f"masks-{study.digest[:16]}-{split}")
+
+
+def _spacing_mm(image: IndexedImage, study: Study) -> tuple[float, ...]:
+    """Millimetres between voxels of the study's grid of `image`; NaN where its file does not say how large its pixels are."""
+    if study.images.volume is not None:
+        return tuple(study.images.volume.spacing_mm)
+    if image.spacing_mm is None or not image.matrix:
+        return math.nan, math.nan
+    return plane_spacing_mm(image.matrix, image.spacing_mm, study.images.size_px)
+
+
+def _prepared(rows: _Rows, index: Index, study: Study, stem: str) -> torch.Tensor:
+    """The rows, memory-mapped from a file that is made once per selection of images and grid; in memory where the cache is
+    locked.
     """
-    shape = (len(members), *study.images.shape)
-    if not members:
-        return torch.zeros(shape)
+    shape = rows.shape
+    if not shape[0]:
+        return torch.from_numpy(np.zeros(shape, rows.dtype))
     if index.cache.key is not None:  # what is locked in the cache lies nowhere else on the disk either
-        return torch.from_numpy(np.stack([_on_grid(index, member.image, study) for member in members]))
+        return torch.from_numpy(np.stack([rows.make(number) for number in range(shape[0])]))
     asked = study.images.model_dump_json()
-    caches = "\n".join([asked, *(f"{member.image.cache} {member.image.affine}" for member in members)])
-    name = hashlib.sha256(GRID_LABEL + b"\n" + caches.encode()).hexdigest()[:32]
-    folder, stem = index.state / "grids", f"{study.digest[:16]}-{split}"
+    name = hashlib.sha256(GRID_LABEL + b"\n" + "\n".join([asked, *rows.says]).encode()).hexdigest()[:32]
+    folder = index.state / "grids"
     path = folder / f"{stem}-{name}.npy"
-    if not _is_grid(path, shape):
+    if not _is_grid(path, rows):
         folder.mkdir(mode=0o700, exist_ok=True)
-        _make_grid(path, shape, study, index, members)
+        _make_grid(path, rows)
         # A running worker keeps its map of an older file: unlinking takes the name, not the content.
         for old in folder.glob(f"{stem}-*"):
             if old.name.partition(".")[0] != path.stem:
                 old.unlink(missing_ok=True)
-    stored: npt.NDArray[np.float32] = np.load(path, mmap_mode="c", allow_pickle=False)
+    stored: npt.NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
     return torch.from_numpy(stored)
 
 
-def _is_grid(path: Path, shape: tuple[int, ...]) -> bool:
+def _is_grid(path: Path, rows: _Rows) -> bool:
     """Whether the file is there and holds what was written: a flipped bit would be trained on, and nobody would know."""
     try:
         stored = np.load(path, mmap_mode="r", allow_pickle=False)
         content = _content_file(path).read_text(encoding="ascii")
     except (OSError, ValueError, EOFError):
         return False
-    return bool(stored.shape == shape and stored.dtype == np.float32 and content_of(stored) == content)
+    return bool(stored.shape == rows.shape and stored.dtype == rows.dtype and content_of(stored) == content)
 
 
 def _content_file(path: Path) -> Path:
     return path.with_suffix(".sha256")
 
 
-def _make_grid(path: Path, shape: tuple[int, ...], study: Study, index: Index, members: list[Member]) -> None:
+def _make_grid(path: Path, rows: _Rows) -> None:
     """Write the images one by one into a file that gets its name when it is whole; never all of them in memory."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         os.close(os.open(part, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
-        grid = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
-        for number, member in enumerate(members):
-            grid[number] = _on_grid(index, member.image, study)
+        grid = np.lib.format.open_memmap(part, mode="w+", dtype=rows.dtype, shape=rows.shape)
+        for number in range(rows.shape[0]):
+            grid[number] = rows.make(number)
         content = content_of(grid)
         grid.flush()
         del grid
@@ -387,7 +482,7 @@ def _make_grid(path: Path, shape: tuple[int, ...], study: Study, index: Index, m
         part.unlink(missing_ok=True)
 
 
-def _on_grid(index: Index, image: IndexedImage, study: Study) -> npt.NDArray[np.float32]:
+def on_grid(index: Index, image: IndexedImage, study: Study) -> npt.NDArray[np.float32]:
     """float32 of `study.images.shape` in 0..1. Raises CacheLost."""
     if study.images.volume is None:
         return to_grid(index.pixels(image), study.images.size_px)

@@ -106,6 +106,11 @@ def show_ingested(report: Any) -> None:
         console.print(f"Labels: {report.label_problem}", style="red", highlight=False, markup=False, soft_wrap=True)
     if report.labels is not None:
         _show_labels(report.labels)
+    if report.masks is not None:
+        held = ", ".join(f"{name} in {count}" for name, count in sorted(report.masks.present.items()))
+        console.print(f"Masks: {report.masks.taken} of {report.masks.found} files taken; {held}.", highlight=False)
+        for reason, count in report.masks.reasons.items():
+            console.print(f"  {reason}: {_files(count)}: {reason.explanation}", highlight=False, soft_wrap=True)
 
 
 def _show_labels(counted: Any) -> None:
@@ -132,9 +137,12 @@ def quarantine(
 ) -> None:
     """What ingestion left out, by reason, with what to do about it; with --files, which files these are."""
     from fl_client.index import Index
+    from fl_client.masks import Masks
     from fl_client.sources import Reason
 
-    found = Index.open(Site.state_of(home)).left_out()
+    state = Site.state_of(home)
+    of_masks = {f"masks: {name}": why for name, why in Masks.open(state).left_out.items()}
+    found = Index.open(state).left_out() | of_masks
     if reason is not None:
         if reason not in list(Reason):
             known = ", ".join(sorted({str(one) for one in found.values()})) or "none, nothing is left out"
@@ -174,7 +182,7 @@ def _files(count: int) -> str:
     return "1 file" if count == 1 else f"{count} files"
 
 
-def phantom(
+def phantom(  # noqa: PLR0913, PLR0917  each parameter is one option
     folder: Annotated[Path, typer.Argument(help="Where the made-up hospital goes; it must be empty or new.")],
     name: Annotated[str, typer.Option(help="Name of the site, part of the made-up identifiers.")] = "phantom",
     vendor: Annotated[
@@ -184,6 +192,9 @@ def phantom(
     patients: Annotated[int, typer.Option(min=10, max=5000, help="Number of made-up patients.")] = 120,
     seed: Annotated[int, typer.Option(min=0, help="Another seed makes other patients.")] = 1,
     ct: Annotated[bool, typer.Option("--ct", help="Chest CT series instead of radiographs.")] = False,
+    outlined: Annotated[
+        bool, typer.Option("--masks", help="With masks of lungs and opacities; bodies lie and are shaped differently.")
+    ] = False,
 ) -> None:
     """Make a hospital of synthetic radiographs or CT, to try everything without a patient's data."""
     from fl_client.phantom import VENDORS, make_hospital
@@ -196,17 +207,22 @@ def phantom(
     if folder.exists() and any(folder.iterdir()):
         raise DocumentError(f"{folder} is not empty", remedy="Choose a new folder; nothing was written.")
     if ct:
-        labels = make_ct_hospital(folder, name, patients, seed, scanners[vendor])
+        labels = make_ct_hospital(folder, name, patients, seed, scanners[vendor], outlined=outlined)
     else:
-        labels = make_hospital(folder, name, patients, seed, VENDORS[vendor])
+        labels = make_hospital(folder, name, patients, seed, VENDORS[vendor], outlined=outlined)
     console.print(f"Made {patients} phantom patients in {folder}. For site.yaml:", highlight=False)
-    console.print(data_section(folder, labels), highlight=False, markup=False, soft_wrap=True)
+    console.print(data_section(folder, labels, outlined=outlined), highlight=False, markup=False, soft_wrap=True)
 
 
-def data_section(folder: Path, labels: dict[str, Any]) -> str:
+def data_section(folder: Path, labels: dict[str, Any], *, outlined: bool = False) -> str:
     """The `data:` section of a site.yaml for a phantom hospital."""
     import yaml
 
     table = {**labels, "table": str((folder / labels["table"]).resolve())}
-    section = {"data": {"folder": str((folder / "dicom").resolve()), "format": "dicom", "labels": table}}
+    data = {"folder": str((folder / "dicom").resolve()), "format": "dicom", "labels": table}
+    if outlined:
+        from fl_client.phantom import STRUCTURES
+
+        data["masks"] = {"folder": str((folder / "masks").resolve()), "structures": STRUCTURES}
+    section = {"data": data}
     return yaml.safe_dump(section, sort_keys=False, allow_unicode=True, default_style=None)

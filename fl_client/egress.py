@@ -24,6 +24,7 @@ PARTS = {
     "plain": "part of a sum, unprotected",
 }
 UNKNOWN = "a line that this version has no words for"
+SUMMED = "score histograms (of outlined structures and predicted numbers: sums of how well they agree)"
 RELEASE = "release"
 """Kind of the line that tells norm and ε of an update before it is protected; the report of the same order tells that it left."""
 STAYS = frozenset(
@@ -37,7 +38,7 @@ STAYS = frozenset(
         "torn-line-set-aside",
         "model-pulled",
     }
-    | {"evaluation-written", "head-witnessed", "head-contradicted", "variate-absent", RELEASE}
+    | {"evaluation-written", "head-witnessed", "head-contradicted", "variate-absent", "norms-absent", RELEASE}
 )
 """Kinds of lines about what stayed here."""
 
@@ -55,8 +56,8 @@ def _part(facts: Facts, what: str) -> str:
 
 
 def _trained(facts: Facts) -> str:
-    what = "model update (with SCAFFOLD also a mean gradient), losses, counts and score histograms"
-    return _part(facts, f"{what} of round {facts['round']}")
+    what = "model update (with SCAFFOLD also a mean gradient), losses, counts and"
+    return _part(facts, f"{what} {SUMMED} of round {facts['round']}")
 
 
 def _evaluated(facts: Facts) -> str:
@@ -64,7 +65,7 @@ def _evaluated(facts: Facts) -> str:
     released = f"; beside it, figures of the test split for {_count(figures, 'target')}" if figures else ""
     if facts["split"] == COHORT:
         return _part(facts, "numbers of patients and images in tens, as the study's questions ask")
-    words = f"losses, counts and score histograms of the {facts['split']} split, round {facts['round']}"
+    words = f"losses, counts and {SUMMED} of the {facts['split']} split, round {facts['round']}"
     return _part(facts, words) + released
 
 

@@ -74,8 +74,11 @@ def evaluate(
     for weights of another network, and what reading images and labels raises.
     """
     study = package.study
-    if not isinstance(study.task, Task) or study.task.kind != "classification":
-        raise StudyConflict("only models that classify can be evaluated like this", remedy="Use `fl-study predict`.")
+    if not isinstance(study.task, Task):
+        raise StudyConflict(
+            f"this is a model of {study.predicts}, and only models that classify can be tested like this",
+            remedy="Use `fl-study predict`, and compare its answers with your own reference standard.",
+        )
     if out.exists():
         raise DocumentError(f"{out} exists already", remedy="Choose a new folder; nothing was overwritten.")
     net = exporting.network(package)
@@ -86,7 +89,8 @@ def evaluate(
     tested = Cohort.of(index, study, split, members)
     parts = []
     for start in range(0, len(tested), BATCH):
-        batch = SimpleNamespace(images=tested.images[start : start + BATCH])
+        some = slice(start, start + BATCH)
+        batch = SimpleNamespace(images=tested.images[some], covariates=tested.covariates[some])
         parts.append(learning.predict(net, cast(Any, batch)))
         tell(min(start + BATCH, len(tested)), len(tested))
     scored = Scored(np.concatenate(parts), tested.targets.numpy(), tested.known.numpy(), tested.patients.numpy())

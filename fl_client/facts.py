@@ -306,12 +306,16 @@ def _targets(rows: Rows, labels: LabelTable | None) -> dict[str, Target]:
 
 
 def _unlabelled(rows: Rows, labels: LabelTable | None) -> int:
-    """Patients none of whose images has a label for any target; without a table, all."""
+    """Patients none of whose images has a label for any target, or a number; without a table, all."""
     everyone = {patient for patient, _ in rows}
     if labels is None:
         return len(everyone)
     matches = labels.mapping.matches
-    named = {p for p, i in rows if any(label is not None for label in labels.lookup(i.key(matches)).values())}
+    named = set()
+    for patient, image in rows:
+        key = image.key(matches)
+        if any(said is not None for said in [*labels.lookup(key).values(), *labels.numbers(key).values()]):
+            named.add(patient)
     return len(everyone - named)
 
 

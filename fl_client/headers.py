@@ -115,6 +115,7 @@ class Pixels:
     spacing_mm: tuple[float, float] | None
     low: float
     high: float
+    matrix: tuple[int, ...] = ()  # rows and columns in the file
 
 
 def look_at_dicom(data: bytes, identifying: Callable[[Dataset], list[str]] | None = None) -> Header:
@@ -159,7 +160,8 @@ def read_radiograph(data: bytes, longest_side_px: int, *, display: bool) -> Pixe
     with imaging.quiet_reading():
         image = imaging.decode(_with_pixels(data), display=display)
     found = imaging.scaled(image)
-    return Pixels(imaging.reduced(found.pixels, longest_side_px), image.spacing_mm, found.low, found.high)
+    small = imaging.reduced(found.pixels, longest_side_px)
+    return Pixels(small, image.spacing_mm, found.low, found.high, image.values.shape)
 
 
 def read_slice(data: bytes) -> volumes.Int16:
@@ -292,7 +294,8 @@ def read_picture(data: bytes, longest_side_px: int, *, inverted: bool = False) -
     except (*imaging.READING_ERRORS, SyntaxError):  # Pillow's PNG reader raises SyntaxError on broken chunks
         raise ImageLeftOut(Reason.UNREADABLE_PIXELS) from None
     found = imaging.scaled(imaging.Radiograph(-values if inverted else values, None, None))
-    return Pixels(imaging.reduced(found.pixels, longest_side_px), None, found.low, found.high)
+    small = imaging.reduced(found.pixels, longest_side_px)
+    return Pixels(small, None, found.low, found.high, found.pixels.shape)
 
 
 def _grey(picture: Image.Image) -> npt.NDArray[np.float32]:
@@ -307,6 +310,11 @@ def _grey(picture: Image.Image) -> npt.NDArray[np.float32]:
     if float(np.ptp(channels, axis=-1).max()) > GREY_TOLERANCE:
         raise ImageLeftOut(Reason.COLOUR)
     return np.ascontiguousarray(channels[..., 1])
+
+
+def parse_whole(data: bytes) -> Dataset:
+    """The data set with its pixels, not decoded. Raises ImageLeftOut, or what pydicom raises on damage (`READING_ERRORS`)."""
+    return _parse(data, pixels=True)
 
 
 def _parse(data: bytes, *, pixels: bool, only: list[str] | None = None) -> Dataset:

@@ -44,7 +44,7 @@ class IndexedImage:
     `file`: the file it came from; of a volume, the lowest slice's, and `files` is how many there are. `spacing_mm`: between
     (slices,) rows and columns. `low`, `high`: the values that percentiles take for black and white. `text`: how much it looks as
     if something were written on it (`models.burned_in`). `affine`: of a volume, 12 numbers from voxels to
-    millimetres in the patient.
+    millimetres in the patient. `matrix`: rows and columns of a radiograph's file; () where it was ingested before 0.2.
     """
 
     file: str
@@ -70,6 +70,7 @@ class IndexedImage:
     text: float
     affine: tuple[float, ...] = ()
     tilt_degrees: float = 0.0
+    matrix: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, name: str, row: sqlite3.Row) -> "IndexedImage":
@@ -79,7 +80,7 @@ class IndexedImage:
             **facts
             | {"file": name, "files": len(json.loads(row["members"])), "cache": row["cache"]}
             | {"spacing_mm": tuple(spacing) if spacing else None, "shape": tuple(facts["shape"])}
-            | {"affine": tuple(facts.get("affine", ()))}
+            | {"affine": tuple(facts.get("affine", ())), "matrix": tuple(facts.get("matrix", ()))}
         )
 
     def key(self, matches: Matches) -> str:
@@ -153,6 +154,12 @@ class Index:
     def left_out(self) -> dict[str, Reason]:
         """Each file that is left out with its reason, sorted; copies of an image under the name of the image itself."""
         return dict(sorted((self._left_out | {twin.file: Reason.DUPLICATE for twin in self._twins}).items()))
+
+    def files_of(self, image: IndexedImage) -> list[str]:
+        """The files that `image` was made of, slices in order."""
+        with closing(sqlite3.connect(self.state / "index.sqlite", timeout=30)) as database:
+            row = database.execute("SELECT members FROM images WHERE name = ?", (image.file,)).fetchone()
+        return [str(name) for name in json.loads(row[0])] if row else []
 
     def require_fit(self) -> None:
         """Raise DataError if more of the files were damaged than site.yaml permits."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from fl_client import masks
 from fl_client.cache import Cache
 from fl_client.headers import SIDECAR_BYTES_MAX, Caption, Header, read_sidecar
 from fl_client.index import Index, IndexedImage, Known, Register
@@ -46,7 +47,7 @@ RADIOGRAPH = b"isocenter/v2/radiograph"  # changes whenever the same file would 
 VOLUME = b"isocenter/v1/volume"
 DAMAGED_LEAST = 3  # a single bad copy among a few files is no reason to stop
 
-Stage = Literal["looking at files", "reading images"]
+Stage = Literal["looking at files", "reading images", "reading masks"]
 Progress = Callable[[Stage, int, int], None]
 
 
@@ -70,6 +71,25 @@ class LabelCount:
 
 
 @dataclass(frozen=True)
+class MaskCount:
+    """How the masks fit the images: `found` files = `taken` + those in `reasons`. `present`: masks that hold a structure."""
+
+    found: int
+    taken: int
+    present: dict[str, int]
+    reasons: dict[Reason, int]
+
+    @classmethod
+    def of(cls, found: "masks.Masks") -> "MaskCount":
+        present = {n: sum(n in mask.present for mask in found.taken.values()) for n in found.structures}
+        reasons = dict(found.reasons().most_common())
+        return cls(len(found.taken) + len(found.left_out), len(found.taken), present, reasons)
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {"reasons": {str(reason): count for reason, count in self.reasons.items()}}
+
+
+@dataclass(frozen=True)
 class IngestReport:
     """What one run found. `found` files = those of the images `taken` (one each, all slices of a volume) + those in `reasons`.
 
@@ -87,6 +107,7 @@ class IngestReport:
     label_problem: str | None
     seconds: float
     unfit: str
+    masks: "MaskCount | None" = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers and words for `--json`; reasons by name, most frequent first."""
@@ -102,6 +123,7 @@ class IngestReport:
             "label_problem": self.label_problem,
             "seconds": round(self.seconds, 2),
             "unfit": self.unfit or None,
+            "masks": None if self.masks is None else self.masks.to_json(),
         }
 
 
@@ -128,7 +150,8 @@ def ingest(
         removed = register.forget()
         names = _make(_Plan(source, cache, {item.name: item for item in items}, opened), register, readers, progress)
         register.finish(names, _unfit(source, register, items))
-    index = Index.open(state)
+        index = Index.open(state)
+        masked = _masks(source, root, index, readers, progress)
     return IngestReport(
         found=len(items),
         taken=index.taken,
@@ -141,6 +164,18 @@ def ingest(
         label_problem=str(problem) if problem else None,
         seconds=time.monotonic() - began,
         unfit=index.unfit,
+        masks=masked,
+    )
+
+
+def _masks(source: Source, root: Path, index: Index, readers: Readers, progress: Progress) -> MaskCount | None:
+    """Masks brought up to date with the images; those of a site that names none any more are forgotten."""
+    if source.masks is None:
+        masks.file_of(index.state).unlink(missing_ok=True)
+        masks.cache_of(index.state, "").keep(set())
+        return None
+    return MaskCount.of(
+        masks.ingest(source.masks, root, index, readers, lambda done, total: progress("reading masks", done, total))
     )
 
 

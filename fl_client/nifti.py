@@ -9,6 +9,7 @@ import zlib
 
 import nibabel
 import numpy as np
+import numpy.typing as npt
 
 from fl_client.sources import Reason
 from models import volumes
@@ -16,6 +17,7 @@ from models.imaging import READING_ERRORS, quiet_reading
 from models.volumes import Float64, Int16
 from privacy.errors import ImageLeftOut
 
+Int32 = npt.NDArray[np.int32]
 GZIP = b"\x1f\x8b"
 HEADER_BYTES = 352  # of NIfTI-1 with the mark of its extension; NIfTI-2 is for more than 32,767 voxels on an axis
 VOXELS_MAX = 1_200_000_000  # 4000 slices of 548 x 548
@@ -36,6 +38,32 @@ def read(data: bytes) -> tuple[Int16, Float64]:
 
     Slices run along the file's third axis. Raises only ImageLeftOut.
     """
+    whole, sizes = _whole(data, volumes.SLICES_MIN)
+    with quiet_reading():
+        made, affine = _decoded(whole, sizes)
+    return made, _turned(affine)
+
+
+def read_labels(data: bytes) -> tuple[Int32, Float64]:
+    """Whole numbers int32 (D, H, W) of a mask as the file holds them, and the affine as `read` gives it; D is 1 of a picture.
+
+    Raises only ImageLeftOut; mask_values for a number that is not whole.
+    """
+    whole, sizes = _whole(data, 1)
+    with quiet_reading():
+        try:
+            image = nibabel.Nifti1Image.from_bytes(whole)
+            values = np.asarray(image.dataobj, np.float64).reshape(sizes)
+            affine = np.asarray(image.affine, np.float64)[:3]
+        except (*READING_ERRORS, nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError):
+            raise ImageLeftOut(Reason.UNREADABLE_PIXELS) from None
+    if not (np.isfinite(values) & (values == np.rint(values)) & (np.abs(values) < 2**31)).all():
+        raise ImageLeftOut(Reason.MASK_VALUES)
+    return values.T.astype(np.int32), _turned(affine)
+
+
+def _whole(data: bytes, slices_min: int) -> tuple[bytes, tuple[int, int, int]]:
+    """The unpacked file and its sizes, found sound by its header."""
     if not looks_like_nifti(data):
         raise ImageLeftOut(Reason.NOT_NIFTI)
     head = _head(data)
@@ -43,22 +71,25 @@ def read(data: bytes) -> tuple[Int16, Float64]:
     sizes = struct.unpack_from(f"{order}8h", head, 40)
     bits = struct.unpack_from(f"{order}h", head, 72)[0]
     offset = struct.unpack_from(f"{order}f", head, 108)[0]
+    if slices_min == 1 and sizes[0] == 2:
+        sizes = (3, *sizes[1:3], 1, *sizes[4:])
     if not (3 <= sizes[0] <= 4 and all(size > 0 for size in sizes[1:4]) and (sizes[0] == 3 or sizes[4] == 1)):
         raise ImageLeftOut(Reason.NO_GEOMETRY)
     voxels = sizes[1] * sizes[2] * sizes[3]
-    if sizes[3] < volumes.SLICES_MIN:
+    if sizes[3] < slices_min:
         raise ImageLeftOut(Reason.TOO_FEW_SLICES)
     if voxels > VOXELS_MAX or sizes[3] > volumes.SLICES_MAX or not 0 < bits <= 64 or not HEADER_BYTES <= offset < 2**24:
         raise ImageLeftOut(Reason.TOO_LARGE)
-    whole = _unpacked(data, int(offset) + voxels * bits // 8)
-    with quiet_reading():
-        made, affine = _decoded(whole, sizes[1:4])
+    return _unpacked(data, int(offset) + voxels * bits // 8), (sizes[1], sizes[2], sizes[3])
+
+
+def _turned(affine: Float64) -> Float64:
     if not np.isfinite(affine).all() or abs(float(np.linalg.det(affine[:, :3]))) < 1e-6:
         raise ImageLeftOut(Reason.NO_GEOMETRY)
     # NIfTI counts to the right, to the front and up; DICOM to the left, to the back and up. Its axes come in reverse order here.
     turned = affine[:, [2, 1, 0, 3]].copy()
     turned[:2] *= -1
-    return made, turned
+    return turned
 
 
 def _head(data: bytes) -> bytes:

@@ -7,7 +7,7 @@ with sick patients. A model trained at one hospital learns the shortcut and fail
 to look at the lungs, because the shortcuts contradict each other.
 
 Beside the finding itself, the table says what follows from how the opacities were drawn: RSNA's appearance classes, a grade of
-severity from 0 to 4, and whether intensive care followed, which severity and age make likely.
+severity from 0 to 4, an extent from 0 to 24, and whether intensive care followed, which severity, age and male sex make likely.
 
 Patients, names and numbers are invented; nothing here is derived from an image of a person.
 """
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import nibabel
 import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -106,6 +107,9 @@ _APPEARANCE_WORDS = dict(
         strict=True,
     )
 )
+STRUCTURES: dict[str, list[int | str]] = {"lungs": [1, 2], "opacity": [2]}
+"""`data.masks.structures` of made-up masks: 1 is lung without, 2 lung with an opacity (of CT: ground glass)."""
+OUTLINED_FROM = 0.22  # density from which an opacity is outlined
 GRADES = 4
 _GRADE_BURDENS = (
     0.0,
@@ -113,6 +117,9 @@ _GRADE_BURDENS = (
     0.088,
     0.117,
 )  # above these begins the next grade; about a quarter of all opaque chests in each
+
+
+_FULL = 0.2  # mean density added to a lung that counts as full of opacities
 
 
 @dataclass(frozen=True)
@@ -127,6 +134,11 @@ class Finding:
         """0 without opacities, else 1 to 4 by how much of the lungs they fill."""
         burden = (self.left + self.right) / 2
         return sum(burden > least for least in _GRADE_BURDENS)
+
+    @property
+    def extent(self) -> int:
+        """0 to 24 in proportion to how much of the lungs they fill, 12 for each: a made-up score with the range of mRALE's."""
+        return sum(min(12, round(side * 12 / _FULL)) for side in (self.left, self.right))
 
     @property
     def appearance(self) -> str:
@@ -146,23 +158,30 @@ class _Grid:
     y: Plane
 
 
-def make_hospital(folder: Path, name: str, patients: int, seed: int, vendor: Vendor) -> dict[str, Any]:
+def make_hospital(
+    folder: Path, name: str, patients: int, seed: int, vendor: Vendor, *, outlined: bool = False
+) -> dict[str, Any]:
     """Write `folder`/dicom and `folder`/labels.csv; the label map for site.yaml, with an absolute path.
 
-    Targets: opacity; the classes of APPEARANCES; severity-1 to severity-4, each "at least this grade"; icu.
+    `outlined`: also `folder`/masks, a NIfTI file for each radiograph (STRUCTURES); chests then lie anywhere on the detector,
+    larger or smaller, turned and of other proportions, so that no fixed mask fits them.
+
+    Targets: opacity; the classes of APPEARANCES; severity-1 to severity-4, each "at least this grade"; icu. Numbers: extent.
     """
     rng = np.random.default_rng(_entropy("hospital", name, seed))
     images = folder / "dicom"
     images.mkdir(parents=True, exist_ok=True)
     rows: list[tuple[str, str, Finding, bool]] = []
     last = None
-    for number, (patient, found, pixels) in enumerate(_exposures(patients, vendor, rng)):
+    for number, (patient, found, (pixels, regions)) in enumerate(_exposures(patients, vendor, rng, outlined=outlined)):
         dataset = _dataset(f"{name}-{seed}", patient, number, vendor, rng)
         _set_view(dataset, vendor, rng)
         _set_pixels(dataset, pixels, vendor, vendor.syntaxes[int(rng.integers(len(vendor.syntaxes)))])
         path = images / f"{dataset.StudyDate}" / f"IM{number:05d}"
         path.parent.mkdir(exist_ok=True)
         dataset.save_as(path, enforce_file_format=True)
+        if outlined:
+            write_mask(folder / "masks" / f"{dataset.SOPInstanceUID}.nii", regions.T[:, :, None], np.eye(4))
         key = {"study_uid": "StudyInstanceUID", "accession": "AccessionNumber", "patient_id": "PatientID"}[
             vendor.matches
         ]
@@ -182,6 +201,7 @@ def make_hospital(folder: Path, name: str, patients: int, seed: int, vendor: Ven
         "key": vendor.key,
         "matches": vendor.matches,
         "targets": {"opacity": {"column": vendor.column, "words": meaning}, **_derived_targets()},
+        "numbers": {"extent": {"column": "extent"}},
     }
 
 
@@ -205,9 +225,16 @@ def _age(patient: int) -> int:
     return 25 + patient * 7 % 60
 
 
+def _sex(patient: int) -> str:
+    return "FM"[patient % 2]
+
+
 def _intensive(hospital: str, patient: int, found: Finding) -> bool:
-    """Whether intensive care followed: chance rises with the grade and with age, and stays chance."""
-    odds = -4.0 + 1.5 * found.grade + 0.05 * (_age(patient) - 55)
+    """Whether intensive care followed: chance rises with the grade, with age, and for men, and stays chance.
+
+    Age and sex stand in the header and hardly show in the picture, so a model that gets them as well can tell more.
+    """
+    odds = -2.5 + 1.3 * found.grade + 0.09 * (_age(patient) - 55) + (1.0 if _sex(patient) == "M" else -1.0)
     return bool(np.random.default_rng(_entropy("icu", hospital, patient)).random() < 1 / (1 + np.exp(-odds)))
 
 
@@ -216,14 +243,25 @@ def _entropy(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256("\n".join(map(str, ("isocenter/v1/phantom", *parts))).encode()).digest()[:8])
 
 
-def _exposures(patients: int, vendor: Vendor, rng: np.random.Generator) -> Iterator[tuple[int, Finding, Plane]]:
-    """(patient, what is in the lungs, pixels in 0..1 with bright = dense) for each image; the anatomy is the patient's own."""
+def write_mask(path: Path, values: npt.NDArray[np.uint8], affine: npt.NDArray[np.float64]) -> None:
+    """A NIfTI file of uint8 (columns, rows, slices)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image: Any = nibabel.Nifti1Image
+    path.write_bytes(image(values, affine).to_bytes())
+
+
+def _exposures(
+    patients: int, vendor: Vendor, rng: np.random.Generator, *, outlined: bool
+) -> Iterator[tuple[int, Finding, tuple[Plane, npt.NDArray[np.uint8]]]]:
+    """(patient, what is in the lungs, (pixels in 0..1 with bright = dense, their regions)) for each image; the anatomy is the
+    patient's own.
+    """
     for patient in range(patients):
         opaque = bool(rng.random() < POSITIVE_SHARE)
         anatomy = int(rng.integers(2**63))
         for _ in range(1 + int(rng.random() < FOLLOW_UP_SHARE)):
-            picture, found = _exposed(anatomy, opaque, vendor, rng)
-            yield patient, found, picture
+            picture, found, regions = _exposed(anatomy, opaque, vendor, rng, outlined=outlined)
+            yield patient, found, (picture, regions)
 
 
 def expose(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator) -> Plane:
@@ -231,9 +269,13 @@ def expose(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator)
     return _exposed(anatomy, opaque, vendor, rng)[0]
 
 
-def _exposed(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator) -> tuple[Plane, Finding]:
+def _exposed(
+    anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generator, *, outlined: bool = False
+) -> tuple[Plane, Finding, npt.NDArray[np.uint8]]:
     grid = _positioned(vendor, rng)
-    density, found = _chest(grid, np.random.default_rng(anatomy), rng, opaque)
+    if outlined:
+        grid = _roamed(grid, rng)
+    density, found, regions = _chest(grid, np.random.default_rng(anatomy), rng, opaque)
     case = 0 if opaque else 1
     if rng.random() < WIRES_SHARE:
         density += _wires(rng)
@@ -249,7 +291,17 @@ def _exposed(anatomy: int, opaque: bool, vendor: Vendor, rng: np.random.Generato
         _lay_plate(picture, rng)
     if rng.random() < MARKER_SHARE:
         _stamp_marker(picture, rng)
-    return picture.clip(0, 1), found
+    return picture.clip(0, 1), found, regions
+
+
+def _roamed(grid: _Grid, rng: np.random.Generator) -> _Grid:
+    """The patient elsewhere: turned up to 20 degrees, up to a third of the detector aside, half as large to a bit larger."""
+    angle, size = rng.uniform(-0.35, 0.35), rng.uniform(0.55, 1.1)
+    wide, high = size * rng.uniform(0.85, 1.15), size * rng.uniform(0.85, 1.15)
+    right, down = rng.uniform(-0.3, 0.3, 2)
+    cosine, sine = np.float32(np.cos(angle)), np.float32(np.sin(angle))
+    x, y = grid.x - np.float32(right), grid.y - np.float32(down)
+    return _Grid((cosine * x - sine * y) / np.float32(wide), (sine * x + cosine * y) / np.float32(high))
 
 
 def _positioned(vendor: Vendor, rng: np.random.Generator) -> _Grid:
@@ -298,9 +350,11 @@ def _blurred(plane: Plane, sigma_px: float) -> Plane:
     return plane
 
 
-def _chest(grid: _Grid, body: np.random.Generator, moment: np.random.Generator, opaque: bool) -> tuple[Plane, Finding]:
-    """Density along the beam, and what of it is opacity. `body` decides what stays the same for a patient, `moment` what differs
-    between exposures.
+def _chest(
+    grid: _Grid, body: np.random.Generator, moment: np.random.Generator, opaque: bool
+) -> tuple[Plane, Finding, npt.NDArray[np.uint8]]:
+    """Density along the beam, what of it is opacity, and where lungs and opacities are (STRUCTURES). `body` decides what stays
+    the same for a patient, `moment` what differs between exposures.
     """
     x, y = grid.x, grid.y
     width, breath = np.float32(body.normal(0.80, 0.035)), np.float32(moment.normal(0, 0.05))
@@ -318,14 +372,15 @@ def _chest(grid: _Grid, body: np.random.Generator, moment: np.random.Generator, 
     density += 0.9 * lung * _vessels(grid, body)
     # Breast and muscle shadows: denser lower lungs that are no opacity.
     density += outline * np.float32(body.uniform(0, 0.22)) * (_bump(np.hypot((np.abs(x) - 0.45) * 0.9, y - 0.35), 0.34))
-    found = Finding()
+    found, regions = Finding(), (lung >= 0.5).astype(np.uint8)
     if opaque:
         opacities = _opacities(grid, moment)
         density += lung * opacities
         left, right = (float((side * opacities).sum() / side.sum()) for side in lungs)
         found = Finding(left, right)
+        regions[(regions > 0) & (opacities >= OUTLINED_FROM)] = 2
     result: Plane = density.astype(np.float32)
-    return result, found
+    return result, found, regions
 
 
 def _lungs(
@@ -484,7 +539,7 @@ def _dataset(name: str, patient: int, number: int, vendor: Vendor, rng: np.rando
     dataset.Modality, dataset.Manufacturer = vendor.modality, vendor.manufacturer
     code = hashlib.sha256(f"{name}\n{patient}".encode()).hexdigest()[:8].upper()
     dataset.PatientID, dataset.PatientName = f"PHANTOM-{code}", f"PHANTOM^{code}"
-    dataset.PatientSex, dataset.PatientAge = "FM"[patient % 2], f"{_age(patient):03d}Y"
+    dataset.PatientSex, dataset.PatientAge = _sex(patient), f"{_age(patient):03d}Y"
     dataset.AccessionNumber = f"A{hashlib.sha256(f'{name} {number}'.encode()).hexdigest()[:10].upper()}"
     dataset.StudyDate = f"202{int(rng.integers(0, 5))}{int(rng.integers(1, 13)):02d}15"
     dataset.StudyDescription = "XR CHEST"
@@ -560,9 +615,9 @@ def _write_table(path: Path, vendor: Vendor, rows: list[tuple[str, str, Finding,
             worst[row[0]] = row
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter=vendor.delimiter)
-        writer.writerow((vendor.key, vendor.column, "appearance", "severity", "icu", "comment"))
+        writer.writerow((vendor.key, vendor.column, "appearance", "severity", "extent", "icu", "comment"))
         for key, word, found, intensive in worst.values():
-            said = _APPEARANCE_WORDS[found.appearance], found.grade, "yes" if intensive else "no"
+            said = _APPEARANCE_WORDS[found.appearance], found.grade, found.extent, "yes" if intensive else "no"
             writer.writerow((key, word, *said, ""))
 
 

@@ -11,7 +11,8 @@ import copy
 import csv
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLSLossless, RLELossless, generate_uid
+
+from fl_client.phantom import write_mask
 
 Volume = npt.NDArray[np.floating[Any]]
 
@@ -57,15 +60,27 @@ SCANNERS = (
 )
 
 
-def make_ct_hospital(folder: Path, name: str, patients: int, seed: int, scanner: Scanner) -> dict[str, Any]:
-    """Write `folder`/dicom and `folder`/labels.csv; the label map for site.yaml, with target "opacity" and an absolute path."""
+def make_ct_hospital(
+    folder: Path, name: str, patients: int, seed: int, scanner: Scanner, *, outlined: bool = False
+) -> dict[str, Any]:
+    """Write `folder`/dicom and `folder`/labels.csv; the label map for site.yaml, with target "opacity" and an absolute path.
+
+    `outlined`: also `folder`/masks, a NIfTI file for each series (`phantom.STRUCTURES`); bodies then lie elsewhere in the
+    scanner, and their lungs differ in size and proportions, so that no fixed mask fits them.
+    """
     digest = hashlib.sha256(f"ct\n{name}\n{seed}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:8], "little"))
     rows = []
     for number in range(patients):
         opaque = bool(rng.random() < POSITIVE_SHARE)
         place = f"{name}-{seed}-{number}"
-        slices = series(place, scanner, rng, opaque=opaque)
+        body = _Body.of(rng, opaque=opaque)
+        if outlined:
+            body = body.elsewhere(rng)
+        slices = _scanned(place, scanner, rng, body)
+        if outlined:
+            uid = slices[0].SeriesInstanceUID
+            write_mask(folder / "masks" / f"{uid}.nii", *regions(scanner, body))
         path = folder / "dicom" / f"CT{number:04d}"
         path.mkdir(parents=True, exist_ok=True)
         if number == 0:
@@ -84,20 +99,40 @@ def make_ct_hospital(folder: Path, name: str, patients: int, seed: int, scanner:
     }
 
 
-def series(place: str, scanner: Scanner, rng: np.random.Generator, *, opaque: bool) -> list[Dataset]:
-    """The slices of one patient, in the order in which the scanner numbers them."""
+def _planes(scanner: Scanner) -> Iterator[tuple[Volume, Volume, tuple[Volume, Volume, Volume]]]:
+    """Of each slice from the lowest: its first pixel, the direction of a column, and x, y, z of all its pixels in mm."""
     tilt = math.radians(scanner.tilt_degrees)
     column = np.array([0.0, math.cos(tilt), -math.sin(tilt)])
     across = (np.arange(SIDE) - (SIDE - 1) / 2) * scanner.pixel_mm
-    count = int(LONG_MM / scanner.gap_mm)
-    body = _Body.of(rng, opaque=opaque)
-    made = []
-    for number in range(count):
+    for number in range(int(LONG_MM / scanner.gap_mm)):
         middle = np.array([0.0, 0.0, number * scanner.gap_mm])
         corner = middle + np.array([across[0], 0.0, 0.0]) + column * across[0]
         x = np.broadcast_to(across[None, :], (SIDE, SIDE))
         along = across[:, None] * np.ones(SIDE)
-        hounsfield = body.hounsfield(x, along * column[1], middle[2] + along * column[2])
+        yield corner, column, (x, along * column[1], middle[2] + along * column[2])
+
+
+def regions(scanner: Scanner, body: "_Body") -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]:
+    """uint8 (columns, rows, slices) by `phantom.STRUCTURES`, and the affine of a NIfTI file that puts it on the series."""
+    planes = list(_planes(scanner))
+    found = np.stack([body.regions(*at).T for _, _, at in planes], axis=2)
+    corner, column, _ = planes[0]
+    affine = np.eye(4)
+    affine[:3, 0], affine[:3, 1] = [scanner.pixel_mm, 0, 0], column * scanner.pixel_mm
+    affine[:3, 2], affine[:3, 3] = [0, 0, scanner.gap_mm], corner
+    affine[:2] *= -1  # NIfTI counts to the right and to the front
+    return found, affine
+
+
+def series(place: str, scanner: Scanner, rng: np.random.Generator, *, opaque: bool) -> list[Dataset]:
+    """The slices of one patient, in the order in which the scanner numbers them."""
+    return _scanned(place, scanner, rng, _Body.of(rng, opaque=opaque))
+
+
+def _scanned(place: str, scanner: Scanner, rng: np.random.Generator, body: "_Body") -> list[Dataset]:
+    made, count = [], int(LONG_MM / scanner.gap_mm)
+    for number, (corner, column, at) in enumerate(_planes(scanner)):
+        hounsfield = body.hounsfield(*at)
         hounsfield += rng.normal(0, scanner.noise, hounsfield.shape)
         dataset = _dataset(place, scanner, body)
         dataset.InstanceNumber = number + 1 if scanner.upwards else count - number
@@ -120,6 +155,15 @@ class _Body:
     glass: list[tuple[float, float, float, float]]
     sex: str
     age: int
+    moved: tuple[float, float, float] = (0.0, 0.0, 0.0)  # mm to the left, to the back and up
+    tall: float = 1.0  # of the lungs, beside other lungs
+
+    def elsewhere(self, rng: np.random.Generator) -> "_Body":
+        """The same person smaller, with other lungs, and lying elsewhere in the scanner."""
+        size, lungs = rng.uniform(0.7, 0.95), self.lungs * rng.uniform(0.7, 1.0)
+        aside = (rng.uniform(-40, 40), rng.uniform(-40, 40), rng.uniform(-45, 45))
+        wide, deep, tall = self.wide * size, self.deep * size, rng.uniform(0.55, 0.95)
+        return replace(self, wide=wide, deep=deep, lungs=lungs * size, tall=tall, moved=aside)
 
     @classmethod
     def of(cls, rng: np.random.Generator, *, opaque: bool) -> "_Body":
@@ -137,18 +181,29 @@ class _Body:
 
     def hounsfield(self, x: Volume, y: Volume, z: Volume) -> Volume:
         """Density at millimetres to the left, to the back and up."""
+        return self._look(x, y, z)[0]
+
+    def regions(self, x: Volume, y: Volume, z: Volume) -> npt.NDArray[np.uint8]:
+        """1 in a lung, 2 where there is ground glass in it, 0 elsewhere (`phantom.STRUCTURES`)."""
+        return self._look(x, y, z)[1]
+
+    def _look(self, x: Volume, y: Volume, z: Volume) -> tuple[Volume, npt.NDArray[np.uint8]]:
+        x, y, z = (at - off for at, off in zip((x, y, z), self.moved, strict=True))
         outline = (x / self.wide) ** 2 + (y / self.deep) ** 2
         found = np.where(outline < 1, np.where(outline > 0.82, FAT, TISSUE), AIR)
-        tall = np.clip(1 - ((z - 120) / 150) ** 2, 0, 1)
+        tall = np.clip(1 - ((z - 120) / (150 * self.tall)) ** 2, 0, 1)
         for side in (-1, 1):
             lung = ((x - side * 68) / (50 * self.lungs)) ** 2 + (y / (75 * self.lungs)) ** 2
             found = np.where(lung < tall, LUNG, found)
+        regions = (found == LUNG).astype(np.uint8)
         for left, back, up, radius in self.glass:
             near = ((x - left) ** 2 + (y - back) ** 2 + (z - up) ** 2) / radius**2
             found = np.where(found == LUNG, found + GLASS * np.clip(1.3 - near, 0, 1), found)
+            regions[(regions > 0) & (near < 1)] = 2
         spine = (x / 16) ** 2 + ((y - self.deep * 0.62) / 16) ** 2
+        regions[spine < 1] = 0
         result: Volume = np.where(spine < 1, BONE, found)
-        return result
+        return result, regions
 
 
 def _dataset(place: str, scanner: Scanner, body: _Body) -> Dataset:

@@ -20,7 +20,7 @@ from privacy.errors import DocumentError, NewerVersion
 
 Day = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 DAYS: tuple[Day, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-TaskKind = Literal["classification", "counting"]
+TaskKind = Literal["classification", "regression", "segmentation", "counting"]
 PAUSE_VERSION = 1  # of paused.json
 SECONDS_MOST = 2**36  # of a moment that can be shown, in the year 4147; what is beyond is no time
 
@@ -76,7 +76,8 @@ class Policy(Document):
     maximum_rounds: int = Field(default=1000, ge=1, description="most rounds of a study")
     tasks: list[TaskKind] = Field(
         default=["classification"],
-        description="kinds of task that are permitted; counting: numbers of patients in tens, in masked sums only",
+        description="kinds of task that are permitted; regression: a number is predicted; segmentation: structures are outlined, "
+        "with `data.masks`; counting: numbers of patients in tens, in masked sums only",
     )
     networks: list[NetworkName] = Field(default=list(NETWORKS), description="networks that may be trained here")
     targets: list[Name] = Field(

@@ -14,6 +14,8 @@ from fl_client import cohort, enrol
 from fl_client.consent import consents
 from fl_client.facts import shared
 from fl_client.index import Index
+from fl_client.masks import mapped, where
+from fl_client.observed import unnamed
 from fl_client.policy import broken
 from fl_client.site import SiteFile
 from models.labels import LabelTable
@@ -108,6 +110,7 @@ WHY = {
     "unlabelled": "without a label for its targets",
     "modality": "of another modality",
     "contradictory": "with labels that cannot all be true",
+    "out_of_range": "with a number outside the range that the study declares",
 }
 _WORDS = {"train": "train", "validation": "choose the round", "test": "test", "external": "test"}
 
@@ -138,9 +141,10 @@ def study_of(home: Path, text: str) -> Study:
 def preview(index: Index, labels: LabelTable, study: Study, settings: SiteFile, pins: Path) -> Preview:
     """Raises LabelTableError if the site maps none of the study's targets, DataError if its pins are damaged."""
     names = study.task.targets
-    unmapped = sorted(set(names) - set(labels.mapping.targets))
+    unmapped = sorted(set(names) - set(mapped(index.state, labels.mapping, study)))
     if len(unmapped) == len(names):
-        raise LabelTableError(f"data.labels.targets in site.yaml has none of the study's targets ({', '.join(names)})")
+        raise LabelTableError(f"{where(study)} in site.yaml has none of the study's targets ({', '.join(names)})")
+    unmapped += unnamed(labels.mapping, study.covariates)
     members, left_out = cohort.join(index, labels, study)
     splits = cohort.placed(members, study, cohort.pins_of(pins, study)).splits
     role = _role(settings.site, study)
@@ -169,14 +173,19 @@ def _role(site: str, study: Study) -> Role:
 def _portion(members: list[cohort.Member], study: Study) -> Portion:
     names = study.task.targets
     counts = {
-        label: Counter(n for m in members for n, own in zip(names, m.labels, strict=True) if own == label)
-        for label in (0, 1)
+        label: Counter(
+            name
+            for member in members
+            for name, own in zip(names, member.labels, strict=True)
+            if own is not None and (own > cohort.HALF) == label
+        )
+        for label in (False, True)
     }
     return Portion(
         patients=len({member.token for member in members}),
         images=len(members),
-        positives={name: counts[1][name] for name in names},
-        negatives={name: counts[0][name] for name in names},
+        positives={name: counts[True][name] for name in names},
+        negatives={name: counts[False][name] for name in names},
         grid_bytes=len(members) * math.prod(study.images.shape) * FLOAT_BYTES,
     )
 

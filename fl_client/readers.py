@@ -135,7 +135,7 @@ class Radiograph:
         return FILE_S
 
     def run(self) -> Answer:
-        data, how = _same(self.item, self.sha256), self.reading
+        data, how = same(self.item, self.sha256), self.reading
         if how.picture:
             found = read_picture(data, self.longest_side_px, inverted=how.inverted)
         else:
@@ -149,6 +149,7 @@ class Radiograph:
             "low": found.low,
             "high": found.high,
             "text": burned_in.text_score(found.pixels),
+            "matrix": list(found.matrix),
         }
 
 
@@ -173,7 +174,7 @@ class SlicesOfVolume:
 
     def _fill(self, made: volumes.Int16) -> None:
         for number, (item, sha256) in enumerate(zip(self.items, self.sha256, strict=True)):
-            plane = read_slice(_same(item, sha256))
+            plane = read_slice(same(item, sha256))
             if plane.shape != self.size:
                 raise ImageLeftOut(Reason.UNREADABLE_PIXELS)
             made[number] = plane
@@ -195,7 +196,7 @@ class VolumeFile:
         return FILE_S + SLICE_S * self.item.size / 2**19  # a slice of 512 x 512
 
     def run(self) -> Answer:
-        found, affine = nifti.read(_same(self.item, self.sha256))
+        found, affine = nifti.read(same(self.item, self.sha256))
 
         def fill(made: volumes.Int16) -> None:
             made[:] = found
@@ -220,7 +221,7 @@ def _volume(cache: Cache, name: str, shape: tuple[int, ...], fill: Callable[[vol
     return {"content": content, "shape": list(shape), "low": ends[0], "high": ends[1], "text": 0.0}
 
 
-def _same(item: Item, sha256: str) -> bytes:
+def same(item: Item, sha256: str) -> bytes:
     """The bytes of `item`, which must be those of the first look."""
     data = item.read()
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -236,7 +237,7 @@ def answer(task: Task) -> Answer:
         return {"reason": str(Reason(refusal.reason))}
 
 
-class _LeftOut(Document):
+class LeftOut(Document):
     reason: Reason
     sha256: Digest | None = None
 
@@ -261,23 +262,25 @@ class _Made(Document):
     spacing_mm: Annotated[list[FiniteFloat], Field(min_length=2, max_length=3)] | None = None
     affine: Annotated[list[FiniteFloat], Field(min_length=12, max_length=12)] | None = None
     tilt_degrees: FiniteFloat | None = None
+    matrix: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
 
 
-_LOOKS: TypeAdapter[Any] = TypeAdapter(_Seen | _LeftOut)
-_MAKES: TypeAdapter[Any] = TypeAdapter(_Made | _LeftOut)
+_LOOKS: TypeAdapter[Any] = TypeAdapter(_Seen | LeftOut)
+_MAKES: TypeAdapter[Any] = TypeAdapter(_Made | LeftOut)
 
 
 def seen(found: Answer) -> Answer:
     """`found` if a look answers so, else decoder_failed: a process that a file has taken over must not spoil the index."""
-    return _checked(_LOOKS, found)
+    return checked(_LOOKS, found)
 
 
 def made(found: Answer) -> Answer:
     """The same for what answers that pixels were stored."""
-    return _checked(_MAKES, found)
+    return checked(_MAKES, found)
 
 
-def _checked(form: TypeAdapter[Any], found: Answer) -> Answer:
+def checked(form: TypeAdapter[Any], found: Answer) -> Answer:
+    """`found` if it has this form."""
     try:
         form.validate_json(json.dumps(found), strict=True)
     except ValueError:

@@ -231,7 +231,7 @@ def _missing(looked: Inspection) -> str:
     parts = [f"{name}: {of(t.missing, facts.images, 'images')} without label" for name, t in facts.targets.items()]
     parts.append(f"{of(facts.patients_unlabelled, facts.patients, 'patients')} without any")
     sentence = "; ".join(parts)
-    if not facts.targets or facts.patients_unlabelled == facts.patients:
+    if facts.patients_unlabelled == facts.patients:
         raise WorthALook(
             f"{sentence}. No study can train here: look at `key` and `words` below data.labels in site.yaml."
         )
@@ -304,13 +304,15 @@ def _leakage(looked: Inspection) -> str:
 
 def previews_of_approved(looked: Inspection) -> "list[Preview]":
     """What each approved study that fits this site's labels takes, by the splits that were pinned."""
+    from fl_client.masks import mapped  # with torch, which takes a second to load
+
     labels = attempt(lambda: looked.labels)
-    answered = [c.offer.study for c in consents(looked.home) if c.statement.decision == "approved"]
-    approved = [study for study in answered if study.task.kind != "counting"]  # which splits nobody
-    fitting = [study for study in approved if labels and set(study.task.targets) & set(labels.mapping.targets)]
+    decided = [c.offer.study for c in consents(looked.home) if c.statement.decision == "approved"]
+    approved = [study for study in decided if study.task.kind != "counting"]  # which splits nobody
+    fitting = [study for study in approved if labels and mapped(looked.index.state, labels.mapping, study)]
     if labels is None or not fitting or looked.index.unfit:  # the findings about labels and images say why
         return []
-    from fl_client.preview import preview  # with torch, which takes a second to load
+    from fl_client.preview import preview
 
     settings = Site.settings_of(looked.home)
     return [preview(looked.index, labels, study, settings, pins_of(looked.home, study)) for study in fitting]

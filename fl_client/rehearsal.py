@@ -5,7 +5,9 @@ same patients fall into the same splits. Approving is automatic here, because no
 """
 
 import time
+from collections.abc import Collection
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -13,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fl_client.cohort import Cohort, Split
 from fl_client.consent import Consent, Offer
 from fl_client.ingest import Index, ingest
-from fl_client.phantom import VENDORS, make_hospital
+from fl_client.phantom import STRUCTURES, VENDORS, make_hospital
 from fl_client.phantom_ct import SCANNERS, make_ct_hospital
 from fl_client.policy import Policy
 from fl_client.site import Site, Source
@@ -25,7 +27,7 @@ from privacy.calls import Statement
 PERMISSIVE: dict[str, object] = {
     "least_protection": "plain",
     "permit_without_privacy": True,
-    "tasks": ["classification", "counting"],
+    "tasks": ["classification", "regression", "segmentation", "counting"],
     "epsilon_per_study": 1000,
     "epsilon_per_year": 1000,
     "epsilon_total": 1000,
@@ -40,12 +42,13 @@ def prepare(
     phantoms: tuple[int, int],
     coordinator: ec.EllipticCurvePublicKey,
     *,
-    volumes: bool = False,
+    made: Collection[Literal["volumes", "masks"]] = (),
 ) -> None:
     """Make `home` a site called `name` that trusts `coordinator`.
 
     With `original`, its data section and ingested images are used; otherwise `phantoms` = (patients, number of the site) says
-    how many patients to make and, in turn, whose devices to imitate; `volumes`: chest CT instead of radiographs.
+    how many patients to make and, in turn, whose devices to imitate; `made`: of volumes, chest CT instead of
+    radiographs; of masks, with outlines of lungs and opacities.
     """
     keys.make_key(home / "keys" / "site.key")
     keys.write_public(home / "keys" / "coordinator.pem", keys.public_pem(coordinator))
@@ -53,18 +56,27 @@ def prepare(
         settings = Site.settings_of(original)
         source = Site.source_of(settings, original)
         anchored = {"labels": source.labels.anchored(original), "folder": str((original / source.folder).resolve())}
+        if source.masks is not None:
+            anchored["masks"] = source.masks.model_copy(
+                update={"folder": str((original / source.masks.folder).resolve())}
+            )
         source = source.model_copy(update=anchored)
         threads, least = settings.resources.cpu_threads, settings.policy.minimum_patients
         (home / "state").symlink_to(Site.state_of(original).resolve(), target_is_directory=True)
     else:
         patients, number = phantoms
         hospital, seed = home / "hospital", number + 1
-        if volumes:
-            mapping = make_ct_hospital(hospital, name, patients, seed, SCANNERS[number % len(SCANNERS)])
+        if "volumes" in made:
+            scanner = SCANNERS[number % len(SCANNERS)]
+            mapping = make_ct_hospital(hospital, name, patients, seed, scanner, outlined="masks" in made)
         else:
-            mapping = make_hospital(hospital, name, patients, seed, list(VENDORS.values())[number % len(VENDORS)])
+            vendor = list(VENDORS.values())[number % len(VENDORS)]
+            mapping = make_hospital(hospital, name, patients, seed, vendor, outlined="masks" in made)
         mapping["table"] = str((hospital / mapping["table"]).resolve())
-        source = Source.model_validate({"folder": str((hospital / "dicom").resolve()), "labels": mapping})
+        data = {"folder": str((hospital / "dicom").resolve()), "labels": mapping}
+        if "masks" in made:
+            data["masks"] = {"folder": str((hospital / "masks").resolve()), "structures": STRUCTURES}
+        source = Source.model_validate(data)
         threads, least = 0, Policy().minimum_patients
         ingest(source, home, Site.state_of(home))
     text = {

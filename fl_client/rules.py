@@ -36,10 +36,14 @@ def misses(rule: Rule, study: Study, researcher: str, delta: float, today: dt.da
         found.append(f"it does not list {', '.join(other)}")
     if study.budgeted_rounds > rule.rounds:
         found.append(f"{study.budgeted_rounds} rounds, spare ones included, are more than {rule.rounds}")
-    if study.evaluation.subgroups:
-        found.append("the study adds up test results of subgroups, which no ε covers")
-    if study.evaluation.external == "all":
-        found.append("the study tests on all patients of sites that only evaluate, not on a share of them")
+    for_people = {
+        f"the study learns from {', '.join(sorted(study.covariates))} of your patients beside the images": study.covariates,
+        "the study adds up test results of subgroups, which no ε covers": study.evaluation.subgroups,
+        "the study outlines structures: sums of their figures, which no ε covers, are for people to approve": study.segments,
+        "the study tests on all patients of sites that only evaluate, not on a share of them": study.evaluation.external
+        == "all",
+    }
+    found += [sentence for sentence, asked in for_people.items() if asked]
     if study.participation.quorum < rule.minimum_sites:
         found.append(f"a sum over {study.participation.quorum} sites is of fewer than {rule.minimum_sites}")
     if study.privacy == "none" or study.privacy.noise_multiplier is None:

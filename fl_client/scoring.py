@@ -1,14 +1,16 @@
 """The site's half of `fl-study predict`: a folder of DICOM radiographs or CT series, scored by a released model.
 
 Files are read by the confined processes of `ingest`, slices are put together by the same `series.assemble`, and images are
-brought to the grid by the same functions, so a score is the one that the image would get in the study. Nothing of it leaves:
-scores and file names go to whoever runs the command.
+brought to the grid by the same functions, so a score is the one that the image would get in the study. A model of covariates
+takes them from a table with a row for each image, read as a site's label table is. Nothing of it leaves: scores and file names go
+to whoever runs the command.
 """
 
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,25 +22,31 @@ from torch import nn
 
 from fl_client.cache import Cache
 from fl_client.headers import Header
+from fl_client.observed import covariates_of
 from fl_client.readers import SCALE, Look, Radiograph, Readers, Reading, SlicesOfVolume, Task, made, seen
 from fl_client.series import Series, Slice, assemble
 from fl_client.sources import Folder, Item, Reason
 from models import exporting, learning
+from models.covariates import AGE, SEX, names_of, words
 from models.imaging import to_grid
+from models.labels import LabelMap, LabelTable
 from models.registry import Package
-from models.study import Study
+from models.study import Regression, Study
 from models.volumes import to_volume_grid
+from privacy.errors import StudyConflict
 
 BATCH = 64
 VOLUMES_AT_A_TIME = 4
-ANOTHER_MODALITY = "another-modality"
+ANOTHER_MODALITY, NO_ROW, OUT_OF_RANGE = "another-modality", "no-row-of-covariates", "covariate-out-of-range"
 Scores = NDArray[np.float32]
 Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One image: the file by which it is known (of a volume its first slice), its UID, a score for each target, its files."""
+    """One image: the file by which it is known (of a volume its first slice), its UID, a score for each target or the number in
+    its unit, how many files it is.
+    """
 
     file: str
     uid: str
@@ -48,29 +56,32 @@ class Row:
 
 @dataclass
 class Scored:
-    """`rows` by file; `uid`: what their UIDs are of. `left_out`: files by the name of the reason."""
+    """`rows` by file; `uid`: what their UIDs are of. `left_out`: files by the name of the reason. `misread`: cells of the table
+    of covariates that are no such value, and count as missing.
+    """
 
     rows: list[Row]
     left_out: Counter[str]
     uid: str
+    misread: int = 0
 
 
-def score(package: Package, folder: Path, jobs: int, tell: Tell) -> Scored:
+def score(package: Package, folder: Path, jobs: int, tell: Tell, beside: Path | None = None) -> Scored:
     """Score every image below `folder` that the model is for, each once; `tell(stage, done, total)` hears how far it is.
 
-    `jobs`: confined reading processes; 0 reads in this process, for images known to be sound. Raises PackageRefused for weights
-    of another network.
+    `jobs`: confined reading processes; 0 reads in this process, for images known to be sound. `beside`: table of covariates.
+    Raises StudyConflict for a table where the model needs none, or none where it needs one; LabelTableError for a table without
+    its columns; PackageRefused for weights of another network.
     """
-    study, net = package.study, exporting.network(package)
-    volumes = study.images.volume is not None
-    left_out, rows = Counter[str](), list[tuple[str, Row]]()
+    study = package.study
+    volumes, table = study.images.volume is not None, _table(study, beside)
+    net, left_out, rows = exporting.network(package), Counter[str](), list[tuple[str, Row]]()
     items = {item.name: item for item in Folder(folder).items()}
     with tempfile.TemporaryDirectory() as scratch, Readers(jobs, Path(scratch)) as readers:
         cache = Cache(Path(scratch))
         looked = _look(readers, study, items, left_out, tell)
-        wanted = list(
-            _volumes(cache, items, looked, left_out) if volumes else _radiographs(cache, items, looked, package)
-        )
+        images = _volumes(cache, items, looked, left_out) if volumes else _radiographs(cache, items, looked, package)
+        wanted = list(_with_covariates(images, study, table, left_out))
         waiting, most = list[tuple[_Wanted, str, Scores]](), VOLUMES_AT_A_TIME if volumes else BATCH
         tell("scoring images", 0, len(wanted))
         for done, (one, answer) in enumerate(readers.run((one, one.task) for one in wanted), start=1):
@@ -84,19 +95,24 @@ def score(package: Package, folder: Path, jobs: int, tell: Tell) -> Scored:
                 rows += _scored(net, waiting, study)
                 waiting.clear()
             tell("scoring images", done, len(wanted))
-    return Scored(_once(rows, left_out), left_out, "series_instance_uid" if volumes else "sop_instance_uid")
+    return Scored(_once(rows, left_out), left_out, _key_of(study), _misread(table))
 
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One image to be scored: by which file and UID it is known, how it is read, under which name it is stored meanwhile."""
+    """One image to be scored: by which file and UID it is known, how it is read, under which name it is stored meanwhile.
+
+    `header`: of its first file; `covariates`: in the study's order, NaN where missing.
+    """
 
     name: str
     uid: str
+    header: Header
     files: int
     task: Task
     stored: str
     affine: NDArray[np.float64] | None = None
+    covariates: tuple[float, ...] = ()
 
     def on_grid(self, pixels: NDArray[Any], study: Study) -> Scores:
         if study.images.volume is not None and self.affine is not None:
@@ -107,8 +123,12 @@ class _Wanted:
 def _scored(net: nn.Module, images: list[tuple[_Wanted, str, Scores]], study: Study) -> list[tuple[str, Row]]:
     """(hash of the pixels, row) of each."""
     grids = torch.from_numpy(np.stack([grid for _, _, grid in images])).reshape(-1, *study.images.shape)
-    scores = learning.predict(net, cast(Any, SimpleNamespace(images=grids))).tolist()
-    pairs = zip(images, scores, strict=True)
+    values = torch.tensor([one.covariates for one, _, _ in images], dtype=torch.float32).reshape(len(images), -1)
+    scores = learning.predict(net, cast(Any, SimpleNamespace(images=grids, covariates=values)))
+    if isinstance(study.task, Regression):  # in its unit
+        low, high = study.task.range
+        scores = low + (high - low) * scores
+    pairs = zip(images, scores.tolist(), strict=True)
     return [(content, Row(one.name, one.uid, numbers, one.files)) for (one, content, _), numbers in pairs]
 
 
@@ -138,7 +158,7 @@ def _radiographs(
     for number, (name, sha256, header) in enumerate(looked):
         stored = f"{number:064x}"
         task = Radiograph(items[name], sha256, cache, stored, package.longest_side_px, how)
-        yield _Wanted(name, header.sop_uid, 1, task, stored)
+        yield _Wanted(name, header.sop_uid, header, 1, task, stored)
 
 
 def _volumes(
@@ -151,7 +171,7 @@ def _volumes(
             continue
         first, stored = series.slices[0].header, f"{number:064x}"
         task = _slices(series, items, cache, stored)
-        yield _Wanted(series.name, first.series_uid, len(series.slices), task, stored, series.stack.affine)
+        yield _Wanted(series.name, first.series_uid, first, len(series.slices), task, stored, series.stack.affine)
 
 
 def _slices(series: Series, items: dict[str, Item], cache: Cache, stored: str) -> SlicesOfVolume:
@@ -171,3 +191,59 @@ def _once(rows: list[tuple[str, Row]], left_out: Counter[str]) -> list[Row]:
             kept.append(row)
         marks |= own
     return kept
+
+
+# Covariates ----------------------------------------------------------------------------------------------------------
+
+
+def _key_of(study: Study) -> str:
+    """By what an image is known, in tables of covariates and of scores."""
+    return "sop_instance_uid" if study.images.volume is None else "series_instance_uid"
+
+
+def _table(study: Study, path: Path | None) -> LabelTable | None:
+    """The table of covariates: a column `_key_of(study)`, and one for each covariate of `study`, by its name."""
+    wanted, key = names_of(study.covariates), _key_of(study)
+    if not wanted and path is None:
+        return None
+    if path is None:
+        raise StudyConflict(
+            f"beside the image this model takes {'; '.join(words(study.covariates))}",
+            remedy=f"Give a table with --covariates: columns {key}, {', '.join(wanted)}. An empty cell is missing.",
+        )
+    if not wanted:
+        raise StudyConflict("this model takes images alone", remedy="Leave --covariates out.")
+    mapping = LabelMap.model_validate(
+        {
+            "table": str(path),
+            "key": key,
+            "matches": "sop_uid" if study.images.volume is None else "series_uid",
+            "about": {name: name for name in wanted if name in (AGE, SEX)},
+            "numbers": {name: {"column": name} for name in wanted if name not in (AGE, SEX)},
+        }
+    )
+    return LabelTable.read(path, mapping)
+
+
+def _misread(table: LabelTable | None) -> int:
+    if table is None:
+        return 0
+    listed = [*table.unmapped.values(), *table.about_unmapped.values()]
+    return table.malformed + table.implausible_ages + sum(counted.total() for counted in listed)
+
+
+def _with_covariates(
+    images: Iterator[_Wanted], study: Study, table: LabelTable | None, left_out: Counter[str]
+) -> Iterator[_Wanted]:
+    """Each image with what the model takes beside it; those whose covariates cannot be used are counted by reason."""
+    for one in images:
+        if table is None:
+            yield one
+        elif one.uid not in table:
+            left_out[NO_ROW] += one.files
+        else:
+            found = covariates_of(one.uid, one.header, table, study.covariates)
+            if all(study.covariates[n].admits(v) for n, v in zip(names_of(study.covariates), found, strict=True)):
+                yield replace(one, covariates=tuple(math.nan if value is None else value for value in found))
+            else:
+                left_out[OUT_OF_RANGE] += one.files

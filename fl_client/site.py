@@ -31,16 +31,16 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from fl_client.archive import ArchiveSettings
 from fl_client.consent import approved
 from fl_client.policy import Pause, Policy, Rule, broken
 from models.labels import LabelMap
-from models.sections import LONGEST_SIDE_PX, LONGEST_SIDE_RANGE
+from models.sections import LONGEST_SIDE_PX, LONGEST_SIDE_RANGE, STRUCTURES_MAX
 from models.study import Document, Name, Study, read
 from privacy import disk, keys
 from privacy.errors import (
@@ -78,6 +78,7 @@ if TYPE_CHECKING:
     from privacy.ledger import Caps, Charge, Ledger, Patients
 
 
+MaskWord = Annotated[int, Field(ge=1, le=65535)] | Annotated[str, StringConstraints(min_length=1, max_length=64)]
 ORDERS_VERSION = 1  # of orders.sqlite
 _ORDERS = (
     "CREATE TABLE IF NOT EXISTS orders (learned TEXT, run TEXT, attempt INTEGER, sum INTEGER, kind TEXT, round INTEGER,"
@@ -96,6 +97,22 @@ class Coordinator(Document):
     service: str = Field(pattern=r"^[^\s:]+:\d+$", description="host:port for joining, studies and results")
 
 
+class MaskMap(Document):
+    """Reference masks of this site: NIfTI files or DICOM segmentations, each of one image that was ingested."""
+
+    folder: str = Field(min_length=1, description="folder with the masks; searched with everything below it")
+    structures: dict[Name, list[MaskWord]] = Field(
+        min_length=1,
+        max_length=STRUCTURES_MAX,
+        description="structure of studies -> what it is in the masks: values of NIfTI files; numbers or labels of DICOM segments",
+    )
+    ignored: list[MaskWord] = Field(default=[], max_length=256, description="values or segments that are none of these")
+    empty: Literal["refused", "absent"] = Field(
+        default="refused",
+        description="a mask with nothing in it. refused: it is left out; absent: no structure is there",
+    )
+
+
 class Source(Document):
     """Where the site's images are and what they are called there."""
 
@@ -105,6 +122,7 @@ class Source(Document):
         default="dicom", description="dicom, pictures (PNG, JPEG; with JSON headers beside them), or nifti (CT volumes)"
     )
     labels: LabelMap
+    masks: MaskMap | None = Field(default=None, description="reference masks, for studies of `kind: segmentation`")
     patients: Literal["header", "folder"] = Field(
         default="header",
         description="DICOM only; who an image is of. header: Patient ID; folder: the first folder below `folder` is the patient",

@@ -70,6 +70,12 @@ class Reason(StrEnum):
     IRREGULAR_GAPS = "irregular_gaps"
     NOT_HOUNSFIELD = "not_hounsfield"
     DUPLICATE = "duplicate"
+    NOT_A_MASK = "not_a_mask"
+    MASK_WITHOUT_IMAGE = "mask_without_image"
+    MASK_TWICE = "mask_twice"
+    MASK_GEOMETRY = "mask_geometry"
+    MASK_VALUES = "mask_values"
+    MASK_EMPTY = "mask_empty"
 
     @property
     def explanation(self) -> str:
@@ -153,6 +159,30 @@ _WORDS = {
     Reason.IRREGULAR_GAPS: ("a CT series whose slices lie at uneven distances", ""),
     Reason.NOT_HOUNSFIELD: ("a CT series without air: its values are no Hounsfield units", _STUDY),
     Reason.DUPLICATE: ("the same image stands in the folder again", ""),
+    Reason.NOT_A_MASK: (
+        "in the folder of masks, and neither NIfTI nor a DICOM segmentation of the kind BINARY or FRACTIONAL",
+        "Export it as NIfTI, or as a binary DICOM SEG.",
+    ),
+    Reason.MASK_WITHOUT_IMAGE: (
+        "a mask whose series, instance or file name is that of no image taken here, or of several",
+        "Name a NIfTI mask after the Series Instance UID of its volume or the SOP Instance UID of its radiograph.",
+    ),
+    Reason.MASK_TWICE: (
+        "one of several masks of one image; none of them is used",
+        "Leave one, with all structures in it.",
+    ),
+    Reason.MASK_GEOMETRY: (
+        "a mask that does not lie on its image: another matrix, place or extent",
+        "Export the mask on the grid of the image that it was drawn on.",
+    ),
+    Reason.MASK_VALUES: (
+        "a mask with a value or segment that site.yaml does not name",
+        "Name it in `data.masks.structures`, or in `data.masks.ignored` if it is of no interest.",
+    ),
+    Reason.MASK_EMPTY: (
+        "a mask with nothing in it, which may be a failed export",
+        "If it means that nothing is there, say `empty: absent` in `data.masks`.",
+    ),
 }
 _DAMAGE = frozenset(
     [

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from fl_server.run import (
 )
 from fl_server.sums import Nodes, Task, Total
 from models import questions
-from models.contributions import read_figures
+from models.contributions import read_figures, read_number
 from models.questions import Counting
 from privacy import journal, tracing
 from privacy.errors import CertificateRevoked, DiskUnusable, DocumentError, IsocenterError, MessageMalformed, RunStopped
@@ -205,26 +206,48 @@ class Desk:
     def score(self, total: Total) -> None:
         """Note the validation of the model that the sites were sent."""
         named = self.run.study.participation.sites
-        self.run.score(score_sheet(total.contributors, total.mean.sheet), self.absent(total, named))
+        self.run.score(self._sheet(total), self.absent(total, named))
 
     def test(self, model: Float32) -> Test:
         """The test evaluation of the selected model: everybody's sum, and what each site releases of its own."""
         total = self.evaluate(model, max(1, self.run.best_round), "test")
         released = {site: self._released(total, rows) for site, rows in sorted(total.figures.items())}
-        sheet = score_sheet(total.contributors, total.mean.sheet)
-        study = self.run.study
+        sheet, study = self._sheet(total), self.run.study
         groups = total.mean.groups.kept(study).to_json(study) if total.mean.groups is not None else []
         table: list[list[int]] = total.mean.grades.tolist() if total.mean.grades is not None else []
         absent = self.absent(total, study.all_sites)
-        return Test(sheet, absent, released, groups, table, total.mean.ingested)
+        return Test(sheet, absent, released, groups, table, total.mean.ingested, self._number(total))
 
-    def _released(self, total: Total, rows: Float32) -> list[dict[str, float | int] | None]:
+    def _number(self, total: Total) -> dict[str, Any] | None:
+        """Where the target is a number: the summed errors, and what each site says of itself unless it contradicts itself."""
+        if total.mean.errors is None:
+            return None
+        sites: dict[str, Any] = {}
+        for site, rows in sorted(total.figures.items()):
+            try:
+                found = read_number(self.run.study, rows)
+            except MessageMalformed:
+                found = None
+            most = int(total.mean.errors[0])
+            sites[site] = found if found and found["images"] <= most else None
+        return {"sums": total.mean.errors.tolist(), "sites": sites}
+
+    def _sheet(self, total: Total) -> dict[str, Any]:
+        """What of an opened evaluation is kept."""
+        sheet = total.mean.sheet
+        if sheet.overlaps is not None:
+            sheet = replace(sheet, overlaps=sheet.overlaps.kept(self.run.study))
+        return score_sheet(total.contributors, sheet)
+
+    def _released(self, total: Total, rows: Float32) -> list[dict[str, Any] | None]:
         """What one site says of itself, target by target; nothing where it contradicts itself or the sum it is in."""
         study, pooled = self.run.study, total.mean.sheet.histogram
         try:
             found = read_figures(study, rows)
         except MessageMalformed:
             return [None] * len(study.task.targets)
+        if study.segments:
+            return [figure if figure and figure["cases"] <= total.mean.sheet.images else None for figure in found]
         return [
             figure
             if figure and figure["negatives"] <= pooled.negatives(n) and figure["positives"] <= pooled.positives(n)

@@ -56,6 +56,7 @@ class Pooled:
     known: torch.Tensor
     patients: torch.Tensor
     public_size: int
+    covariates: torch.Tensor
 
     @classmethod
     def of(cls, cohorts: Sequence[Any]) -> "Pooled":
@@ -66,13 +67,28 @@ class Pooled:
         images, targets, known = (
             torch.cat([getattr(c, name) for c in cohorts]) for name in ("images", "targets", "known")
         )
-        return cls(images, targets, known, torch.cat(parts), sum(cohort.public_size for cohort in cohorts))
+        values = torch.cat([learning.covariates_of(cohort) for cohort in cohorts])
+        return cls(images, targets, known, torch.cat(parts), sum(cohort.public_size for cohort in cohorts), values)
 
 
 def check(study: Study) -> None:
     """Raise StudyConflict if a study cannot be compared; asked before anything is trained."""
     if study.task.kind == "counting" or not study.training.rounds:
         raise StudyConflict("a study that trains nothing has nothing to compare", remedy="Leave --compare out.")
+    if study.segments:
+        raise StudyConflict(
+            "models are compared by AUROC, and this study outlines structures", remedy="Leave --compare out."
+        )
+    if study.task.kind != "classification":
+        raise StudyConflict(
+            "models are compared by their AUROC, and this study's target is a number",
+            remedy="Leave --compare out, and simulate a study of one site to see what it does alone.",
+        )
+    if study.strategy.local_norms:
+        raise StudyConflict(
+            "with strategy: fedbn there is no common model to compare",
+            remedy="Leave --compare out, and simulate the study with fedavg as well.",
+        )
     if study.evaluation.external == "all" and study.participation.evaluate_only:
         raise StudyConflict(
             "with evaluation.external: all a site is tested on patients that it trains on in other rows of a comparison",

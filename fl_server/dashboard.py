@@ -253,11 +253,16 @@ def run_page(home: Home, run: Progress, now: Snapshot) -> dict[str, Any]:
             "epsilon": None if study is None else charged(study, part.train_orders),
         }
     last = max((each.round for each in run.rounds), default=0)
-    first = run.initial or (None, None)
+    first = run.initial or (None, None, None)
     losses = [plots.Curve("validation", [(0, first[0]), *((each.round, each.loss) for each in run.rounds)])]
     if study is None or study.privacy == "none":
         losses.append(plots.Curve("training", [(each.round, each.train_loss) for each in run.rounds]))
-    scores = [plots.Curve("validation", [(0, first[1]), *((each.round, each.auroc) for each in run.rounds)])]
+    scores = [
+        plots.Curve(
+            "validation",
+            [(0, first[1] if first[2] is None else first[2]), *((each.round, each.score) for each in run.rounds)],
+        )
+    ]
     return {
         "run": run,
         "run_id": run_id,
@@ -265,7 +270,7 @@ def run_page(home: Home, run: Progress, now: Snapshot) -> dict[str, Any]:
         "sites": sites,
         "before_it": ahead(now.queue, run_id, home.settings.runs_at_once) if run_id in now.queue else 0,
         "reasons": sorted({reason for part in run.sites.values() for reason in part.refusals}),
-        "charts": [plots.chart("Loss", losses, last), plots.chart("AUROC", scores, last, most=1.0)]
+        "charts": [plots.chart("Loss", losses, last), plots.chart(run.measure, scores, last, most=1.0)]
         if run.rounds
         else [],
         "promises": promises(study.canonical()) if study is not None and study.privacy != "none" else [],

@@ -26,7 +26,7 @@ from models.learning import TrainingCohort
 from models.study import Privacy, Study
 from privacy import attacks
 from privacy.accounting import PrivacyEvent, epsilon
-from privacy.dpsgd import Batch, Clip, LoopEngine, private_gradient
+from privacy.dpsgd import Batch, Clip, LoopEngine, Losses, private_gradient
 from privacy.errors import MessageMalformed, ReleaseRefused
 from privacy.noise import Keystream
 
@@ -99,7 +99,7 @@ def _canaries(study: Study, cohort: TrainingCohort) -> attacks.CanaryAudit:
         step = networks.placed(np.float32(rate) * noisy, networks.trained_places(net))
         networks.load_vector(net, networks.to_vector(net) - step)
 
-    training = attacks.Training(net, learning.patient_losses, len(units), units.__getitem__, descend)
+    training = attacks.Training(net, learning.losses_of(study), len(units), units.__getitem__, descend)
     return attacks.canary_audit(
         training,
         attacks.Mechanism(
@@ -147,9 +147,9 @@ def _membership(study: Study, outcome: Outcome, cohorts: dict[tuple[str, str], A
     losses: dict[str, list[float]] = {"train": [], "test": []}
     for (_, split), cohort in cohorts.items():
         for rows in learning.labelled_patients(cohort):
-            unit = (cohort.images[rows][None], cohort.targets[rows][None], cohort.known[rows][None])
+            unit = _unit(cohort, rows)
             with torch.inference_mode():
-                losses[split].append(float(learning.patient_losses(net, unit)[0]))
+                losses[split].append(float(learning.losses_of(study)(net, unit)[0]))
     seen = attacks.membership_inference(np.array(losses["train"]), np.array(losses["test"]))
     caption = f"AUC {seen.auc:.3f} ({seen.low:.3f} to {seen.high:.3f}); 0.5 is chance"
     rates = list(zip(seen.roc[0].tolist(), seen.roc[1].tolist(), strict=True))
@@ -169,42 +169,52 @@ class _Prey:
     name: str
     net: nn.Module
     units: list[Batch]
+    losses: Losses
 
     def gradient(self, unit: Batch) -> Tensor:
-        return attacks.gradient(self.net, learning.patient_losses, unit)
+        return attacks.gradient(self.net, self.losses, unit)
 
     def noisy(self, unit: Batch, plan: Privacy) -> Tensor:
         """What a site sends of `unit` under differential privacy, from the production mechanism; in clip norms."""
-        clip, engine = Clip(plan.clip_norm), LoopEngine(self.net, learning.patient_losses)
+        clip, engine = Clip(plan.clip_norm), LoopEngine(self.net, self.losses)
         made, _ = private_gradient(engine, [unit], clip, plan.noise_multiplier or 0.0, Keystream())
         return torch.from_numpy(made * 2.0**-clip.bits).float()
 
     def nearest(self, observed: Tensor, pictures: int) -> tuple[float, Tensor]:
         """(dB, picture): of `pictures` that are looked for together, their labels being known, the one nearest to the truth."""
-        images, targets, known = (torch.cat(parts) for parts in zip(*self.units[:pictures], strict=True))
-        made = attacks.invert(self.net, learning.patient_losses, observed, tuple(images.shape), (targets, known))
+        images, *known = (torch.cat(parts) for parts in zip(*self.units[:pictures], strict=True))
+        made = attacks.invert(self.net, self.losses, observed, tuple(images.shape), tuple(known))
         return max(((attacks.psnr(one, images[0]), one[0, 0]) for one in made), key=lambda pair: pair[0])
+
+
+def _unit(cohort: Any, rows: Tensor) -> Batch:
+    """The patient with the images of `rows`, as the loss takes her."""
+    given = learning.inputs(cohort.images[rows][None].float(), learning.covariates_of(cohort)[rows][None])
+    return *given, cohort.targets[rows][None], cohort.known[rows][None]
 
 
 def _preys(study: Study, cohorts: dict[tuple[str, str], Any]) -> list[_Prey]:
     """The network that is easiest to look into and, unless it is large, the study's own."""
     one: list[Batch] = []
+    losses = learning.losses_of(study)
     for name in study.participation.sites:
         cohort = cohorts[name, "train"]
-        row = learning.labelled_patients(cohort)[0][:1]
-        one.append((cohort.images[row][None].float(), cohort.targets[row][None], cohort.known[row][None]))
+        one.append(_unit(cohort, learning.labelled_patients(cohort)[0][:1]))
     easy = attacks.SmoothNet(PICTURE_PX, len(study.task.targets))
-    found = [_Prey("a network that is easy to invert", easy, [_reduced(unit, PICTURE_PX) for unit in one])]
+    bare = [(images, *labels[-2:]) for images, *labels in one]  # it takes no covariates
+    found = [_Prey("a network that is easy to invert", easy, [_reduced(unit, PICTURE_PX) for unit in bare], losses)]
     own = networks.build(study)
     if networks.to_vector(own).size <= OWN_WEIGHTS_MAX:
-        found.append(_Prey(f"the study's network ({study.network.name})", own, [_reduced(u, OWN_PX_MAX) for u in one]))
+        found.append(
+            _Prey(f"the study's network ({study.network.name})", own, [_reduced(u, OWN_PX_MAX) for u in one], losses)
+        )
     return found
 
 
 def _reduced(unit: Batch, side: int) -> Batch:
-    images, targets, known = unit
+    images, *rest = unit
     small = functional.adaptive_avg_pool2d(images.flatten(0, 1), min(side, images.shape[-1]))
-    return small[:, None], targets, known
+    return small[:, None], *rest
 
 
 def _reconstruction(study: Study, cohorts: dict[tuple[str, str], Any], out: Path) -> dict[str, Any]:

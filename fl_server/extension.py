@@ -12,7 +12,7 @@ from fl_server import weights
 from fl_server.roster import Home
 from fl_server.run import read_facts
 from models.study import Study
-from privacy.errors import RunError
+from privacy.errors import RunError, StudyConflict
 
 TITLE_MOST = 150  # characters of the old title, so that the new one is none too long
 
@@ -29,6 +29,11 @@ def extended(home: Home, folder: Path, rounds: int) -> tuple[str, weights.Held]:
         raise RunError(
             f"run {folder.name} is {facts['label']}, and there is no model that it trained and released",
             remedy="Let it finish first (`fl-server resume RUN`, `fl-server watch RUN`); only a run that trained is extended.",
+        )
+    if before.strategy.local_norms:
+        raise StudyConflict(
+            "with strategy: fedbn each site keeps norm layers of its own, and a run has no whole model to go on from",
+            remedy="Submit a study with more rounds from the start.",
         )
     kept = weights.add(home.root, model)
     told = before.model_dump(mode="json", exclude_defaults=True, exclude={"roster", "aggregator"})

@@ -30,6 +30,7 @@ ROUNDS_MAX = 400  # columns of the participation figure; more rounds are drawn i
 STATES = ("contributed", "missing", "not asked")
 
 _STATE_COLOURS = ("#2a6f97", "#E69F00", "#eef1f5")
+MAE, BIAS, CONCORDANCE = "mean absolute error", "bias", "Lin's concordance"
 _BLUE, _GREY, _INK, _FAINT = "#0072B2", "#8a8f98", "#1d2530", "#d5dae1"
 _ORANGE = "#E69F00"
 
@@ -174,19 +175,39 @@ def decision(panels: Mapping[str, tuple[Curve, Curve] | None]) -> Figure:
     return figure
 
 
-def forest(panels: Mapping[str, Sequence[Estimate]]) -> Figure:
-    """AUROC with its interval, one panel for each target and a row for each estimate; the first is the pooled one."""
+def forest(panels: Mapping[str, Sequence[Estimate]], label: str = "AUROC") -> Figure:
+    """What `label` says with its interval, one panel for each target and a row for each estimate; the first is the pooled one."""
     rows = max(len(estimates) for estimates in panels.values())
     height = min(12.0 if len(panels) == 1 else 6.0, 0.9 + 0.3 * rows)
     figure, grid = _grid(len(panels), 3.2, height) if len(panels) > 1 else _canvas(1, 7.4, height)
     for axes, (target, estimates) in zip(grid, panels.items(), strict=False):
-        _forest_panel(axes, estimates)
+        _forest_panel(axes, estimates, label)
         if len(panels) > 1:
             axes.set_title(target, fontsize=10, color=_INK)
     return figure
 
 
-def _forest_panel(axes: Axes, estimates: Sequence[Estimate]) -> None:
+def errors(unit: str, panels: Mapping[str, Sequence[Estimate]]) -> Figure:
+    """Figures of a number with their intervals, one panel for each figure and a row for each estimate, the pooled one first."""
+    rows = max(len(estimates) for estimates in panels.values())
+    figure, grid = _grid(len(panels), 3.2, min(6.0, 0.9 + 0.3 * rows))
+    for axes, (name, estimates) in zip(grid, panels.items(), strict=False):
+        _rows_of(axes, estimates)
+        axes.set(xlabel=name if name == CONCORDANCE else f"{name}, {unit}")
+        if name == BIAS:
+            axes.axvline(0, color=_GREY, linewidth=1, zorder=0)
+    return figure
+
+
+def _forest_panel(axes: Axes, estimates: Sequence[Estimate], label: str) -> None:
+    least = min(0.48, _rows_of(axes, estimates) - 0.03)
+    axes.axvline(0.5, color=_GREY, linewidth=1, zorder=0)
+    axes.set_xlim(least if label == "AUROC" else max(0.0, least), 1.02)
+    axes.set(xlabel=label)
+
+
+def _rows_of(axes: Axes, estimates: Sequence[Estimate]) -> float:
+    """A row for each estimate; where the lowest interval begins, or 1."""
     pooled = estimates[0].auroc
     if pooled is not None:
         axes.axvline(pooled, color=_GREY, linestyle=":", linewidth=1.2, zorder=0)
@@ -199,14 +220,13 @@ def _forest_panel(axes: Axes, estimates: Sequence[Estimate]) -> None:
         shade, marker, size = (_BLUE, "s", 5) if row else (_INK, "D", 7)
         axes.plot([low, high], [row, row], color=shade, linewidth=1.5 if row else 2.4, solid_capstyle="butt")
         axes.plot([estimate.auroc], [row], color=shade, marker=marker, markersize=size)
-    axes.axvline(0.5, color=_GREY, linewidth=1, zorder=0)
-    axes.set_xlim(min(0.48, lowest - 0.03), 1.02)
     named = len(estimates) <= NAMED_MAX
     names = [estimate.name if estimate.auroc is not None else f"{estimate.name} (–)" for estimate in estimates]
     axes.set_yticks(range(len(names)) if named else [], names if named else [])
     axes.set_ylim(len(estimates) - 0.4, -0.6)
-    axes.set(xlabel="AUROC", ylabel="" if named else f"{len(estimates) - 1} sites")
+    axes.set(ylabel="" if named else f"{len(estimates) - 1} sites")
     axes.grid(False, axis="y")
+    return lowest
 
 
 def participation(states: Mapping[str, Sequence[int]], rounds: Sequence[int]) -> Figure:

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from fl_server.results import VERSION, Evaluation, Figure, Round, Sample
-from models import grades, operating
+from fl_server import outlines
+from fl_server.results import VERSION, Evaluation, Figure, OutlineFigure, Round, Sample, testing_of
+from models import grades, operating, regression
 from models.calibration import calibration
 from models.intervals import difference
 from models.metrics import ScoreHistogram
 from models.operating import Confusion, Rule, Threshold
-from models.sections import RELEASE_MIN
+from models.sections import RELEASE_MIN, Regression
 from models.study import Study
 from models.subgroups import groups, least_sites
 
@@ -28,15 +29,14 @@ NO_REPORT = "not in the test result"
 TOO_FEW = f"not released: fewer than {RELEASE_MIN} images or 2 patients of a class"
 NOT_IN_STUDY = "not released by this study"
 NO_THRESHOLD = "no validation result with both classes to fix a threshold on"
+A_NUMBER = "a number has no classes; see `number`"
+NUMBER_TOO_FEW = f"not released: fewer than {RELEASE_MIN} images or patients, or all of one value"
 NOISED = "the counts have noise of their own"
 
 
 def measure(evaluation: Evaluation) -> dict[str, Any]:
     """Everything metrics.json says: who contributed, held-out figures pooled, per subgroup and per site, every round."""
     results, study = evaluation.results, evaluation.study
-    pooled = _pooled_figures(evaluation)
-    sites = {site: _site_figures(site, evaluation) for site in study.all_sites}
-    released = [entry["auroc"] for entry in sites.values() if entry["auroc"] is not None]
     return {
         "version": VERSION,
         "run_id": results.run_id,
@@ -53,24 +53,55 @@ def measure(evaluation: Evaluation) -> dict[str, Any]:
         "contributors": {str(entry.round): entry.contributors for entry in results.rounds},
         "test_missing": results.test_missing,
         "ingested_images": results.ingested,
+        **(outlines.figures(evaluation) if study.segments else _scored(evaluation)),
+        "initial": _brief(evaluation.validation[0]),
+        "history": [_history(entry, evaluation.validation[entry.round]) for entry in results.rounds],
+    }
+
+
+def _scored(evaluation: Evaluation) -> dict[str, Any]:
+    """The parts about a model that scores images: pooled, per subgroup, grade and site."""
+    pooled = _pooled_figures(evaluation)
+    sites = {site: _site_figures(site, evaluation) for site in evaluation.study.all_sites}
+    released = [entry["auroc"] for entry in sites.values() if entry["auroc"] is not None]
+    return {
         "pooled": pooled,
         "subgroups": _subgroups(evaluation),
         "grades": grades.agreement(evaluation.grades) if evaluation.grades.size else None,
+        "number": _number(evaluation),
         "macro": {
             "auroc_over_sites": _mean(released),
             "sites": len(released),
             "auroc_over_targets": pooled["macro_auroc"],
         },
         "sites": sites,
-        "initial": _brief(evaluation.validation[0]),
-        "history": [_history(entry, evaluation.validation[entry.round]) for entry in results.rounds],
     }
+
+
+def _number(evaluation: Evaluation) -> dict[str, Any] | None:
+    """Of a target that is a number: errors and agreement over all tested sites, and what each released; None of other targets.
+
+    `mae` is null, with `why`, where no image was tested, and of a site that released nothing.
+    """
+    study, told = evaluation.study, evaluation.results.number
+    if told is None or not isinstance(study.task, Regression):
+        return None
+    pooled = regression.agreement(study.task, np.array(told.sums, np.int64))
+    absent = NUMBER_TOO_FEW if study.evaluation.site_figures else NOT_IN_STUDY
+    sites: dict[str, Any] = {}
+    for site in study.all_sites:
+        said = told.sites.get(site)
+        missing = evaluation.test is None or site not in evaluation.test.sites
+        sites[site] = said.model_dump() if said else {"mae": None, "why": NO_REPORT if missing else absent}
+    facts = {"target": study.task.targets[0], "unit": study.task.unit, "range": study.task.range}
+    why = NO_IMAGES if evaluation.test else NO_TEST
+    return {**facts, "pooled": pooled or {"mae": None, "images": 0, "why": why}, "sites": sites}
 
 
 def _pooled_figures(evaluation: Evaluation) -> dict[str, Any]:
     """The figures of all tested sites: those of the first target flat, those of every target below `targets`."""
     study, test = evaluation.study, evaluation.test
-    absent = NO_IMAGES if test else NO_TEST
+    absent = A_NUMBER if evaluation.results.number else NO_IMAGES if test else NO_TEST
     sample = test or Sample([], 0, 0, None, ScoreHistogram.empty(len(study.task.targets), study.evaluation.bins))
     targets = {
         name: _target_figures(sample.histogram, place, absent, noise_of(evaluation))
@@ -231,6 +262,8 @@ def _site_figures(site: str, evaluation: Evaluation) -> dict[str, Any]:
     """
     study, test = evaluation.study, evaluation.test
     absent = TOO_FEW if study.evaluation.site_figures else NOT_IN_STUDY
+    if isinstance(study.task, Regression):
+        absent = A_NUMBER
     if test is None or site not in test.sites:
         absent = NO_REPORT
     row = evaluation.results.figures.get(site, [None] * len(study.task.targets))
@@ -238,13 +271,8 @@ def _site_figures(site: str, evaluation: Evaluation) -> dict[str, Any]:
     return {**targets[study.task.targets[0]], "testing": testing_of(study, site), "targets": targets}
 
 
-def testing_of(study: Study, site: str) -> str:
-    """internal or external, as CLAIM 2024 uses these words."""
-    return "internal" if site in study.participation.sites and study.training.rounds else "external"
-
-
-def _released(figure: Figure | None, absent: str) -> dict[str, Any]:
-    if figure is None:
+def _released(figure: Figure | OutlineFigure | None, absent: str) -> dict[str, Any]:
+    if not isinstance(figure, Figure):
         nothing = ("positives", "negatives", "auroc", "interval", "bootstrap_interval")
         return dict.fromkeys(nothing) | {"why": absent}
     return {
@@ -268,8 +296,8 @@ def _history(entry: Round, validation: Sample | None) -> dict[str, Any]:
 
 def _brief(sample: Sample | None) -> dict[str, Any] | None:
     """The figures of one round: those of the test without intervals, which nobody reads per round."""
-    if sample is None:
-        return None
+    if sample is None or sample.overlaps is not None:
+        return outlines.brief(sample)
     aurocs = [sample.histogram.auroc(place) for place in range(sample.histogram.targets)]
     return {
         "sites": sample.sites,

@@ -71,7 +71,7 @@ class SitePart:
 
 @dataclass
 class RoundPart:
-    """One committed round. `loss` and `auroc`: validation of the model that it made, as soon as that is known."""
+    """One committed round. `loss` and `auroc`, or of outlines `dice`: validation of its model, as soon as that is known."""
 
     round: int
     seconds: float
@@ -82,6 +82,12 @@ class RoundPart:
     at: str
     loss: float | None = None
     auroc: float | None = None
+    dice: float | None = None
+
+    @property
+    def score(self) -> float | None:
+        """Whichever of the two there is."""
+        return self.auroc if self.dice is None else self.dice
 
 
 @dataclass
@@ -102,8 +108,12 @@ class Progress:
         self.stage, self.stage_since, self.round = "", "", 0
         self.sites: dict[str, SitePart] = {}
         self.rounds: list[RoundPart] = []
-        self.initial: tuple[float | None, float | None] | None = None  # loss, AUROC of the first model
+        self.initial: tuple[float | None, float | None, float | None] | None = (
+            None  # loss, AUROC, Dice of the first model
+        )
         self.test_auroc: float | None = None
+        self.test_dice: float | None = None
+        self.measure = "AUROC"  # or Dice: which of the two the run is scored by
         self.waiting: list[str] = []
         self.notes: list[Note] = []
         self.failure = ("", "")  # code, sentence
@@ -198,11 +208,13 @@ class Progress:
 
     def _on_scored(self, event: Mapping[str, Any]) -> None:
         number, loss, auroc = int(event["round"]), _number(event["loss"]), _number(event["auroc"])
+        dice = _number(event.get("dice"))
+        self.measure = "Dice" if "dice" in event else "AUROC"
         if number == 0:
-            self.initial = (loss, auroc)
+            self.initial = (loss, auroc, dice)
         for each in self.rounds:
             if each.round == number:
-                each.loss, each.auroc = loss, auroc
+                each.loss, each.auroc, each.dice = loss, auroc, dice
 
     def _on_round_done(self, event: Mapping[str, Any]) -> None:
         contributors = [str(name) for name in event["contributors"]]
@@ -274,7 +286,8 @@ class Progress:
             part.rounds = sum(name in each.contributors for each in self.rounds)
 
     def _on_finished(self, event: Mapping[str, Any]) -> None:
-        self.test_auroc = _number(event["auroc"])
+        self.test_auroc, self.test_dice = _number(event["auroc"]), _number(event.get("dice"))
+        self.measure = "Dice" if "dice" in event else self.measure
         self._rest()
 
     def _on_failed(self, event: Mapping[str, Any]) -> None:
@@ -319,8 +332,11 @@ class Progress:
             "waiting_for": self.waiting,
             "median_round_s": self.median_seconds,
             "remaining_s": self.remaining_s(),
-            "initial": None if self.initial is None else dict(zip(("loss", "auroc"), self.initial, strict=True)),
+            "initial": None
+            if self.initial is None
+            else dict(zip(("loss", "auroc", "dice"), self.initial, strict=True)),
             "test_auroc": self.test_auroc,
+            "test_dice": self.test_dice,
             "failure": {"code": self.failure[0], "message": self.failure[1]} if self.failure[0] else None,
             "sites": {name: asdict(part) for name, part in sorted(self.sites.items())},
             "rounds": [asdict(each) for each in self.rounds],

@@ -17,14 +17,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from fl_server import evidence
-from fl_server.measures import TOO_FEW, gap, measure
+from fl_server.measures import A_NUMBER, NUMBER_TOO_FEW, TOO_FEW, gap, measure
+from fl_server.outlines import NO_CASES
 from fl_server.results import canonical, check
-from models import exporting, registry
+from models import covariates, exporting, registry, regression
 from models.contributions import RELEASE_DECIMALS
 from models.sections import LONGEST_SIDE_PX, MASKED_SITES_MIN, RELEASE_MIN
+from models.segmentation import NAMES
 from models.study import Study
 from privacy import keys
-from privacy.errors import MessageMalformed, RunUnknown
+from privacy.errors import MessageMalformed, RunUnknown, StudyConflict
 from privacy.heads import SignedHead
 
 GROUP_SITES_MIN = MASKED_SITES_MIN  # whatever the study's protection: a card is read by people who agreed to nothing
@@ -60,6 +62,11 @@ def package(folder: Path, wanted: Wanted, key: keys.PrivateKey) -> bytes:
         raise MessageMalformed(f"the results of this run cannot be read ({type(error).__name__})") from None
     if (card["run_id"], card["digest"], study.digest) != (results["run_id"], results["digest"], card["digest"]):
         raise MessageMalformed("the card and the results are of different runs or studies")
+    if study.strategy.local_norms:
+        raise StudyConflict(
+            "with strategy: fedbn every site keeps norm layers of its own, so this run has no model that others could use",
+            remedy="Use another strategy for a model to release; the report of this run says what local norms bring.",
+        )
     evidence.release_gate(study, wanted.attack)
     metrics = measure(check(results))
     described = _card(study, card, metrics, wanted)
@@ -89,7 +96,8 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
         **card,
         "intended_use": study.purpose,
         "targets": list(study.task.targets),
-        "reference_standard": "The label table of each site, with the site's own words for each target.",
+        "reference_standard": _reference(study),
+        **({"covariates": covariates.words(study.covariates)} if study.covariates else {}),
         "preprocessing": study.images.model_dump(mode="json"),
         "preprocessing_sha256": keys.digest(canonical(study.images.model_dump(mode="json"))),
         # Sites may reduce otherwise (site.yaml), and nobody else is told; this is what they do if they say nothing.
@@ -101,20 +109,33 @@ def _card(study: Study, card: dict[str, Any], metrics: dict[str, Any], wanted: W
             f"Evaluated on held-out patients of the sites named here, and nowhere else: {_kinds(metrics)} testing.",
             "No medical device: not cleared for diagnosis.",
             "Images other than those the preprocessing describes were not seen in training.",
+            *(["Covariates outside their ranges were not seen in training either."] if study.covariates else []),
         ],
     }
+
+
+def _reference(study: Study) -> str:
+    if study.segments:
+        return "The masks of each site, with the site's own values for each structure."
+    return "The label table of each site, with the site's own words for each target."
 
 
 def _figures(metrics: dict[str, Any]) -> dict[str, Any]:
     """Of metrics.json what leaves the consortium: label, selected round, and test figures pooled, per site and per group."""
     pooled = metrics["pooled"]
-    targets = {name: _target(entry) | {"operating": _operating(entry)} for name, entry in pooled["targets"].items()}
+    if metrics["number"]:
+        targets = {name: {"why": A_NUMBER} for name in pooled["targets"]}
+    elif _of_outlines(metrics):
+        targets = {name: _outlined(entry) for name, entry in pooled["targets"].items()}
+    else:
+        targets = {name: _target(entry) | {"operating": _operating(entry)} for name, entry in pooled["targets"].items()}
     counts = {name: pooled[name] // RELEASE_MIN * RELEASE_MIN for name in ("patients", "images")}
     grades = metrics["grades"] and _rounded({name: metrics["grades"][name] for name in ("kappa", "interval", "mae")})
     return {
         "label": metrics["label"],
         "selected_round": metrics["selected_round"],
         "test_missing": metrics["test_missing"],
+        **({"number": _number(metrics["number"])} if metrics["number"] else {}),
         "pooled": {"sites": pooled["sites"], **counts, "grades": grades, "targets": targets},
         "sites": {
             site: {"testing": entry["testing"], "targets": entry["targets"]} for site, entry in metrics["sites"].items()
@@ -155,11 +176,23 @@ def _rounded(found: dict[str, Any], decimals: int = RELEASE_DECIMALS) -> dict[st
     """The same with every number, and every end of an interval, rounded."""
 
     def of(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: of(each) for name, each in value.items()}
         if isinstance(value, list):
             return [of(each) for each in value]
         return round(value, decimals) if isinstance(value, float) else value
 
     return {name: of(value) for name, value in found.items()}
+
+
+def _number(number: dict[str, Any]) -> dict[str, Any]:
+    """Figures of a number as a site would release its own: of RELEASE_MIN images, counted in tens, or not at all."""
+    pooled = number["pooled"]
+    tens = pooled["images"] // RELEASE_MIN * RELEASE_MIN
+    if not tens:
+        return number | {"pooled": {"mae": None, "why": NUMBER_TOO_FEW}}
+    shown = {name: pooled[name] for name in (*regression.FIGURES, "intervals")}
+    return number | {"pooled": {"images": tens, **_rounded(shown)}}
 
 
 def _kinds(metrics: dict[str, Any]) -> str:
@@ -177,6 +210,14 @@ def _target(entry: dict[str, Any]) -> dict[str, Any]:
     return {**classes, "auroc": round(entry["auroc"], RELEASE_DECIMALS), "interval": interval}
 
 
+def _outlined(entry: dict[str, Any]) -> dict[str, Any]:
+    """The same of one structure: means with intervals, cases by tens."""
+    cases = entry["cases"] // RELEASE_MIN * RELEASE_MIN
+    if cases < RELEASE_MIN:
+        return {**dict.fromkeys(("cases", *NAMES)), "why": entry.get("why", NO_CASES)}
+    return {"cases": cases} | {name: entry[name] and _rounded(entry[name]) for name in NAMES}
+
+
 def _in_words(study: Study, card: dict[str, Any]) -> str:
     lines = [
         f"# {study.title}",
@@ -185,7 +226,7 @@ def _in_words(study: Study, card: dict[str, Any]) -> str:
         "",
         f"**Intended use.** {study.purpose}",
         "",
-        f"**Predicts** {', '.join(study.task.targets)} from {study.images.words}",
+        f"**Predicts** {study.predicts} from {study.learns_from}",
         f"Preprocessing `{card['preprocessing_sha256']}`.",
         "",
         f"**Reference standard.** {card['reference_standard']}",
@@ -193,7 +234,7 @@ def _in_words(study: Study, card: dict[str, Any]) -> str:
         f"**Privacy.** {' '.join(card['privacy_sentences']) or 'No differential privacy.'}",
         "",
         "**Population and figures.** Of held-out patients, by site as each released its own. Counts are rounded down to tens,",
-        "and a class below ten has no figures. Intervals are of 95 %.",
+        f"and {_few(card['metrics'])} below ten has no figures. Intervals are of 95 %.",
         "",
         *_tables(card["metrics"]),
         "",
@@ -204,15 +245,71 @@ def _in_words(study: Study, card: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _of_outlines(metrics: dict[str, Any]) -> bool:
+    """Whether the figures are of outlined structures, each entry with its cases in place of classes."""
+    return all("cases" in entry for entry in metrics["pooled"]["targets"].values())
+
+
+def _few(metrics: dict[str, Any]) -> str:
+    if _of_outlines(metrics):
+        return "a structure with cases"
+    return "a number of images" if "number" in metrics else "a class"
+
+
 def _tables(metrics: dict[str, Any]) -> list[str]:
-    """The figures of the card in Markdown: population and AUROC, operating points, groups."""
-    pooled, sites = metrics["pooled"], metrics["sites"]
+    """The figures of the card in Markdown: population, and what the model's kind of task is measured by."""
+    pooled = metrics["pooled"]
+    people = f"At least {pooled['patients']} patients and {pooled['images']} images of {len(pooled['sites'])} sites."
+    rows = _rows_of_scores
+    if "number" in metrics:
+        rows = _rows_of_number
+    elif _of_outlines(metrics):
+        rows = _rows_of_outlines
+    return [people, "", *rows(metrics)]
+
+
+def _rows_of_number(metrics: dict[str, Any]) -> list[str]:
+    """Errors and agreement of a target that is a number, together and of each site that released them."""
+    number, sites = metrics["number"], metrics["sites"]
     lines = [
-        f"At least {pooled['patients']} patients and {pooled['images']} images of {len(pooled['sites'])} sites.",
+        f"{number['target']}, {number['unit']}:",
         "",
-        "| target | where | testing | positive | negative | AUROC |",
+        "| where | testing | images | mean absolute error | bias | Lin's concordance |",
         "|---|---|---|---|---|---|",
     ]
+    rows = [("all together", "", number["pooled"])]
+    rows += [(site, sites[site]["testing"], found) for site, found in number["sites"].items()]
+    for where, testing, found in rows:
+        told = [found.get("why", ""), "–", "–", "–"]
+        if found["mae"] is not None:
+            shown = (_with_ends(found[name], found["intervals"][name]) for name in ("mae", "bias", "concordance"))
+            told = [_count(found["images"]), *shown]
+        lines.append(f"| {' | '.join((where, testing, *told))} |")
+    return lines
+
+
+def _rows_of_outlines(metrics: dict[str, Any]) -> list[str]:
+    """Dice, surface Dice and HD95 of each structure, together and of each site that released them."""
+    lines = [
+        "| structure | where | testing | cases | Dice | surface Dice | HD95, mm |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for target, entry in metrics["pooled"]["targets"].items():
+        rows = [("all together", "", entry)]
+        rows += [(site, found["testing"], found["targets"][target]) for site, found in metrics["sites"].items()]
+        for where, testing, found in rows:
+            told = [found.get("why", ""), "–", "–", "–"]
+            if found["cases"] is not None:
+                shown = (found[name] or {"value": None, "interval": None} for name in NAMES)
+                told = [_count(found["cases"]), *(_with_ends(one["value"], one["interval"]) for one in shown)]
+            lines.append(f"| {' | '.join((target, where, testing, *told))} |")
+    return lines
+
+
+def _rows_of_scores(metrics: dict[str, Any]) -> list[str]:
+    """AUROC, operating points, groups."""
+    pooled, sites = metrics["pooled"], metrics["sites"]
+    lines = ["| target | where | testing | positive | negative | AUROC |", "|---|---|---|---|---|---|"]
     for target, entry in pooled["targets"].items():
         rows = [("all together", "", entry)]
         rows += [(site, found["testing"], found["targets"][target]) for site, found in sites.items()]
@@ -225,8 +322,7 @@ def _tables(metrics: dict[str, Any]) -> list[str]:
             rates = (_rate(at["sensitivity"]), _rate(at["specificity"]))
             lines.append(f"| {target} | {at['threshold']:.4f} | {at['rule']} | {' | '.join(rates)} |")
     if grades := pooled["grades"]:
-        interval = "" if grades["interval"] is None else " ({:.3f} to {:.3f})".format(*grades["interval"])
-        kappa = "not estimable" if grades["kappa"] is None else f"{grades['kappa']:.3f}{interval}"
+        kappa = "not estimable" if grades["kappa"] is None else _with_ends(grades["kappa"], grades["interval"])
         lines += ["", f"Grades: quadratic-weighted kappa {kappa}, mean absolute error {grades['mae']:.3f}."]
     groups = [
         f"| {target} | {division} | {name} | {entry['sites']} | {_count(entry['positives'])} | {_count(entry['negatives'])} | "
@@ -248,8 +344,13 @@ def _count(number: int | None) -> str:
 def _auroc(entry: dict[str, Any]) -> str:
     if entry["auroc"] is None:
         return str(entry["why"])
-    ends = "" if entry["interval"] is None else " ({:.3f} to {:.3f})".format(*entry["interval"])
-    return f"{entry['auroc']:.3f}{ends}"
+    return _with_ends(entry["auroc"], entry["interval"])
+
+
+def _with_ends(value: float | None, interval: list[float] | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" + ("" if interval is None else " ({:.3f} to {:.3f})".format(*interval))
 
 
 def _rate(found: dict[str, Any]) -> str:

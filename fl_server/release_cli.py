@@ -15,11 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from models import catalogue_cli
 from models.registry import Package
 from privacy import calls, keys
-from privacy.errors import DocumentError
+from privacy.errors import DocumentError, StudyConflict
 from privacy.heads import SignedHead
 
 console = Console()
 SCORE = "fl_client.scoring:score"  # only the hospital's half reads DICOM, so it is looked up by its name
+OUTLINE = "fl_client.outlining:outline"
 
 PackageFile = Annotated[Path, typer.Argument(metavar="PACKAGE", help="A released model, NAME-VERSION.isocenter.")]
 Trust = catalogue_cli.Trust
@@ -97,13 +98,25 @@ def verify(package: PackageFile, trust: Trust = None, as_json: AsJson = False) -
 def predict(
     package: PackageFile,
     folder: Annotated[Path, typer.Argument(help="Folder with DICOM radiographs or CT series, at any depth.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Table of scores; it must not exist.")] = Path("scores.csv"),
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Table of scores, or of sizes beside OUT_seg with DICOM SEG; a new file."),
+    ] = Path("scores.csv"),
     trust: Trust = None,
     jobs: Annotated[int, typer.Option(min=1, max=64, help="Confined processes that read files.")] = 1,
+    covariates: Annotated[
+        Path | None,
+        typer.Option(
+            help="Table of a model that takes covariates: sop_instance_uid (CT: series_instance_uid), a column for each."
+        ),
+    ] = None,
 ) -> None:
-    """Score the radiographs or CT volumes of a folder, prepared as in training; what is left out is counted by reason."""
+    """Score or outline the radiographs or CT volumes of a folder, prepared as in training; what is left out is counted."""
     found = Package.open(package, trust)
     _free(out)
+    if found.study.segments:
+        _outline(found, folder, out, jobs, covariates)
+        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
@@ -113,7 +126,7 @@ def predict(
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
-        scored = pkgutil.resolve_name(SCORE)(found, folder, jobs, tell)
+        scored = pkgutil.resolve_name(SCORE)(found, folder, jobs, tell, covariates)
     with out.open("x", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["file", scored.uid, *found.study.task.targets])
@@ -121,6 +134,32 @@ def predict(
     out.chmod(0o600)  # scores of patients
     _line(f"{len(scored.rows)} scored: {out}")
     for reason, count in sorted(scored.left_out.items()):
+        _line(f"files left out, {reason}: {count}")
+    if scored.misread:
+        _line(f"{scored.misread} cells of {covariates} were not understood and count as missing.")
+
+
+def _outline(package: Package, folder: Path, out: Path, jobs: int, covariates: Path | None) -> None:
+    """A DICOM SEG for each image below `folder`, and a table of sizes."""
+    if covariates is not None:
+        raise StudyConflict("this model takes images alone", remedy="Leave --covariates out.")
+    segmentations = out.with_name(f"{out.stem}_seg")
+    _free(segmentations)
+    with Progress(console=Console(stderr=True)) as bars:
+        bar = bars.add_task("outlining", total=None)
+        outlined = pkgutil.resolve_name(OUTLINE)(
+            package, folder, segmentations, jobs, lambda done, total: bars.update(bar, completed=done, total=total)
+        )
+    unit = "cm2" if package.study.images.volume is None else "ml"
+    with out.open("x", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        sizes = [f"{name}_{unit}" for name in package.study.task.targets]
+        table.writerow(["file", "series_instance_uid", "sop_instance_uid", "segmentation", *sizes])
+        for *names, found in outlined.rows:
+            table.writerow([*names, *("" if size is None else f"{size:.3f}" for size in found)])
+    out.chmod(0o600)  # figures of patients
+    _line(f"{len(outlined.rows)} outlined: {segmentations}, sizes in {out}")
+    for reason, count in sorted(outlined.left_out.items()):
         _line(f"files left out, {reason}: {count}")
 
 

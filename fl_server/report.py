@@ -18,19 +18,22 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure as Picture
 
-from fl_server import figures, matrix
+from fl_server import figures, matrix, outlines
 from fl_server.matrix import Comparison
-from fl_server.measures import measure, not_told, testing_of
+from fl_server.measures import measure, not_told
 from fl_server.plots import ranges
 from fl_server.progress import duration
-from fl_server.results import Evaluation, Results, Round, check
+from fl_server.results import Evaluation, Results, Round, check, testing_of
 from models.sections import RELEASE_MIN
 
 
-def write(results: dict[str, Any], folder: Path, compared: Comparison | None = None) -> Path:
+def write(
+    results: dict[str, Any], folder: Path, compared: Comparison | None = None, saliency: bytes | None = None
+) -> Path:
     """Write the report of one run into `folder` (made if absent) and return the path of report.html, written last.
 
     `compared`: other models of the same study, shown beside it; their figures stand in comparison.json, not in metrics.json.
+    `saliency`: PNG of where the model looks on phantoms.
 
     Raises MessageMalformed, before anything is written, if `results` is not a results document or contradicts itself.
     """
@@ -40,6 +43,8 @@ def write(results: dict[str, Any], folder: Path, compared: Comparison | None = N
     images = {name: figures.png(figure) for name, figure in drawn.items()}
     if compared is not None:
         images["comparison"] = matrix.draw(compared)
+    if saliency is not None:
+        images["saliency"] = saliency
     page = _render(evaluation, metrics, images, compared)
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
@@ -52,7 +57,12 @@ def write(results: dict[str, Any], folder: Path, compared: Comparison | None = N
 def _draw(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, Picture]:
     """The figures, by the stem of their file name; only those that there is something to show on."""
     study, results = evaluation.study, evaluation.results
+    if study.segments:
+        return _draw_outlines(evaluation, metrics) | (_draw_rounds(evaluation, metrics) if results.rounds else {})
     pooled = metrics["pooled"]["targets"]
+    if metrics["number"] is not None:
+        found = {"errors": figures.errors(metrics["number"]["unit"], _error_panels(evaluation, metrics["number"]))}
+        return found | _draw_rounds(evaluation, metrics) if results.rounds else found
     drawn = {
         "roc": figures.roc(_roc_panels(evaluation, metrics)),
         "forest": figures.forest({name: list(_estimates(evaluation, metrics, name)) for name in study.task.targets}),
@@ -71,20 +81,47 @@ def _draw(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, Picture]
     return drawn
 
 
+def _draw_outlines(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, Picture]:
+    """Dice of each structure, of the tested sites together and of each that released it."""
+    named = [(_together(evaluation), metrics["pooled"]), *metrics["sites"].items()]
+    panels = {
+        target: [_estimate(name, entry["targets"][target]["dice"]) for name, entry in named]
+        for target in evaluation.study.task.targets
+    }
+    return {"forest": figures.forest(panels, "mean Dice")}
+
+
+def _estimate(name: str, found: dict[str, Any] | None) -> figures.Estimate:
+    if found is None:
+        return figures.Estimate(name, None, None, None)
+    return figures.Estimate(name, found["value"], *(found["interval"] or (None, None)))
+
+
 def _draw_rounds(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, Picture]:
-    study, results = evaluation.study, evaluation.results
-    word = "AUROC" if len(study.task.targets) == 1 else f"AUROC, mean of {len(study.task.targets)} targets"
+    study, results, selected = evaluation.study, evaluation.results, evaluation.results.selected_round
+    key, name = ("dice", "Dice") if study.segments else ("macro_auroc", "AUROC")
+    word = name if len(study.task.targets) == 1 else f"{name}, mean of {len(study.task.targets)} targets"
     training = [(e.round, math.nan if e.train_loss is None else e.train_loss) for e in results.rounds]
     loss = [_curve(metrics, "loss")]
     loss += [figures.Curve("training", training)] if study.privacy == "none" else []
     states = {site: [_state(entry, site) for entry in results.rounds] for site in study.participation.sites}
-    return {
-        "loss": figures.per_round(loss, "loss", results.selected_round),
-        "auroc": figures.per_round(
-            [_curve(metrics, "macro_auroc")], f"{word}, validation split", results.selected_round
-        ),
+    course = figures.per_round([_curve(metrics, key)], f"{word}, validation split", selected)
+    drawn = {} if metrics["number"] else {name.lower(): course}
+    return drawn | {
+        "loss": figures.per_round(loss, "loss", selected),
         "participation": figures.participation(states, [entry.round for entry in results.rounds]),
     }
+
+
+def _error_panels(evaluation: Evaluation, number: dict[str, Any]) -> dict[str, list[figures.Estimate]]:
+    """The rows of the three plots of a number: the tested sites together, then each site."""
+    panels: dict[str, list[figures.Estimate]] = {}
+    for title, key in ((figures.MAE, "mae"), (figures.BIAS, "bias"), (figures.CONCORDANCE, "concordance")):
+        panels[title] = []
+        for name, part in [(_together(evaluation), number["pooled"]), *number["sites"].items()]:
+            ends = (part["intervals"][key] if part["mae"] is not None else None) or (None, None)
+            panels[title].append(figures.Estimate(name, part.get(key), *ends))
+    return panels
 
 
 def _curve(metrics: dict[str, Any], key: str) -> figures.Curve:
@@ -175,6 +212,7 @@ def _render(
     )
     shelf.filters["auroc"] = lambda value: "–" if value is None else f"{value:.3f}"
     shelf.filters["rate"] = _rate
+    shelf.filters["shown"] = outlines.shown
     shelf.filters["number"] = lambda value: f"{value:,}".replace(",", "\u202f")
     study, results = evaluation.study, evaluation.results
     return shelf.get_template("report.html").render(

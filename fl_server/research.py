@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fl_server import release_cli, weights_cli
+from fl_server import release_cli, summary, weights_cli
 from models.questions import Counting
 from models.study import Study, read
 from privacy import calls
@@ -141,7 +141,7 @@ def _settings(study: Study) -> list[tuple[str, str]]:
     plan, part = study.training, study.participation
     rows = [
         ("predicts", study.predicts),
-        ("from", study.images.words),
+        ("from", study.learns_from),
         ("network", f"{study.network.words}, {plan.rounds} rounds of {plan.local_epochs} epoch(s), {plan.optimizer}"),
         ("sites", f"{', '.join(part.sites)}; a round needs {part.quorum}"),
         ("evaluates", ", ".join(study.all_sites)),
@@ -328,7 +328,7 @@ def report(
             "this study counts patients and trains nothing, so there is no evaluation to report",
             remedy=f"Read its numbers with `fl-study cohort {run_id}`.",
         )
-    say_report(evaluation.write(results, out), as_json)
+    summary.say(evaluation.write(results, out), as_json)
 
 
 def _results(home: Path, run_id: str, out: Path) -> dict[str, Any]:
@@ -378,26 +378,6 @@ def cohort(
             _line(f"Written: {page} and {page.with_suffix('.csv').name}")
 
 
-def say_report(page: Path, as_json: bool) -> None:
-    """Print what the report says in a few lines, or metrics.json itself."""
-    text = (page.parent / "metrics.json").read_text(encoding="utf-8")
-    if as_json:
-        print(text)
-        return
-    metrics = json.loads(text)
-    table = Table("", "AUROC", "95 % interval", "positives", "negatives", box=None, header_style="bold")
-    for name, row in {"pooled": metrics["pooled"], **metrics["sites"]}.items():
-        value = f"{row['auroc']:.3f}" if row["auroc"] is not None else "-"
-        interval = "{:.3f} to {:.3f}".format(*row["interval"]) if row["interval"] else row.get("why", "-")
-        least = "" if name == "pooled" else ">= "  # sites release tens, rounded down
-        classes = ("-" if row[key] is None else f"{least}{row[key]}" for key in ("positives", "negatives"))
-        table.add_row(name, value, interval, *classes)
-    images, patients = metrics["pooled"]["images"], metrics["pooled"]["patients"]
-    console.print(f"Held-out test, {images} images of {patients} patients, {metrics['label']}:", highlight=False)
-    console.print(table)
-    console.print(f"Report: {page}", highlight=False, soft_wrap=True)
-
-
 @app.command()
 def simulate(  # noqa: PLR0913, PLR0917  each parameter is one option
     file: StudyFile,
@@ -436,8 +416,8 @@ def simulate(  # noqa: PLR0913, PLR0917  each parameter is one option
     if compare:
         found = comparison.compare(study, outcome, progress)
         matrix.write(found, out)
-        report.write(outcome.results, out, found)
-    say_report(outcome.page, as_json)
+        report.write(outcome.results, out, found, outcome.saliency)
+    summary.say(outcome.page, as_json)
     if found is not None and not as_json:
         _say_matrix(found, out / "comparison.png")
 
@@ -473,10 +453,20 @@ def attack(
     study = _read_study(file)
     if isinstance(study.task, Counting):
         raise StudyConflict("a study that counts trains nothing to attack", remedy="Attack a study that trains.")
+    if study.segments:
+        raise StudyConflict(
+            "attacks are made on scores of images, and this study outlines structures",
+            remedy="There is no attack on outlines yet, so such a model with differential privacy cannot be released.",
+        )
     if study.images.volume is not None:
         raise StudyConflict(
             "attacks are made on pictures, and this study is of volumes",
             remedy="There is no attack on volumes yet, so a model of volumes with differential privacy cannot be released.",
+        )
+    if study.strategy.local_norms:
+        raise StudyConflict(
+            "with strategy: fedbn there is no common model to attack",
+            remedy="Attack the study with fedavg: its updates hold all that those of fedbn do.",
         )
     out.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(filename=out / "attack.log", level=logging.WARNING)
@@ -620,6 +610,7 @@ class _Teller:
 
     def _scored(self, event: dict[str, Any]) -> None:
         auroc = f"  AUROC {event['auroc']:.3f}" if event["auroc"] is not None else ""
+        auroc = auroc if event.get("dice") is None else f"  Dice {event['dice']:.3f}"
         loss = f"{event['loss']:.3f}" if event["loss"] is not None else "unknown"
         self.scored = f"validation loss {loss}{auroc}"
         self._news()
@@ -653,6 +644,7 @@ class _Teller:
     def _finished(self, event: dict[str, Any]) -> None:
         style = "green" if event["label"] == "complete" else "yellow"
         auroc = f", test AUROC {event['auroc']:.3f}" if event["auroc"] is not None else ""
+        auroc = auroc if event.get("dice") is None else f", test Dice {event['dice']:.3f}"
         console.print(f"Run finished: {event['label']}{auroc}", style=style, highlight=False, markup=False)
 
     def _stopped(self, event: dict[str, Any]) -> None:

@@ -11,12 +11,13 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Discriminator, Field, StringConstraints, Tag, ValidationError
 
-from models import grades
+from models import grades, regression
 from models.contributions import grade_count
 from models.metrics import ScoreHistogram
-from models.sections import RELEASE_MIN
+from models.sections import RELEASE_MIN, Regression
+from models.segmentation import CASES, DISTANCE_MAX, Overlaps
 from models.study import MASKED_SITES_MIN, Document, Name, Study
 from models.subgroups import Groups, groups, least_sites
 from privacy.errors import DocumentError, MessageMalformed
@@ -34,7 +35,9 @@ Sites = Annotated[list[Name], Field(min_length=1, max_length=1000)]
 
 
 class Scores(Document):
-    """One model on one split of `sites` together. `loss` is a mean over images, `counts` a `ScoreHistogram.to_json`."""
+    """One model on one split of `sites` together. `loss` is a mean over images, `counts` a `ScoreHistogram.to_json`, or of a
+    segmentation an `Overlaps.to_json`.
+    """
 
     sites: Sites
     patients: Count
@@ -57,6 +60,33 @@ class Figure(Document):
     positives: Released
 
 
+Triple = Annotated[list[Annotated[float, Field(ge=0, le=DISTANCE_MAX)]], Field(min_length=3, max_length=3)]
+
+
+class OutlineFigure(Document):
+    """What one site released about its test split and one structure: mean and 95 % interval by bootstrap over patients of Dice,
+    surface Dice and HD95, the last two where there are enough cases; cases in tens.
+    """
+
+    dice: Triple
+    surface_dice: Triple | None
+    hd95_mm: Triple | None
+    cases: Released
+
+
+def _kind_of_figure(given: Any) -> str:
+    return (
+        "[outlines]"
+        if isinstance(given, OutlineFigure) or (isinstance(given, dict) and "dice" in given)
+        else "[scores]"
+    )
+
+
+AnyFigure = Annotated[
+    Annotated[Figure, Tag("[scores]")] | Annotated[OutlineFigure, Tag("[outlines]")], Discriminator(_kind_of_figure)
+]
+
+
 class GroupCounts(Document):
     """Of one subgroup of the test split, target by target: how many sites told of it, and a `ScoreHistogram.to_json`."""
 
@@ -64,6 +94,28 @@ class GroupCounts(Document):
     name: str
     sites: list[Count]
     counts: Any
+
+
+Interval = Annotated[list[Finite], Field(min_length=2, max_length=2)]
+
+
+class Errors(Document):
+    """What one site released about a number (`models.regression.read_released`): figures, 95 % intervals, images in tens."""
+
+    mae: Finite
+    rmse: Finite
+    bias: Finite
+    r2: Finite
+    concordance: Finite
+    intervals: dict[Name, Interval]
+    images: Released
+
+
+class Number(Document):
+    """Of a target that is a number: sums of errors over all tested sites (`models.regression`), and what sites released."""
+
+    sums: Annotated[list[Count], Field(min_length=regression.SUMS, max_length=regression.SUMS)]
+    sites: dict[Name, Errors | None]
 
 
 class Round(Document):
@@ -98,7 +150,8 @@ class Restart(Document):
 
 class Results(Document):
     """The results document of a run, version 3. `ingested`: images in the archives of the sites of `test`; `grades`: images of
-    the test split by reference grade and called grade (`models.grades`), of a task without grades empty.
+    the test split by reference grade and called grade (`models.grades`), of a task without grades empty; `number`: there if the
+    target is one.
     """
 
     version: Annotated[int, Field(ge=VERSION, le=VERSION)]  # Literal[3] would take 3.0 for 3
@@ -113,22 +166,26 @@ class Results(Document):
     rounds: Annotated[list[Round], Field(max_length=10_000)]
     test: Scores | None
     test_missing: dict[Name, Reason]
-    figures: dict[Name, list[Figure | None]]
+    figures: dict[Name, list[AnyFigure | None]]
     groups: Annotated[list[GroupCounts], Field(max_length=10_000)]
     grades: Annotated[list[list[Count]], Field(max_length=33)]
     ingested: Count
     restarts: list[Restart] = Field(default=[], max_length=10_000)
+    number: Number | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Scores of one split at `sites` together: `histogram` is their sum, `loss` the mean over their images."""
+    """Scores of one split at `sites` together: `histogram` is their sum, `loss` the mean over their images; `overlaps`: the sums
+    of outlines of a segmentation, whose histogram is empty.
+    """
 
     sites: Sequence[str]
     patients: int
     images: int
     loss: float | None
     histogram: ScoreHistogram
+    overlaps: Overlaps | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +210,7 @@ def check(results: dict[str, Any]) -> Evaluation:
         study = Study.from_canonical(canonical(document.study))
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "document"
+        place = ".".join(str(part) for part in first["loc"] if "[" not in str(part)) or "document"
         raise MessageMalformed(f"results: {place}: {first['msg']}", remedy=REMEDY) from None
     except (TypeError, ValueError, RecursionError, DocumentError) as error:
         raise MessageMalformed(f"results: {error}", remedy=REMEDY) from None
@@ -165,6 +222,7 @@ def check(results: dict[str, Any]) -> Evaluation:
         raise MessageMalformed(f"results: {wrong}", remedy=REMEDY)
     try:
         told, table = _groups(document, study, test), _grades(document, study, test)
+        _check_number(document, study, test)
     except MessageMalformed as error:
         raise MessageMalformed(f"results: {error}", remedy=REMEDY) from None
     return Evaluation(document, study, {0: initial} | validation, test, told, table)
@@ -237,14 +295,28 @@ def _contradictions_in_figures(document: Results, study: Study, test: Sample | N
         for figure in (figure for figure in row if figure is not None):
             if not study.evaluation.site_figures:
                 yield f"figures: {site}: a figure was released, and the study releases none"
-            if not figure.low <= figure.auroc <= figure.high or figure.bootstrap_low > figure.bootstrap_high:
+            if isinstance(figure, OutlineFigure) != study.segments:
+                yield f"figures: {site}: a figure of another kind of task"
+            elif isinstance(figure, OutlineFigure):
+                yield from (f"figures: {site}: {wrong}" for wrong in _contradictions_in_outlines(figure))
+            elif not figure.low <= figure.auroc <= figure.high or figure.bootstrap_low > figure.bootstrap_high:
                 yield f"figures: {site}: the AUROC does not lie in its interval"
     for place, target in enumerate(study.task.targets):
         parts = [row[place] for row in document.figures.values() if place < len(row)]
-        negatives = sum(part.negatives for part in parts if part is not None)
-        positives = sum(part.positives for part in parts if part is not None)
+        outlined = sum(part.cases for part in parts if isinstance(part, OutlineFigure))
+        if test and test.overlaps and outlined > test.images:
+            yield f"figures: {target}: the sites count more cases than all sites together have images"
+        negatives = sum(part.negatives for part in parts if isinstance(part, Figure))
+        positives = sum(part.positives for part in parts if isinstance(part, Figure))
         if test and (negatives > test.histogram.negatives(place) or positives > test.histogram.positives(place)):
             yield f"figures: {target}: the sites count more images of a class than all sites together"
+
+
+def _contradictions_in_outlines(figure: OutlineFigure) -> Iterable[str]:
+    for name in ("dice", "surface_dice", "hd95_mm"):
+        found, most = getattr(figure, name), DISTANCE_MAX if name == "hd95_mm" else 1
+        if found is not None and not found[1] <= found[0] <= found[2] <= most:
+            yield f"{name} does not lie in its interval"
 
 
 def _groups(document: Results, study: Study, test: Sample | None) -> Groups:
@@ -275,10 +347,33 @@ def _grades(document: Results, study: Study, test: Sample | None) -> NDArray[np.
     return grades.read(size, np.array(document.grades, np.int64).ravel(), test.images if test else 0)
 
 
+def _check_number(document: Results, study: Study, test: Sample | None) -> None:
+    """Raises MessageMalformed for sums that no images have, sites that say what they cannot, or a number that is not asked."""
+    number = document.number
+    if (number is not None) != isinstance(study.task, Regression):
+        raise MessageMalformed("number: it is there although the target is none, or is missing although it is one")
+    if number is None or not isinstance(study.task, Regression):
+        return
+    sums = regression.read(np.array(number.sums, np.int64), test.images if test else 0)
+    if not set(number.sites) <= set(test.sites if test else ()):
+        raise MessageMalformed("number: a site that is not in the test released figures of it")
+    for site, said in number.sites.items():
+        if said is None:
+            continue
+        if not study.evaluation.site_figures or said.images > sums[0] or set(said.intervals) != set(regression.FIGURES):
+            raise MessageMalformed(
+                f"number: {site} released what the study does not, or counts more images than all sites"
+            )
+        ends = [(getattr(said, name), *said.intervals[name]) for name in regression.FIGURES]
+        regression.read_released(study.task, np.array([*np.ravel(ends), said.images], np.float32))
+
+
 def _sample(scores: Scores | None, study: Study, where: str) -> Sample | None:
     """Decode one histogram and hold it to the study's targets and bins, and to the number of images."""
     if scores is None:
         return None
+    if study.segments:
+        return _outlined(scores, study, where)
     shape = (len(study.task.targets), 2, study.evaluation.bins)
     try:
         histogram = ScoreHistogram.from_json(scores.counts)
@@ -293,6 +388,33 @@ def _sample(scores: Scores | None, study: Study, where: str) -> Sample | None:
     if (scores.loss is None and scores.images > 0) or scores.patients > scores.images:
         raise MessageMalformed(f"results: {where}: loss, patients and images do not fit each other", remedy=REMEDY)
     return Sample(scores.sites, scores.patients, scores.images, scores.loss, histogram)
+
+
+def _outlined(scores: Scores, study: Study, where: str) -> Sample:
+    """The same of outlines: sums held to the study's structures and to the number of images."""
+    structures = len(study.task.targets)
+    try:
+        sums = Overlaps.from_json(scores.counts)
+    except MessageMalformed as error:
+        raise MessageMalformed(f"results: {where}: {error}", remedy=REMEDY) from None
+    if len(sums.counts) != structures:
+        raise MessageMalformed(
+            f"results: {where}: sums of {len(sums.counts)} structures, not {structures}", remedy=REMEDY
+        )
+    if any(0 < sites < least_sites(study) or sites > len(scores.sites) for sites in sums.counts[:, 0].tolist()):
+        raise MessageMalformed(f"results: {where}: a structure is told by too few sites, or by too many", remedy=REMEDY)
+    # Images of a private study are in tens, so cases may be more.
+    if study.privacy == "none" and int(sums.counts[:, CASES].max()) > scores.images:
+        raise MessageMalformed(f"results: {where}: more cases than the {scores.images} images", remedy=REMEDY)
+    if (scores.loss is None and scores.images > 0) or scores.patients > scores.images:
+        raise MessageMalformed(f"results: {where}: loss, patients and images do not fit each other", remedy=REMEDY)
+    empty = ScoreHistogram.empty(structures, study.evaluation.bins)
+    return Sample(scores.sites, scores.patients, scores.images, scores.loss, empty, sums)
+
+
+def testing_of(study: Study, site: str) -> str:
+    """internal or external, as CLAIM 2024 uses these words."""
+    return "internal" if site in study.participation.sites and study.training.rounds else "external"
 
 
 def canonical(study: dict[str, Any]) -> bytes:

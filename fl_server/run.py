@@ -34,6 +34,7 @@ from fl_server import checkpoint
 from models.contributions import Sheet
 from models.metrics import ScoreHistogram
 from models.questions import Answer
+from models.segmentation import Overlaps
 from models.study import Study
 from privacy import disk, keys
 from privacy.errors import DocumentError, MessageMalformed, RunError, RunStopped, RunUnknown
@@ -74,28 +75,30 @@ class Round:
 
 
 def score_sheet(sites: list[str], sheet: Sheet) -> dict[str, Any]:
-    """What an evaluation over `sites` leaves in the record: counts, mean loss, and the summed histogram; no scores."""
+    """What an evaluation over `sites` leaves in the record: counts, mean loss, and summed histogram or outlines; no scores."""
     return {
         "sites": sites,
         "patients": sheet.patients,
         "images": sheet.images,
         "loss": sheet.loss if sheet.images else None,
-        "counts": sheet.histogram.to_json(),
+        "counts": (sheet.overlaps or sheet.histogram).to_json(),
     }
 
 
 @dataclass(frozen=True)
 class Test:
     """The test evaluation of the selected model. `figures`: site -> what it released for each target, or None; `groups`: the sums
-    of subgroups, as `models.subgroups.Groups.to_json` writes them; `grades`: the table of `models.grades`, or nothing.
+    of subgroups, as `models.subgroups.Groups.to_json` writes them; `grades`: the table of `models.grades`, or nothing. `number`:
+    where the target is one, what the results document says of it.
     """
 
     sheet: dict[str, Any]
     missing: dict[str, str]
-    figures: dict[str, list[dict[str, float | int] | None]]
+    figures: dict[str, list[dict[str, Any] | None]]
     groups: list[dict[str, Any]]
     grades: list[list[int]]
     ingested: int
+    number: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ class Run:
             self.initial = sheet
         if self.history and self._is_better(sheet["loss"]):
             self.best, self.best_round = self.model, self.history[-1].round
-        self.event("scored", round=len(self.history), loss=sheet["loss"], auroc=_auroc(sheet))
+        self.event("scored", round=len(self.history), loss=sheet["loss"], **self._quality(sheet))
 
     def note_late(self, number: int, site: str, seconds: float | None) -> None:
         """Note that a report of round `number` came too late; durable with the next commit."""
@@ -287,6 +290,7 @@ class Run:
             "grades": test.grades,
             "ingested": test.ingested,
             "restarts": self.restarts,
+            **({} if test.number is None else {"number": test.number}),
         }
         model = self.best if self.best is not None else self.model
         if model is None:
@@ -297,7 +301,7 @@ class Run:
         keys.write_private(self.folder / "card.json", json.dumps(card, indent=1).encode())
         keys.write_private(self.folder / "results.json", json.dumps(results).encode())
         self._save_facts()
-        self.event("finished", label=label, auroc=_auroc(test.sheet))
+        self.event("finished", label=label, **self._quality(test.sheet))
 
     def conclude(self, counted: Counted) -> None:
         """Write the answers of a study that counts; the state becomes complete or partial."""
@@ -375,6 +379,13 @@ class Run:
 
     def event(self, kind: str, **facts: Any) -> None:
         add_event(self.folder, kind, facts)
+
+    def _quality(self, sheet: dict[str, Any]) -> dict[str, float | None]:
+        """The figure that onlookers see of an evaluation: AUROC of the first target, or Dice of the first structure."""
+        if not self.study.segments:
+            return {"auroc": _auroc(sheet)}
+        found = Overlaps.from_json(sheet["counts"]).mean(0, "dice")
+        return {"auroc": None, "dice": None if found is None else found[0]}
 
     def _save_facts(self) -> None:
         keys.write_private(self.folder / "run.json", json.dumps(self.facts, indent=1).encode())

@@ -279,6 +279,8 @@ def _head(progress: Progress, before_it: int | None) -> Iterator[tuple[str, str]
     yield "Time", "; ".join(told)
     if progress.test_auroc is not None:
         yield "Test", f"AUROC {progress.test_auroc:.3f}"
+    if progress.test_dice is not None:
+        yield "Test", f"Dice {progress.test_dice:.3f}"
 
 
 def _sites_table(progress: Progress) -> Table:
@@ -293,11 +295,11 @@ def _sites_table(progress: Progress) -> Table:
 
 
 def _rounds_table(progress: Progress) -> Table:
-    table = _table("round", "seconds", "training loss", "validation loss", "AUROC", "contributors", "missing")
+    table = _table("round", "seconds", "training loss", "validation loss", progress.measure, "contributors", "missing")
     for each in progress.rounds:
         odd = ", ".join(f"{name}: {why}" for name, why in each.missing.items())
         table.add_row(
-            str(each.round), f"{each.seconds:.1f}", _figure(each.train_loss), _figure(each.loss), _figure(each.auroc),
+            str(each.round), f"{each.seconds:.1f}", _figure(each.train_loss), _figure(each.loss), _figure(each.score),
             ", ".join(each.contributors), odd,
         )  # fmt: skip
     return table

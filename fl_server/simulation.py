@@ -22,7 +22,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
 from fl_server import app as coordinator
-from fl_server import authority, counting, report, weights
+from fl_server import authority, counting, report, saliency, weights
 from fl_server.roster import Home
 from fl_server.run import Run, read_facts
 from fl_server.settings import ServerFile
@@ -46,6 +46,8 @@ class Outcome:
     folder: Path
     results: dict[str, Any]
     page: Path
+    saliency: bytes | None = None
+    """PNG of where the model looks; of a rehearsal on phantoms only."""
 
 
 def simulate(
@@ -68,15 +70,17 @@ def simulate(
     weights.file_of(home.root, study)
     for number, name in enumerate(study.all_sites):
         site = folder / "sites" / name
-        public, volumes = home.coordinator_key.public_key(), study.images.volume is not None
-        pkgutil.resolve_name(PREPARE)(site, name, homes.get(name), (patients, number), public, volumes=volumes)
+        public, wanted = home.coordinator_key.public_key(), {"volumes": study.images.volume, "masks": study.segments}
+        made = [kind for kind, asked in wanted.items() if asked]
+        pkgutil.resolve_name(PREPARE)(site, name, homes.get(name), (patients, number), public, made=made)
         line = home.invite(name, "site")
         authority.enrol(home, line.token, name, "site", keys.make_csr(keys.load_key(site / "keys" / "site.key"), name))
         home.roster.set_node(name, number + 1)
     results = _carry_out(study, home, folder, tell)
     if study.task.kind == "counting":
         return Outcome(folder, results, counting.write(counting.Found.of(results), None, out))
-    return Outcome(folder, results, report.write(results, out))
+    drawn = None if homes else saliency.panel(folder, results)
+    return Outcome(folder, results, report.write(results, out, saliency=drawn), drawn)
 
 
 def alone(study: Study, name: str, outcome: Outcome, tell: Tell) -> dict[str, Any]:

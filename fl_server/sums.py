@@ -527,6 +527,8 @@ def _of_sites(contribution: Contribution, sites: int) -> Contribution:
     """`contribution`, if it can be the sum of so many sites; raises MessageMalformed."""
     if contribution.groups is not None:
         contribution.groups.require_of(sites)
+    if contribution.sheet.overlaps is not None:
+        contribution.sheet.overlaps.require_of(sites)
     return contribution
 
 

@@ -7,8 +7,10 @@ import math
 from typing import Protocol
 
 from models import subgroups
+from models.covariates import Covariates
 from models.questions import Counting
 from models.sections import (
+    OUTLINING,
     ROBUST_SITES_MAX,
     STRATEGY_PARAMETERS,
     Evaluation,
@@ -17,7 +19,9 @@ from models.sections import (
     Participation,
     PrivacyOrNone,
     Protection,
+    Regression,
     Relation,
+    Segmentation,
     Strategy,
     TaskOrQuestions,
     Training,
@@ -26,6 +30,7 @@ from models.sections import (
 GROUP_COUNTS_MAX = 4_000_000  # 16 MB in words of 32 bits, once in a run
 HALVING, HALVING_LEAST = ("densenet121", "densenet169", "efficientnet_b0"), 32
 VIT_PATCH = 16
+OUTLINING_STEP = 8  # networks that outline halve an image three times and must meet the same grid on the way back
 SCAFFOLD_BITS_MIN = 32
 
 
@@ -36,6 +41,8 @@ class Settings(Protocol):
     def task(self) -> TaskOrQuestions: ...
     @property
     def images(self) -> Images: ...
+    @property
+    def covariates(self) -> Covariates: ...
     @property
     def network(self) -> Network: ...
     @property
@@ -58,7 +65,18 @@ class Settings(Protocol):
 
 def of(study: Settings) -> list[str]:
     """One sentence for each contradiction."""
-    return _of_network(study) + _of_strategy(study) + _of_evaluation(study)
+    parts = (_of_covariates, _of_network, _of_strategy, _of_evaluation, _of_segmentation)
+    return [sentence for part in parts for sentence in part(study)]
+
+
+def _of_covariates(study: Settings) -> list[str]:
+    both = sorted(set(study.covariates) & set(study.task.targets))
+    found = [f"{', '.join(both)}: what is predicted cannot be a covariate as well"] if both else []
+    if study.covariates and isinstance(study.task, Segmentation):
+        found.append(
+            "covariates and task.kind: segmentation, whose outlines are drawn from the image alone; leave them out"
+        )
+    return found
 
 
 def _of_network(study: Settings) -> list[str]:
@@ -68,7 +86,41 @@ def _of_network(study: Settings) -> list[str]:
     if name == "vit" and any(side % VIT_PATCH for side in sides):
         shown = " x ".join(str(side) for side in sides)
         found.append(f"network: vit reads patches of {VIT_PATCH}, which do not divide images of {shown}")
+    if name in OUTLINING and any(side % OUTLINING_STEP for side in sides):
+        shown = " x ".join(str(side) for side in sides)
+        found.append(f"network: {name} needs sides that are multiples of {OUTLINING_STEP}, and images are {shown}")
     return found
+
+
+def _of_segmentation(study: Settings) -> list[str]:
+    """Networks and settings that belong to one kind of task alone."""
+    name, outlines = study.network.name, name_list(OUTLINING)
+    if not isinstance(study.task, Segmentation):
+        if name in OUTLINING and not isinstance(study.task, Counting):
+            return [
+                f"network: {name} outlines structures, and task.kind: {study.task.kind} needs one score for an image"
+            ]
+        return []
+    found = []
+    if name not in OUTLINING:
+        found.append(f"network: {name} gives one score for an image, and task.kind: segmentation needs {outlines}")
+    if study.training.balance:
+        found.append(
+            "training.balance has no meaning for task.kind: segmentation, whose loss has no classes; leave it out"
+        )
+    if study.evaluation.bins != Evaluation().bins:
+        found.append("evaluation.bins has no meaning for task.kind: segmentation: no histogram of scores is made")
+    if study.evaluation.subgroups:
+        found.append("evaluation.subgroups divides histograms of scores, and task.kind: segmentation has none")
+    if study.privacy != "none" and study.privacy.figures == "noised":
+        found.append(
+            "privacy.figures: noised puts noise on histograms of scores; say suppressed for task.kind: segmentation"
+        )
+    return found
+
+
+def name_list(names: tuple[str, ...]) -> str:
+    return " or ".join(names)
 
 
 def _of_strategy(study: Settings) -> list[str]:
@@ -83,6 +135,8 @@ def _of_strategy(study: Settings) -> list[str]:
         found.append("strategy: fedprox holds ordinary training near the common model; private steps have no such term")
     if plan.steered:
         found += _of_scaffold(study)
+    if plan.local_norms:
+        found += _of_local_norms(study)
     if not plan.robust:
         return found
     if study.protection == "masked":
@@ -97,6 +151,23 @@ def _of_strategy(study: Settings) -> list[str]:
     least = 3 if plan.name == "median" else math.ceil(round(1 / (plan.trimmed_share or 1), 9))
     if part.quorum < least:
         found.append(f"strategy: {plan.name} leaves nobody out of a quorum of {part.quorum}; it needs {least}")
+    return found
+
+
+def _of_local_norms(study: Settings) -> list[str]:
+    """A model without norms is no model: whoever has trained none has nothing to evaluate or release."""
+    found = []
+    if study.privacy != "none":
+        found.append(
+            "strategy: fedbn keeps weights that learned from patients outside what the accounting of privacy covers"
+        )
+    if study.network.name == "linear":
+        found.append("strategy: fedbn keeps norm layers at the sites, and the linear network has none")
+    if study.participation.evaluate_only:
+        found.append(
+            "strategy: fedbn and participation.evaluate_only: a site that trains nothing has no norm layers, and those of "
+            "others stay with them"
+        )
     return found
 
 
@@ -143,6 +214,20 @@ def _of_evaluation(study: Settings) -> list[str]:
             found.append("training.rounds: 0 evaluates given weights, and network.initial names none")
         if study.privacy != "none" or study.strategy != Strategy():
             found.append("training.rounds: 0 trains nothing, so privacy is none, and strategy is left out")
+    if isinstance(study.task, Regression):
+        found += _of_regression(study)
     if study.privacy != "none" and study.privacy.figures == "noised" and study.evaluation.subgroups:
         found.append("privacy.figures: noised and evaluation.subgroups, whose counts have no noise")
+    return found
+
+
+def _of_regression(study: Settings) -> list[str]:
+    """What adds up score histograms has nothing to add up for a number."""
+    found = []
+    if study.evaluation.subgroups:
+        found.append("task.kind: regression and evaluation.subgroups, which compare classes; leave the subgroups out")
+    if study.privacy != "none" and study.privacy.figures == "noised":
+        found.append(
+            "task.kind: regression and privacy.figures: noised, which is about histograms of classes; say suppressed"
+        )
     return found

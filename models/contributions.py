@@ -3,23 +3,25 @@
     values  float32 (P,)   what training changed; summed with the site's cases as weight. Empty for an evaluation, but for the
                            noisy counts of a study with `privacy.figures: noised`
     counts  int64          whole numbers that are summed as they are: cases, images, patients, losses, score histograms; of the
-                           test split also those of the study's subgroups (`models.subgroups`)
+                           test split also those of the study's subgroups (`models.subgroups`); of a segmentation the sums of
+                           outlines (`models.segmentation`) in place of histograms
 
 Everything a coordinator learns of a round stands in the sum of these. Beside it, and only if the study says so, a site
 releases figures of its own test split, and only for targets of which both classes have RELEASE_MIN images.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from models import grades, intervals, questions, subgroups
+from models import grades, intervals, questions, regression, segmentation, subgroups
 from models.metrics import ScoreHistogram
 from models.questions import Counting
-from models.sections import RELEASE_MIN
+from models.sections import RELEASE_MIN, Regression
+from models.segmentation import CASES, Cases, Overlaps
 from models.study import Study
 from models.subgroups import Groups, Scored
 from privacy import noise
@@ -43,12 +45,21 @@ FIGURE_COLUMNS = 7
 
 @dataclass(frozen=True)
 class Sheet:
-    """An evaluation of one model on one split: how many patients and images, the mean loss over the images, the scores."""
+    """An evaluation of one model on one split: how many patients and images, the mean loss over the images, the scores.
+
+    `overlaps`: of a segmentation, whose `histogram` holds nothing and is in no sum.
+    """
 
     patients: int
     images: int
     loss: float
     histogram: ScoreHistogram
+    overlaps: Overlaps | None = None
+
+    @property
+    def tally(self) -> Int64:
+        """What of it is summed beside patients, images and loss."""
+        return self.histogram.to_array().astype(np.int64) if self.overlaps is None else self.overlaps.counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +78,7 @@ class Contribution:
     answers: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))  # of a study that counts, in tens; all it has
     groups: Groups | None = None  # of the test split; None elsewhere
     grades: Int64 | None = None  # (T + 1, T + 1), of the test split of an ordered task (`models.grades`)
+    errors: Int64 | None = None  # of the test split of a task whose target is a number (`models.regression`)
 
     @property
     def weight(self) -> int:
@@ -81,11 +93,13 @@ class Contribution:
         facts = [self.ingested, sheet.patients, sheet.images, _units(sheet.loss, sheet.images)]
         if kind == "train":
             facts += [self.cases, _units(self.loss, self.cases)]
-        parts = [np.array(facts, np.int64), sheet.histogram.to_array().astype(np.int64).ravel()]
+        parts = [np.array(facts, np.int64), sheet.tally.ravel()]
         if kind == "test" and self.groups is not None:
             parts.append(self.groups.numbers())
         if kind == "test" and self.grades is not None:
             parts.append(self.grades.ravel())
+        if kind == "test" and self.errors is not None:
+            parts.append(self.errors)
         return np.concatenate(parts)
 
 
@@ -94,8 +108,15 @@ def suppressed(study: Study, sheet: Sheet) -> Sheet:
 
     A target's histogram only if both classes have RELEASE_MIN images; with one class alone, the other would follow from the
     number of images, so both go. Images are those of the largest histogram that stays. Nothing at all for fewer than
-    RELEASE_MIN patients.
+    RELEASE_MIN patients. A number has no classes: images and loss of RELEASE_MIN images. Of a segmentation the structures were
+    looked at before (`Overlaps.told`); images are in tens.
     """
+    if sheet.overlaps is not None:
+        few = sheet.patients < RELEASE_MIN or not sheet.overlaps.counts.any()
+        tens = replace(sheet, patients=_tens(sheet.patients), images=_tens(sheet.images))
+        return empty_sheet(study) if few else tens
+    if isinstance(study.task, Regression):
+        return sheet if min(sheet.patients, sheet.images) >= RELEASE_MIN else empty_sheet(study)
     counts = sheet.histogram.counts.copy()
     for target in range(len(counts)):
         if counts[target].sum(axis=1).min() < RELEASE_MIN:
@@ -132,15 +153,27 @@ def noises_figures(study: Study) -> bool:
 
 def empty_sheet(study: Study) -> Sheet:
     """An evaluation that says nothing."""
-    return Sheet(0, 0, 0.0, ScoreHistogram.empty(len(study.task.targets), study.evaluation.bins))
+    nothing = Overlaps.empty(len(study.task.targets)) if study.segments else None
+    return Sheet(0, 0, 0.0, ScoreHistogram.empty(len(study.task.targets), study.evaluation.bins), nothing)
+
+
+def tally_shape(study: Study) -> tuple[int, ...]:
+    """Of `Sheet.tally`."""
+    targets = len(study.task.targets)
+    return (targets, len(segmentation.COLUMNS)) if study.segments else (targets, 2, study.evaluation.bins)
 
 
 def count_of(study: Study, kind: Kind) -> int:
     """How many counts a contribution of this kind has."""
     if isinstance(study.task, Counting):
         return study.task.size
-    whole = (6 if kind == "train" else 4) + len(study.task.targets) * 2 * study.evaluation.bins
-    return whole + (subgroups.size(study) + grade_count(study) ** 2 if kind == "test" else 0)
+    whole = (6 if kind == "train" else 4) + math.prod(tally_shape(study))
+    return whole + (subgroups.size(study) + grade_count(study) ** 2 + error_count(study) if kind == "test" else 0)
+
+
+def error_count(study: Study) -> int:
+    """How many sums tell of the errors of a number; none of another task."""
+    return regression.SUMS if isinstance(study.task, Regression) else 0
 
 
 def grade_count(study: Study) -> int:
@@ -148,12 +181,16 @@ def grade_count(study: Study) -> int:
     return len(study.task.targets) + 1 if study.relation == "ordered" else 0
 
 
-def grades_told(study: Study, scored: Scored) -> Int64:
+def grades_told(study: Study, scored: Scored | Cases) -> Int64:
     """The table of grades (`models.grades`) that goes into the sum: all zero under differential privacy, where its small cells
     would be told, and of no cells for a task without grades.
     """
     told = grade_count(study) > 0 and study.privacy == "none"
-    return grades.table_of(scored) if told else np.zeros((grade_count(study), grade_count(study)), np.int64)
+    return (
+        grades.table_of(scored)
+        if told and isinstance(scored, Scored)
+        else np.zeros((grade_count(study), grade_count(study)), np.int64)
+    )
 
 
 def read(study: Study, kind: Kind, values: npt.NDArray[np.float64], counts: Int64) -> Contribution:
@@ -168,23 +205,41 @@ def read(study: Study, kind: Kind, values: npt.NDArray[np.float64], counts: Int6
         return Contribution(0, empty_sheet(study), answers=counts)
     head = [int(n) for n in counts[: 6 if kind == "train" else 4]]
     ingested, patients, images, loss = head[:4]
-    shape = (len(study.task.targets), 2, study.evaluation.bins)
+    shape = tally_shape(study)
     end = len(head) + math.prod(shape)
-    histogram = ScoreHistogram(counts[len(head) : end].reshape(shape))
-    if patients > images or int(histogram.counts.sum(axis=(1, 2)).max()) > images:
-        raise MessageMalformed("the summed counts of patients, images and scores contradict each other")
-    sheet = Sheet(patients, images, _mean(loss, images), histogram)
+    sheet = _tallied(study, counts[len(head) : end].reshape(shape), (patients, images, _mean(loss, images)))
+    histogram = sheet.histogram
     if kind != "train":
         sheet = _sheet_of(study, values) if noises_figures(study) and values.any() else sheet
         if kind == "evaluate":
             return Contribution(ingested, sheet)
         ends = end + subgroups.size(study)
-        table = grades.read(grade_count(study), counts[ends:], images)
-        return Contribution(ingested, sheet, groups=Groups.read(study, counts[end:ends], histogram), grades=table)
+        last = len(counts) - error_count(study)
+        table = grades.read(grade_count(study), counts[ends:last], images)
+        errors = regression.read(counts[last:], images) if error_count(study) else None
+        groups = Groups.read(study, counts[end:ends], histogram)
+        return Contribution(ingested, sheet, groups=groups, grades=table, errors=errors)
     cases, train_loss = head[4:]
     if cases < 1:
         raise MessageMalformed("the sum of the updates rests on no cases")
     return Contribution(ingested, sheet, cases, _mean(train_loss, cases), (values / cases).astype(np.float32))
+
+
+def _tallied(study: Study, tally: Int64, facts: tuple[int, int, float]) -> Sheet:
+    """The evaluation with these summed counts, and (patients, images, mean loss). Raises MessageMalformed."""
+    patients, images, _ = facts
+    nothing = empty_sheet(study)
+    if study.segments:
+        overlaps = Overlaps(tally)
+        sheet = Sheet(*facts, nothing.histogram, overlaps)
+        # Under differential privacy images are in tens, up to nine too few at each site, and cases are not.
+        most = int(overlaps.counts[:, CASES].max()) if study.privacy == "none" else 0
+    else:
+        sheet = Sheet(*facts, ScoreHistogram(tally))
+        most = int(sheet.histogram.counts.sum(axis=(1, 2)).max())
+    if patients > images or most > images:
+        raise MessageMalformed("the summed counts of patients, images and scores contradict each other")
+    return sheet
 
 
 def _sheet_of(study: Study, noisy: npt.NDArray[np.float64]) -> Sheet:
@@ -194,14 +249,22 @@ def _sheet_of(study: Study, noisy: npt.NDArray[np.float64]) -> Sheet:
     return Sheet(images, images, histogram.cross_entropy() or 0.0, histogram)
 
 
-def figures(study: Study, scored: Scored, *, release: bool) -> Float32:
-    """float32 (targets, FIGURE_COLUMNS) of the raw scores, all rounded; NOT_RELEASED in rows that stay.
+def figures(study: Study, scored: Scored | Cases, *, release: bool) -> Float32:
+    """float32 (targets, FIGURE_COLUMNS) of the raw scores, all rounded; NOT_RELEASED in rows that stay. Of a number: (1, COLUMNS)
+    of `models.regression`; of outlines, what `segmentation.figures` gives.
 
     `release`: whether figures of this evaluation may leave at all; the study has to ask for them as well. A row leaves if both
     classes have RELEASE_MIN images, and both intervals exist: two patients of each class are needed for that.
     """
-    rows = np.full((len(study.task.targets), FIGURE_COLUMNS), NOT_RELEASED, np.float32)
-    for target in range(len(rows) if release and study.evaluation.site_figures else 0):
+    released, targets = release and study.evaluation.site_figures, len(study.task.targets)
+    if isinstance(scored, Cases):
+        nothing = np.full((targets, segmentation.FIGURE_COLUMNS), NOT_RELEASED, np.float32)
+        return segmentation.figures(targets, scored, study.training.seed) if released else nothing
+    if isinstance(study.task, Regression):
+        row = regression.released(study.task, scored, study.training.seed) if released else None
+        return np.full((1, regression.COLUMNS), NOT_RELEASED, np.float32) if row is None else row[None]
+    rows = np.full((targets, FIGURE_COLUMNS), NOT_RELEASED, np.float32)
+    for target in range(len(rows) if released else 0):
         known = scored.known[:, target] != 0
         scores = scored.scores[known, target].astype(np.float64)
         labels, patients = scored.targets[known, target].astype(np.float64), scored.patients[known]
@@ -219,8 +282,17 @@ def figures(study: Study, scored: Scored, *, release: bool) -> Float32:
     return rows
 
 
-def read_figures(study: Study, rows: Float32) -> list[dict[str, float | int] | None]:
+def read_number(study: Study, rows: Float32) -> dict[str, Any] | None:
+    """What `figures` wrote of a number, as `regression.read_released` reads it; raises MessageMalformed for anything else."""
+    if not isinstance(study.task, Regression) or rows.shape != (1, regression.COLUMNS):
+        raise MessageMalformed("figures of another number of targets than the study's")
+    return None if (rows == NOT_RELEASED).all() else regression.read_released(study.task, rows[0])
+
+
+def read_figures(study: Study, rows: Float32) -> list[dict[str, Any] | None]:
     """What `figures` wrote, a dictionary or None for each target; raises MessageMalformed for anything else."""
+    if study.segments:
+        return segmentation.read_figures(len(study.task.targets), rows)
     if rows.shape != (len(study.task.targets), FIGURE_COLUMNS):
         raise MessageMalformed("figures of another number of targets than the study's")
     return [None if (row == NOT_RELEASED).all() else _figure(row) for row in rows]

@@ -1,7 +1,9 @@
 """A released model for others' programs: a MONAI bundle, a torch.export program, or ONNX.
 
-All three map images float32 (B, 1, *grid) in 0..1 on the study's grid to scores float32 (B, T) in 0..1, for any B, and need
-nothing of Isocenter where they are used.
+All three map images float32 (B, 1, *grid) in 0..1 on the study's grid to scores float32 (B, T) in 0..1, or a number in its unit,
+or of a model that outlines (B, T, *grid), for any B, and need nothing of Isocenter where they are used. A model of covariates
+takes them as a second input float32 (B, C), in the study's units and sorted by name, NaN where one is missing; a MONAI bundle has
+no place for them.
 """
 
 import importlib.metadata
@@ -17,9 +19,9 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor, nn
 
-from models import imaging, networks, tasks, volumes
+from models import imaging, learning, networks, tasks, volumes
 from models.registry import Package
-from models.study import Study
+from models.study import Regression, Study
 from privacy.errors import DocumentError, PackageRefused
 
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
@@ -62,23 +64,35 @@ def export(package: Package, kind: str, out: Path) -> None:
 
 
 class _Scorer(nn.Module):
-    """Network and activation, so that no user has to know the second."""
+    """Network and activation, and the unit of a number, so that no user has to know them."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, study: Study) -> None:
         super().__init__()
         self.net = net
+        self.low, self.high = study.task.range if isinstance(study.task, Regression) else (0.0, 1.0)
 
     def forward(self, images: Tensor) -> Tensor:
-        return tasks.activation(self.net(images))
+        return self.low + (self.high - self.low) * tasks.activation(self.net(images))
 
 
-def _traced(package: Package) -> tuple[nn.Module, tuple[Tensor], Any]:
+class _ScorerBeside(nn.Module):
+    """The same of a network that takes covariates."""
+
+    def __init__(self, net: nn.Module, study: Study) -> None:
+        super().__init__()
+        self.scorer = _Scorer(net, study)
+
+    def forward(self, images: Tensor, covariates: Tensor) -> Tensor:
+        scorer = self.scorer
+        return scorer.low + (scorer.high - scorer.low) * tasks.activation(scorer.net(images, covariates))
+
+
+def _traced(package: Package) -> tuple[nn.Module, tuple[Tensor, ...], Any]:
     # Two images, because torch takes a batch of one for a constant.
-    return (
-        _Scorer(network(package)).eval(),
-        (torch.zeros(2, *package.study.images.shape),),
-        ({0: torch.export.Dim("batch")},),
-    )
+    study, batch = package.study, {0: torch.export.Dim("batch")}
+    images, kind = torch.zeros(2, *study.images.shape), _ScorerBeside if study.covariates else _Scorer
+    given = learning.inputs(images, torch.zeros(2, len(study.covariates)))
+    return kind(network(package), study).eval(), given, (batch,) * len(given)
 
 
 def _pt2(package: Package, out: Path) -> None:
@@ -94,7 +108,12 @@ def _onnx(package: Package, out: Path) -> None:
     try:
         with torch.no_grad():
             program = torch.onnx.export(
-                scorer, example, dynamo=True, dynamic_shapes=dynamic, input_names=["images"], output_names=["scores"]
+                scorer,
+                example,
+                dynamo=True,
+                dynamic_shapes=dynamic,
+                input_names=["images", "covariates"][: len(example)],
+                output_names=["scores"],
             )
     except ImportError as error:
         raise DocumentError(
@@ -110,8 +129,14 @@ def _bundle(package: Package, out: Path) -> None:
     """A folder in the layout of MONAI's bundle specification; `python -m monai.bundle run` scores the files in its `inputs`.
 
     MONAI's readers read them, and scripts/prepare.py brings them to the grid by the very functions of the training, copied from
-    their source. So an image in the forms that a site may have beside DICOM gets the score that it has in the study.
+    their source. So an image in the forms that a site may have beside DICOM gets the score that it has in the study. Raises
+    DocumentError for a model of covariates, which no part of such a folder would hand over.
     """
+    if package.study.covariates:
+        raise DocumentError(
+            "a MONAI bundle takes images alone, and this model takes covariates beside them",
+            remedy="Export it with `--to pt2` or `--to onnx`; both take the covariates as a second input.",
+        )
     for folder in ("configs", "models", "docs", "scripts", "inputs"):
         (out / folder).mkdir(parents=True)
     (out / "configs" / "metadata.json").write_text(json.dumps(_metadata(package), indent=1), encoding="utf-8")
@@ -123,11 +148,14 @@ def _bundle(package: Package, out: Path) -> None:
     ct = package.study.images.volume is not None
     what = "CT volumes in Hounsfield units as NIfTI (.nii, .nii.gz)" if ct else "frontal radiographs as PNG or JPEG"
     bright = "" if ct else " with bright as dense"
+    written = "`scores.json`, with one list per file"
+    if package.study.segments:
+        written = "`scores.npz`, with one array (structure, *grid) per file; a voxel belongs to a structure from 0.5 on"
     usage = (
         f"\n## Using this bundle\n\nPut {what} into `inputs/`; or .npy files that are on the grid already, float32 {grid} in "
         f"0 to 1{bright}.\nThen in this folder: `pip install monai {'nibabel' if ct else 'pillow'} fire`, "
         "`python -m monai.bundle run --config_file configs/inference.json`.\n"
-        f"It writes `scores.json`, with one list per file: {', '.join(package.study.task.targets)}.\n"
+        f"It writes {written}: {', '.join(package.study.task.targets)}.\n"
     )
     (out / "docs" / "README.md").write_text(package.files["card.md"].decode() + usage, encoding="utf-8")
     (out / "LICENSE").write_text(LICENCE, encoding="utf-8")
@@ -178,7 +206,8 @@ def _preparing(package: Package) -> str:
         last = _RADIOGRAPHS
     else:
         constants = {"AIR_HU": volumes.AIR_HU, "HU_MAX": volumes.HU_MAX}
-        parts, last = [volumes.hounsfield, volumes.to_volume_grid, volumes._averaged], _VOLUMES
+        parts = [volumes.hounsfield, volumes.to_volume_grid, volumes.grid_places, volumes._blocks, volumes._averaged]
+        last = _VOLUMES
     lines = [f"{name} = {value!r}" for name, value in constants.items()]
     if images.volume is not None:
         lines.append(f"GRID = SimpleNamespace(**{images.volume.model_dump()!r})")
@@ -188,6 +217,7 @@ def _preparing(package: Package) -> str:
 def _metadata(package: Package) -> dict[str, Any]:
     study, version = package.study, package.manifest["version"]
     tensor = {"dtype": "float32", "value_range": [0, 1]}
+    number = isinstance(study.task, Regression)
     image = {
         "type": "image",
         "format": "hounsfield" if study.images.volume is not None else "magnitude",
@@ -198,10 +228,11 @@ def _metadata(package: Package) -> dict[str, Any]:
         "channel_def": {"0": "image"},
     }
     scores = {
-        "type": "probabilities",
-        "format": "classification",
+        "type": "raw" if number else "probabilities",
+        "format": study.task.kind,
         "num_channels": len(study.task.targets),
-        "spatial_shape": [],
+        "spatial_shape": list(study.images.shape[1:]) if study.segments else [],
+        **({"value_range": study.task.range} if isinstance(study.task, Regression) else {}),
         "channel_def": {str(place): name for place, name in enumerate(study.task.targets)},
     }
     return {
@@ -213,12 +244,12 @@ def _metadata(package: Package) -> dict[str, Any]:
         "numpy_version": np.__version__,
         "required_packages_version": _readers(study),
         "name": study.title,
-        "task": f"Classification of {', '.join(study.task.targets)}",
+        "task": f"{study.task.kind.capitalize()} of {', '.join(study.task.targets)}",
         "description": study.purpose,
         "authors": f"The consortium of {', '.join(study.all_sites)}",
         "copyright": "Of whoever signed the package",
         "intended_use": study.purpose,
-        "network_data_format": {"inputs": {"image": image | tensor}, "outputs": {"pred": scores | tensor}},
+        "network_data_format": {"inputs": {"image": image | tensor}, "outputs": {"pred": tensor | scores}},
     }
 
 
@@ -236,11 +267,15 @@ def _inference(study: Study) -> dict[str, Any]:
         # Rows stay rows, and what holds more than eight bits keeps them.
         grey = "$lambda image: image if image.mode[0] in 'IF' else image.convert('L')"
         picture |= {"reader": "PILReader", "reverse_indexing": False, "converter": grey}
+    named, ending, scored = "dict(zip(@names, @scores))", "json", "tolist()"
+    write = f"pathlib.Path(@output_file).write_text(json.dumps({named}))"
+    if study.segments:
+        write, ending, scored = f"numpy.savez_compressed(@output_file, **{named})", "npz", "detach().numpy()"
     return {
-        "imports": [f"$import {name}" for name in ("json", "os", "pathlib", "runpy", "torch")],
+        "imports": [f"$import {name}" for name in ("json", "numpy", "os", "pathlib", "runpy", "torch")],
         "bundle_root": ".",
         "input_dir": "$@bundle_root + '/inputs'",
-        "output_file": "$@bundle_root + '/scores.json'",
+        "output_file": f"$@bundle_root + '/scores.{ending}'",
         "names": f"$sorted(name for name in os.listdir(@input_dir) if name.lower().endswith({endings}))",
         "on_grid": {
             "_target_": "Compose",
@@ -254,8 +289,8 @@ def _inference(study: Study) -> dict[str, Any]:
         "prepare": "$runpy.run_path(@bundle_root + '/scripts/prepare.py')['prepare']",
         "read": "$lambda path: @on_grid(path) if path.endswith('.npy') else @prepare(@picture(path))",
         "network": "$torch.export.load(@bundle_root + '/models/model.pt2').module()",
-        "scores": "$[@network(@read(os.path.join(@input_dir, name))[None])[0].tolist() for name in @names]",
-        "run": ["$pathlib.Path(@output_file).write_text(json.dumps(dict(zip(@names, @scores))))"],
+        "scores": f"$[@network(@read(os.path.join(@input_dir, name))[None])[0].{scored} for name in @names]",
+        "run": [f"${write}"],
     }
 
 

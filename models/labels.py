@@ -8,7 +8,7 @@ with blanks normalised and whole numbers in one spelling, and whatever is not in
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
@@ -155,6 +155,18 @@ def _ranges_apart(words: Meanings) -> None:
                 raise ValueError(f"{word!r} and {other!r} share a number and mean different things")
 
 
+class NumberColumn(Document):
+    """A number of a study at this site, covariate or target: the column that holds it. A word in it is missing and listed."""
+
+    column: str = Field(min_length=1, max_length=200, description="column of the label table that holds this number")
+    times: float = Field(
+        default=1.0,
+        gt=0,
+        le=1e9,
+        description="what a number there is multiplied with to be in the study's unit: 10 for mg/dL where the study has mg/L",
+    )
+
+
 class AboutColumns(Document):
     """Columns that say who the person is. They group results; a word that MIDRC does not know is missing and listed."""
 
@@ -229,7 +241,16 @@ class LabelMap(Document):
     connector: Connector | None = Field(
         default=None, description="a known collection, in place of table, key and matches"
     )
-    targets: dict[Name, TargetWords] = Field(min_length=1, max_length=32)
+    targets: dict[Name, TargetWords] = Field(default={}, max_length=32)
+    numbers: dict[Name, NumberColumn] = Field(default={}, max_length=32)
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "LabelMap":
+        if not self.targets and not self.numbers and self.about is None:
+            raise ValueError("name `targets` (words that mean 1 and 0) or `numbers`, or both")
+        if both := sorted(set(self.targets) & set(self.numbers)):
+            raise ValueError(f"{', '.join(both)}: stands below `targets` and below `numbers`; one of them is meant")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -285,7 +306,8 @@ class _Row:
     sex: Sex | None
     race: Race | None
     ethnicity: Ethnicity | None
-    disputed: frozenset[str]  # targets
+    numbers: dict[str, float | None]
+    disputed: frozenset[str]  # targets and numbers
     doubtful: frozenset[str] = frozenset()  # facts
 
 
@@ -342,6 +364,11 @@ class LabelTable:
         """1, 0 or None (missing) for each target; a key that is not in the table is missing throughout."""
         row = self._by_key.get(self.mapping.plain(key))
         return dict(row.labels) if row else dict.fromkeys(self.mapping.targets)
+
+    def numbers(self, key: str) -> dict[str, float | None]:
+        """Each number of `numbers` in the study's unit, or None where there is none or rows of one key tell different ones."""
+        row = self._by_key.get(self.mapping.plain(key))
+        return dict(row.numbers) if row else dict.fromkeys(self.mapping.numbers)
 
     def patient_of(self, key: str) -> str | None:
         """The patient named in the row of `key`; None if there is none, or if rows of one key name several."""
@@ -428,6 +455,21 @@ class _Target:
         return None
 
 
+class _Number:
+    """One number bound to its column of one table; keeps the words that are no numbers."""
+
+    def __init__(self, where: NumberColumn, table: Table) -> None:
+        self.unmapped: Counter[str] = Counter()
+        self.at, self.times = table.at(where.column), where.times
+
+    def value(self, cells: list[str]) -> float | None:
+        text = cell_at(cells, self.at)
+        found, plain = number_of(text), normalised(text)
+        if found is None and plain not in MISSING_WORDS:
+            _note(self.unmapped, plain)
+        return None if found is None else found * self.times
+
+
 class _Person:
     """The columns of `about`, bound to one table; keeps the words that it could not read."""
 
@@ -469,6 +511,7 @@ class _Pass:
         self.patient = None if mapping.patient is None else table.at(mapping.patient)
         self.view = None if mapping.view is None else table.at(mapping.view)
         self.targets = {name: _Target(words, reading) for name, words in mapping.targets.items()}
+        self.numbers = {name: _Number(where, table) for name, where in mapping.numbers.items()}
         self.person = None if mapping.about is None else _Person(mapping.about, table)
         self.by_key: dict[str, _Row] = {}
         self.rows = self.malformed = self.without_key = 0
@@ -483,7 +526,8 @@ class _Pass:
             mapping=self.mapping,
             columns=table.columns,
             rows=self.rows + tally.malformed,
-            unmapped={name: target.unmapped for name, target in self.targets.items()},
+            unmapped={name: target.unmapped for name, target in self.targets.items()}
+            | {name: number.unmapped for name, number in self.numbers.items()},
             conflicts=sum(bool(row.disputed) for row in self.by_key.values()) + tally.undecided,
             malformed=self.malformed + tally.malformed,
             without_key=self.without_key + tally.without_key,
@@ -518,6 +562,7 @@ class _Pass:
             sex=sex_of(person.word("sex", cells)) if person else None,
             race=race_of(person.word("race", cells)) if person else None,
             ethnicity=ethnicity_of(person.word("ethnicity", cells)) if person else None,
+            numbers={name: number.value(cells) for name, number in self.numbers.items()},
             disputed=frozenset(name for name, (_, contradicts) in said.items() if contradicts),
         )
 
@@ -528,14 +573,18 @@ class _Pass:
 
 def _merge(row: _Row, other: _Row) -> None:
     """Fold a second row of the same key into `row`: agreement and gaps are fine, contradiction is missing for ever."""
-    against = {
-        name for name, label in other.labels.items() if label is not None and row.labels[name] not in (None, label)
-    }
-    row.disputed |= other.disputed | against
-    for name, label in other.labels.items():
-        row.labels[name] = None if name in row.disputed else label if row.labels[name] is None else row.labels[name]
+    row.disputed |= other.disputed
+    row.disputed |= _fold(row.labels, other.labels, row.disputed) | _fold(row.numbers, other.numbers, row.disputed)
     for what in _FACTS:
         mine, theirs = getattr(row, what), getattr(other, what)
         if None not in (mine, theirs) and mine != theirs:
             row.doubtful |= {what}
         setattr(row, what, None if what in row.doubtful else theirs if mine is None else mine)
+
+
+def _fold(mine: dict[str, Any], theirs: Mapping[str, Any], disputed: frozenset[str]) -> frozenset[str]:
+    """Fold `theirs` into `mine`; the names that the two tell differently. Those and the `disputed` ones are missing."""
+    against = {name for name, value in theirs.items() if None not in (value, mine[name]) and mine[name] != value}
+    for name, value in theirs.items():
+        mine[name] = None if name in against | disputed else value if mine[name] is None else mine[name]
+    return frozenset(against)

@@ -33,12 +33,26 @@ GRADIENT_NORM_MAX = 5.0  # a longer gradient is a single odd batch; ordinary one
 
 
 class TrainingCohort(Protocol):
-    """The labelled images of one site and split, in memory. Row i of all four belongs to one image."""
+    """The labelled images of one site and split, in memory. Row i of all four belongs to one image.
+
+    Where the study names covariates it also has `covariates`, as `covariates_of` gives them.
+    """
 
     images: Tensor  # float32 or float16 (N, 1, S, S) or (N, 1, D, H, W) in [0, 1]
-    targets: Tensor  # float32 (N, T)
+    targets: Tensor  # float32 (N, T); of a segmentation uint8 (N, T, *grid), the masks
     known: Tensor  # float32 (N, T): 1 where the label is known
     patients: Tensor  # int64 (N,): number of the patient
+
+
+def covariates_of(cohort: TrainingCohort) -> Tensor:
+    """float32 (N, C) in the study's units and order, NaN where missing; (N, 0) of a study that learns from images alone."""
+    found: Tensor | None = getattr(cohort, "covariates", None)
+    return torch.zeros(len(cohort.images), 0) if found is None else found
+
+
+def inputs(images: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+    """What a network takes of some images and the covariates beside them."""
+    return (images, values) if values.shape[-1] else (images,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +111,12 @@ def _learn(
     if len(labelled) == 0:
         raise CohortTooSmall("no image of the training split has a known label")
     generator, torch_seed = _randomness(study, *turn)
-    weights = tasks.class_weights(cohort.targets[labelled], cohort.known[labelled], balance=plan.balance)
+    weights, kind = torch.ones(cohort.known.shape[1], 2), study.task.kind
+    if kind == "classification":  # neither numbers nor masks have classes
+        weights = tasks.class_weights(cohort.targets[labelled], cohort.known[labelled], balance=plan.balance)
+    each = tasks.EACH.get(kind, tasks.cross_entropy)
     optimizer = _optimizer(net, plan, plan.rate(round_number), MOMENTUM if control is None else 0.0)
-    pull = Proximal.of(net, study)
+    pull, values = Proximal.of(net, study), covariates_of(cohort)
     total, steps, seen = 0.0, 0, 0
     net.train()
     with torch.random.fork_rng(devices=[]):
@@ -107,10 +124,9 @@ def _learn(
         for rows in _batches(labelled, plan, generator):
             if stop():
                 raise TrainingStopped(f"stopped after {steps} steps of round {round_number}")
-            images = cohort.images[rows].to(torch.float32)
-            if plan.augmentation == "light":
-                images = augment(images, generator)
-            value = _step(net, optimizer, images, (cohort.targets[rows], cohort.known[rows], weights), pull, control)
+            images, targets = views(cohort, rows, study, generator)
+            given, truth = inputs(images, values[rows]), (targets, cohort.known[rows], weights, each)
+            value = _step(net, optimizer, given, truth, pull, control)
             total, steps, seen = total + value * len(rows), steps + 1, seen + len(rows)
     delta = networks.to_vector(net) - before
     if not np.isfinite(delta).all():
@@ -133,16 +149,20 @@ def engine_of(net: nn.Module, study: Study) -> dpsgd.Engine:
     """
     plan, generator = private(study), Generator().manual_seed(0)
     shape, targets, images = study.images.shape, len(study.task.targets), plan.images_per_patient
+    grid = shape[1:] if study.segments else ()
     samples = [
         (
-            torch.rand(1, images, *shape, generator=generator),
-            (torch.rand(1, images, targets, generator=generator) > 0.5).float(),
+            *inputs(
+                torch.rand(1, images, *shape, generator=generator),
+                torch.rand(1, images, len(study.covariates), generator=generator),
+            ),
+            (torch.rand(1, images, targets, *grid, generator=generator) > 0.5).float(),
             torch.ones(1, images, targets),
         )
         for _ in range(SAMPLES)
     ]
     net.train()
-    return dpsgd.choose(net, patient_losses, samples, dpsgd.Clip(plan.clip_norm))
+    return dpsgd.choose(net, losses_of(study), samples, dpsgd.Clip(plan.clip_norm))
 
 
 def learn_privately(
@@ -216,28 +236,70 @@ def predict(net: nn.Module, cohort: TrainingCohort, batch: int = 64) -> NDArray[
     """
     net.eval()
     with torch.inference_mode():
-        parts = [tasks.activation(net(images.to(torch.float32))) for images in torch.split(cohort.images, batch)]
+        rows = zip(torch.split(cohort.images, batch), torch.split(covariates_of(cohort), batch), strict=True)
+        parts = [tasks.activation(net(*inputs(images.to(torch.float32), values))) for images, values in rows]
         scores: NDArray[np.float32] = torch.cat(parts).numpy() if parts else np.zeros(cohort.targets.shape, np.float32)
     if not np.isfinite(scores).all():
         raise TrainingDiverged("the network answers with values that are not numbers")
     return scores
 
 
-def evaluation_loss(scores: NDArray[np.float32], cohort: TrainingCohort) -> float:
-    """Mean unweighted cross-entropy of `scores` (N, T) over the known labels of `cohort`; 0 if there is none."""
+def outlined(net: nn.Module, cohort: TrainingCohort, batch: int = 4) -> Iterator[tuple[int, NDArray[np.bool_], float]]:
+    """Of each image in order: its row, what `net` outlines bool (T, *grid), and the mean loss over its annotated structures.
+
+    One image after the other, so that the masks of a whole split are never in memory. Raises TrainingDiverged as `predict` does.
+    """
+    net.eval()
+    for rows in torch.split(torch.arange(len(cohort.images)), batch):
+        masks, known = cohort.targets[rows].to(torch.float32), cohort.known[rows]
+        with torch.inference_mode():
+            logits = net(cohort.images[rows].to(torch.float32))
+            losses = tasks.mask_losses(logits, masks) * known
+        if not bool(torch.isfinite(logits).all()):
+            raise TrainingDiverged("the network answers with values that are not numbers")
+        means = losses.sum(dim=1) / known.sum(dim=1).clamp(min=1)
+        for place, row in enumerate(rows.tolist()):
+            yield row, (logits[place] > 0).numpy(), float(means[place])
+
+
+def evaluation_loss(scores: NDArray[np.float32], cohort: TrainingCohort, kind: str = "classification") -> float:
+    """Mean unweighted loss of `scores` (N, T), for a task of `kind`, over the known labels of `cohort`; 0 if there is none."""
     if scores.shape != tuple(cohort.targets.shape):
         raise MessageMalformed(f"scores {scores.shape} do not belong to targets {tuple(cohort.targets.shape)}")
     logits = torch.logit(torch.from_numpy(scores).to(torch.float64), eps=2.0**-24)
     plain = torch.ones(scores.shape[1], 2)
-    return float(tasks.loss(logits, cohort.targets, cohort.known, plain))
+    return float(tasks.loss(logits, cohort.targets, cohort.known, plain, tasks.EACH[kind]))
 
 
-def augment(images: Tensor, generator: Generator) -> Tensor:
+def views(cohort: TrainingCohort, rows: Tensor, study: Study, generator: Generator) -> tuple[Tensor, Tensor]:
+    """(images, targets) of `rows`, float32, as the study augments them: what moves an image moves its masks as well."""
+    images, targets = cohort.images[rows].to(torch.float32), cohort.targets[rows].to(torch.float32)
+    if study.training.augmentation == "none":
+        return images, targets
+    if not study.segments:
+        return augment(images, generator), targets
+    return _moved_together(images, targets, generator)
+
+
+def _moved_together(images: Tensor, masks: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+    """Both moved by the same draw of `augment`; a voxel belongs to a structure where at least half of it does."""
+    drawn = generator.get_state()
+    moved = augment(images, generator)
+    after = generator.get_state()
+    parts = []
+    for structure in range(masks.shape[1]):
+        generator.set_state(drawn)
+        parts.append(augment(masks[:, structure : structure + 1], generator, exposed=False) >= 0.5)
+    generator.set_state(after)
+    return moved, torch.cat(parts, dim=1).to(torch.float32)
+
+
+def augment(images: Tensor, generator: Generator, *, exposed: bool = True) -> Tensor:
     """A copy of `images` float32 (B, 1, S, S) or (B, 1, D, H, W), each moved a little, still within [0, 1]; the shape is kept.
 
     Geometry as a technician varies it: rotation to 8 degrees, scale to 13 %, shift to 4 % of the side, slight shear; of volumes
     within their slices. Exposure of radiographs as devices vary it: gamma, contrast, brightness; Hounsfield units mean the same
-    everywhere and stay. Nothing is mirrored: the side of the heart is information.
+    everywhere and stay. Nothing is mirrored: the side of the heart is information. Without `exposed`, geometry alone.
     """
     count = len(images)
 
@@ -252,6 +314,8 @@ def augment(images: Tensor, generator: Generator) -> Tensor:
         return _moved_slices(images, rows, jitter(0.08))
     grid = functional.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
     moved = functional.grid_sample(images, grid, align_corners=False).clamp(0, 1)
+    if not exposed:
+        return moved
     exposure = torch.exp(jitter(0.3)), torch.exp(jitter(0.2)), jitter(0.1)
     gamma, contrast, brightness = (part[:, None, None, None] for part in exposure)
     return ((moved.pow(gamma) - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
@@ -291,24 +355,36 @@ def labelled_patients(cohort: TrainingCohort) -> list[Tensor]:
 
 
 def unit(cohort: TrainingCohort, rows: Tensor, study: Study, generator: Generator) -> dpsgd.Batch:
-    """One patient: images (1, K, 1, S, S), targets (1, K, T), known (1, K, T).
+    """One patient: images (1, K, 1, S, S), where the study has them covariates (1, K, C), targets (1, K, T) or masks
+    (1, K, T, *grid), known (1, K, T).
 
     K images of those in `rows`, without repetition while there are enough; then further views of the same.
     """
     plan = private(study)
     order = rows[torch.randperm(len(rows), generator=generator)]
     chosen = order.repeat(-(-plan.images_per_patient // len(order)))[: plan.images_per_patient]
-    images = cohort.images[chosen].to(torch.float32)
-    if study.training.augmentation == "light":
-        images = augment(images, generator)
-    return images[None], cohort.targets[chosen][None], cohort.known[chosen][None]
+    images, targets = views(cohort, chosen, study, generator)
+    given = inputs(images[None], covariates_of(cohort)[chosen][None])
+    return *given, targets[None], cohort.known[chosen][None]
 
 
-def patient_losses(net: nn.Module, batch: dpsgd.Batch) -> Tensor:
+def losses_of(study: Study) -> dpsgd.Losses:
+    """What gives the loss of each patient in `study`."""
+    return patient_distances if study.task.kind == "regression" else patient_losses
+
+
+def patient_distances(net: nn.Module, batch: dpsgd.Batch) -> Tensor:
+    """Loss (B,) of each patient of `batch`, whose target is a number: the mean over its images."""
+    return patient_losses(net, batch, tasks.distance)
+
+
+def patient_losses(net: nn.Module, batch: dpsgd.Batch, each: tasks.Each = tasks.cross_entropy) -> Tensor:
     """Loss (B,) of each patient of `batch`: the mean over its images."""
-    images, targets, known = batch
-    logits: Tensor = net(images.flatten(0, 1))
-    return tasks.unit_losses(logits.reshape(targets.shape), targets, known)
+    *given, targets, known = batch
+    logits: Tensor = net(*(part.flatten(0, 1) for part in given))
+    if targets.ndim > known.ndim:
+        return tasks.unit_mask_losses(logits.reshape(targets.shape), targets, known)
+    return tasks.unit_losses(logits.reshape(targets.shape), targets, known, each)
 
 
 def descend(net: nn.Module, optimizer: torch.optim.Optimizer, gradient: NDArray[np.float32]) -> None:
@@ -382,13 +458,15 @@ class Control:
 def _step(
     net: nn.Module,
     optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    truth: tuple[Tensor, Tensor, Tensor],
+    given: tuple[Tensor, ...],
+    truth: tuple[Tensor, Tensor, Tensor, tasks.Each],
     pull: Proximal | None = None,
     control: Control | None = None,
 ) -> float:
     """One optimizer step; returns the loss before it, without `pull`. Raises TrainingDiverged if that is not finite."""
-    value = tasks.loss(net(images), *truth)
+    targets, known, weights, each = truth
+    masks, logits = targets.ndim > known.ndim, net(*given)
+    value = tasks.mask_loss(logits, targets, known) if masks else tasks.loss(logits, targets, known, weights, each)
     mean = float(value.detach())
     if not math.isfinite(mean):
         raise TrainingDiverged("the training loss is not a finite number")

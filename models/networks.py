@@ -1,10 +1,11 @@
 """Networks for radiographs and CT: one study builds the same parameters at the server and at every site, without BatchNorm.
 
 A network takes float32 (B, 1, S, S) radiographs or (B, 1, D, H, W) volumes in [0, 1] and returns logits float32 (B, T), T the
-targets of the study. Statistics of a batch are statistics of patients: they would leave the site with the weights, couple the
-gradients of different patients (which differential privacy forbids) and differ by hospital. So every norm is a
-GroupNorm (or the LayerNorm of a transformer), and `build` looks at what it built, because some networks ignore the norm they are
-asked for. Nothing else of a network may couple patients either: no layer drops whole images or branches at random.
+targets of the study, and one that outlines structures (B, T, *grid); where the study names covariates, it takes these as well
+(`models.fusion`). Statistics of a batch are statistics of patients: they would leave the site with the weights, couple the
+gradients of different patients (which differential privacy forbids) and differ by hospital. So every norm is a GroupNorm (or the
+LayerNorm of a transformer), and `build` looks at what it built, because some networks ignore the norm they are asked for. Nothing
+else of a network may couple patients either: no layer drops whole images or branches at random.
 
 A study may train a part of the network: `PARTS` says which, `build` freezes the rest, and the vector keeps its length.
 """
@@ -23,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import relations
 from models.conflicts import VIT_PATCH
+from models.fusion import Fused
 from models.sections import NetworkName
 from models.study import Network, Study
 from privacy.errors import MessageMalformed, StudyConflict
@@ -31,6 +33,8 @@ CHANNELS_PER_GROUP = 8  # between InstanceNorm (1) and LayerNorm (all) for the 1
 GROUPS = 8  # of MONAI's networks: every channel count of theirs is a multiple of 8
 CELLS = 8  # of the linear network; with 12, real radiographs at ε = 6 lost 0.1 of the AUROC that 8 keep
 CELLS_OF_VOLUME = 4  # as many weights as in a picture
+UNET_CHANNELS = (16, 32, 64, 128)  # 0.4 million parameters in a picture, 1.2 in a volume; three halvings
+SEGRESNET_FILTERS = 16  # of the first level, doubled with each of three halvings (Myronenko 2018)
 SMALL_CHANNELS = (16, 16, 32, 64, 128)  # the stem, then one residual block each; 0.3 million parameters
 VIT_WIDTH, VIT_HEADS, VIT_BLOCKS = 192, 3, 6  # half as deep as ViT-Tiny (Touvron et al. 2021): 2.8 million parameters
 
@@ -183,6 +187,28 @@ class OfMonai(nn.Module):
         return logits
 
 
+class Outlining(nn.Module):
+    """MONAI's U-Net with residual units (Kerfoot et al. 2018): features of each voxel, and a head that scores them.
+
+    The head is ours, because MONAI puts a norm on the last channels, and a GroupNorm of one structure is none.
+    """
+
+    def __init__(self, network: Network, targets: int, dims: int) -> None:
+        from monai.networks.nets import UNet
+
+        super().__init__()
+        steps = (2,) * (len(UNET_CHANNELS) - 1)
+        norm = ("group", {"num_groups": GROUPS})
+        self.net = UNet(
+            dims, 1, UNET_CHANNELS[0], UNET_CHANNELS, steps, num_res_units=2, norm=norm, dropout=network.dropout
+        )
+        self.head = CONVOLUTIONS[dims](UNET_CHANNELS[0], targets, kernel_size=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.net(_centred(images)))
+        return logits
+
+
 class DroppingLinear(nn.Linear):
     """A head that drops features while training, for networks that have no dropout; its weights have the usual names."""
 
@@ -245,6 +271,18 @@ def _vit(network: Network, targets: int, shape: tuple[int, ...]) -> nn.Module:
     return Transformer(network, targets, shape)
 
 
+def _unet(network: Network, targets: int, shape: tuple[int, ...]) -> nn.Module:
+    return Outlining(network, targets, len(shape))
+
+
+def _segresnet(network: Network, targets: int, shape: tuple[int, ...]) -> nn.Module:
+    from monai.networks.nets import SegResNet
+
+    norm = ("group", {"num_groups": GROUPS})
+    dropped = network.dropout or None
+    return OfMonai(SegResNet(len(shape), SEGRESNET_FILTERS, 1, targets, dropout_prob=dropped, norm=norm))
+
+
 def _small(network: Network, targets: int, shape: tuple[int, ...]) -> nn.Module:
     return SmallCNN(network, targets, len(shape))
 
@@ -262,6 +300,8 @@ KINDS: dict[NetworkName, Callable[[Network, int, tuple[int, ...]], nn.Module]] =
     "resnet50": _resnet,
     "efficientnet_b0": _efficientnet,
     "vit": _vit,
+    "unet": _unet,
+    "segresnet": _segresnet,
 }
 
 
@@ -282,7 +322,22 @@ PARTS: dict[NetworkName, Parts] = {
     "resnet50": Parts("net.fc.", ("net.layer4.",)),
     "efficientnet_b0": Parts("net._fc.", ("net._blocks.6.", "net._conv_head.", "net._bn1.")),
     "vit": Parts("head.", (f"blocks.{VIT_BLOCKS - 1}.", "norm.")),
+    "unet": Parts("head.", ("net.model.2.",)),  # the last step up
+    "segresnet": Parts("net.conv_final.2.", ("net.up_samples.2.", "net.up_layers.2.", "net.conv_final.0.")),
 }
+
+
+LAST_LAYER: dict[NetworkName, str] = {
+    "small_cnn": "head",
+    "linear": "head",
+    "densenet121": "net.class_layers.out",
+    "densenet169": "net.class_layers.out",
+    "resnet18": "net.fc",
+    "resnet50": "net.fc",
+    "efficientnet_b0": "net._fc",
+    "vit": "head",
+}
+"""Where the linear layer is that turns features into answers."""
 
 
 def build(study: Study) -> nn.Module:
@@ -296,16 +351,34 @@ def build(study: Study) -> nn.Module:
         targets = len(study.task.targets)
         answers = relations.outputs(study.relation, targets)
         inner = KINDS[study.network.name](study.network, answers, study.images.shape[1:])
-        _freeze(inner, study.network)
+        if study.covariates:
+            inner = _fused(inner, study, answers)
+        _freeze(inner, study)
         net = relations.related(inner, study.relation, targets)
     refuse_batch_statistics(net)
     return net
 
 
-def _freeze(net: nn.Module, network: Network) -> None:
+def _fused(net: nn.Module, study: Study, answers: int) -> nn.Module:
+    """`net` without its last layer, with a head over its features and the study's covariates in that place."""
+    place, name = LAST_LAYER[study.network.name], study.network.name
+    last = net.get_submodule(place)
+    features = int(last.get_parameter("weight").shape[1])
+    dropping = isinstance(last, DroppingLinear)
+    net.set_submodule(place, nn.Dropout(study.network.dropout) if dropping else nn.Identity())
+    return Fused(net, features, study.covariates, answers, hidden=name != "linear")
+
+
+def parts_of(study: Study) -> Parts:
+    """What of the study's network is its head, and what its last block, by the beginnings of their names."""
+    parts = PARTS[study.network.name]
+    return Parts("head.", tuple(f"net.{name}" for name in parts.last_block)) if study.covariates else parts
+
+
+def _freeze(net: nn.Module, study: Study) -> None:
     """Leave a gradient to the parameters that `network.trained` names."""
-    head, last_block = PARTS[network.name]
-    trained = {"all": ("",), "head": (head,), "last_block": (head, *last_block)}[network.trained]
+    head, last_block = parts_of(study)
+    trained = {"all": ("",), "head": (head,), "last_block": (head, *last_block)}[study.network.trained]
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name.startswith(trained))
 
@@ -373,6 +446,38 @@ def trained_places(net: nn.Module) -> NDArray[np.bool_]:
             f"{strangers[0]!r} is no weight of the network, so it cannot be trained or left as it is"
         )
     return np.repeat([moved[name] for name, _ in layout(net)], [math.prod(shape) for _, shape in layout(net)])
+
+
+def norm_places(net: nn.Module) -> NDArray[np.bool_]:
+    """(P,): which values of `to_vector` are gains and biases of norm layers."""
+    norms = _norm_names(net)
+    return np.repeat([name in norms for name, _ in layout(net)], [math.prod(shape) for _, shape in layout(net)])
+
+
+def fresh_norms(net: nn.Module) -> NDArray[np.float32]:
+    """The values at `norm_places` in a network that learned nothing: gain 1, bias 0."""
+    norms = _norm_names(net)
+    sizes = [(name, math.prod(shape)) for name, shape in layout(net) if name in norms]
+    return np.concatenate(
+        [np.full(size, name.rpartition(".")[2] == "weight", np.float32) for name, size in sizes]
+        or [np.zeros(0, np.float32)]
+    )
+
+
+def shared(net: nn.Module, study: Study) -> NDArray[np.float32]:
+    """What of the weights of `net` sites and coordinator send: all of them, or with local norms all others; float32."""
+    whole = to_vector(net)
+    return whole[~norm_places(net)] if study.strategy.local_norms else whole
+
+
+def _norm_names(net: nn.Module) -> set[str]:
+    kinds = (nn.GroupNorm, nn.LayerNorm)
+    return {
+        f"{name}.{own}"
+        for name, module in net.named_modules()
+        if isinstance(module, kinds)
+        for own in ("weight", "bias")
+    }
 
 
 def placed(part: NDArray[Any], places: NDArray[np.bool_]) -> NDArray[Any]:

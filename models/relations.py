@@ -40,8 +40,8 @@ class Exclusive(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, images: Tensor) -> Tensor:
-        given: Tensor = self.net(images)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        given: Tensor = self.net(*inputs)
         # logit(p_k) = z_k - log(sum of exp(z_j) over all others): taken with k left out, not as 1 - p_k, which rounds to 0.
         others = given[:, None, :].expand(-1, given.shape[1], -1)
         itself = torch.eye(given.shape[1], dtype=torch.bool, device=given.device)
@@ -58,7 +58,7 @@ class Ordered(nn.Module):
         self.lowest = nn.Parameter(torch.tensor([-gap * (targets - 1) / 2]))
         self.gaps = nn.Parameter(torch.full((targets - 1,), gap).expm1().log())  # softplus of it is the gap
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor) -> Tensor:
         rising = torch.cat([self.lowest, self.lowest + functional.softplus(self.gaps).cumsum(0)])
-        severity: Tensor = self.net(images)
+        severity: Tensor = self.net(*inputs)
         return severity - rising

@@ -52,7 +52,7 @@ class Task(Document):
             raise ValueError(f"relation: {self.relation} is about two targets or more")
         return self
 
-    def admits(self, row: Sequence[int | None]) -> bool:
+    def admits(self, row: Sequence[float | None]) -> bool:
         """Whether the labels of one image (1, 0 or None for each target) can all be true at once.
 
         exclusive: one class holds and every label is known; ordered: nothing holds above a step that does not.
@@ -65,13 +65,73 @@ class Task(Document):
         return True
 
 
+class Regression(Document):
+    """What is predicted: one number of each image, within a range that the study declares."""
+
+    kind: Literal["regression"] = Field(description="a number is predicted")
+    targets: Annotated[list[Name], Field(min_length=1, max_length=1)] = Field(
+        description="name of the number; each site names its column in data.labels.numbers"
+    )
+    range: Annotated[list[float], Field(min_length=2, max_length=2)] = Field(
+        description="least and greatest value; an image with a reference outside is left out, and counted"
+    )
+    unit: str = Field(
+        pattern=r"^[A-Za-z0-9 %/^*.,()µ°-]{1,40}$", description="unit of the number, such as points, mm or mL"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Regression":
+        low, high = self.range
+        if not -1e6 <= low < high <= 1e6:
+            raise ValueError("range must be two rising numbers between -1e6 and 1e6")
+        return self
+
+    def admits(self, value: float | None) -> bool:
+        """Whether a value lies in the range, or is missing."""
+        return value is None or self.range[0] <= value <= self.range[1]
+
+    def place(self, value: float) -> float:
+        """Where a value lies in the range, 0 to 1."""
+        return (value - self.range[0]) / (self.range[1] - self.range[0])
+
+
+STRUCTURES_MAX = 8  # one bit each in a site's stored masks
+
+
+class Segmentation(Document):
+    """What is outlined: named structures, each with a mask of its own, so that a lesion may lie within a lung.
+
+    A site that has no masks of a structure trains and tests the others: what is not annotated is never taken for absent.
+    """
+
+    kind: Literal["segmentation"] = Field(description="structures are outlined, voxel by voxel")
+    targets: list[Name] = Field(
+        min_length=1,
+        max_length=STRUCTURES_MAX,
+        description="names of the structures; each site says what they are in its own masks (`data.masks`)",
+    )
+    tolerance_mm: float = Field(
+        default=3.0, gt=0, le=50, description="distance up to which two surfaces agree, for surface Dice"
+    )
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Segmentation":
+        if len(set(self.targets)) != len(self.targets):
+            raise ValueError("targets must differ from each other")
+        return self
+
+
 def _kind_of_task(given: Any) -> str:
     kind = given.get("kind") if isinstance(given, dict) else getattr(given, "kind", "")
-    return "[counting]" if kind == "counting" else "[classification]"
+    return f"[{kind}]" if kind in ("counting", "regression", "segmentation") else "[classification]"
 
 
 TaskOrQuestions = Annotated[
-    Annotated[Task, Tag("[classification]")] | Annotated[Counting, Tag("[counting]")], Discriminator(_kind_of_task)
+    Annotated[Task, Tag("[classification]")]
+    | Annotated[Regression, Tag("[regression]")]
+    | Annotated[Segmentation, Tag("[segmentation]")]
+    | Annotated[Counting, Tag("[counting]")],
+    Discriminator(_kind_of_task),
 ]
 
 
@@ -150,9 +210,20 @@ class Images(Document):
 
 
 NetworkName = Literal[
-    "small_cnn", "linear", "densenet121", "densenet169", "resnet18", "resnet50", "efficientnet_b0", "vit"
+    "small_cnn",
+    "linear",
+    "densenet121",
+    "densenet169",
+    "resnet18",
+    "resnet50",
+    "efficientnet_b0",
+    "vit",
+    "unet",
+    "segresnet",
 ]
 NETWORKS: tuple[NetworkName, ...] = get_args(NetworkName)
+OUTLINING: tuple[NetworkName, ...] = ("unet", "segresnet")
+"""Networks that give a score for each voxel; the others give one for each image."""
 
 
 class Initial(Document):
@@ -176,7 +247,8 @@ class Network(Document):
 
     name: NetworkName = Field(
         default="small_cnn",
-        description="small_cnn for CPUs; linear: for differential privacy with few patients; the others for GPUs",
+        description="small_cnn for CPUs; linear: for differential privacy with few patients; the others for GPUs; unet and "
+        "segresnet: for `kind: segmentation`, and for nothing else",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="share of features dropped while training")
     initial: Initial | None = Field(default=None, description="weights to start from; without them, the seed's")
@@ -214,7 +286,10 @@ class Training(Document):
     augmentation: Literal["none", "light"] = Field(
         default="light", description="light: small shifts, turns and exposures; never mirrored"
     )
-    balance: bool = Field(default=True, description="weigh the two classes of a target equally in the local loss")
+    balance: bool = Field(
+        default=True,
+        description="weigh the two classes of a target equally in the local loss; false and fixed for `kind: segmentation`",
+    )
     seed: int = Field(
         default=1,
         ge=0,
@@ -232,11 +307,22 @@ class Training(Document):
 
 
 StrategyName = Literal[
-    "fedavg", "fedprox", "scaffold", "fedavgm", "fedadam", "fedyogi", "fedsgd", "median", "trimmed_mean", "krum"
+    "fedavg",
+    "fedprox",
+    "fedbn",
+    "scaffold",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "fedsgd",
+    "median",
+    "trimmed_mean",
+    "krum",
 ]
 STRATEGY_PARAMETERS: dict[str, dict[str, float]] = {
     "fedavg": {},
     "fedprox": {"proximal_mu": 0.01},
+    "fedbn": {},
     "scaffold": {},
     "fedavgm": {"server_rate": 1.0, "momentum": 0.9},
     "fedadam": {"server_rate": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3},
@@ -255,16 +341,17 @@ ROBUST_SITES_MAX = 64  # all updates are in the coordinator's memory at once: 1.
 class Strategy(Document):
     """How what the sites send becomes the next model.
 
-    Averages, weighted by cases: FedAvg and FedSGD (McMahan et al. 2017), FedProx (Li et al. 2020), SCAFFOLD (Karimireddy et al.
-    2020), FedAvgM (Hsu et al. 2019), FedAdam and FedYogi (Reddi et al. 2021). Robust, each site counting the same and seen by
-    itself: median and trimmed mean of each weight (Yin et al. 2018), Krum (Blanchard et al. 2017). A parameter that is left out
-    gets the value of STRATEGY_PARAMETERS, so that it is part of what is signed; `check` refuses one that the
-    strategy has no use for.
+    Averages, weighted by cases: FedAvg and FedSGD (McMahan et al. 2017), FedProx (Li et al. 2020), FedBN (Li et al. 2021),
+    SCAFFOLD (Karimireddy et al. 2020), FedAvgM (Hsu et al. 2019), FedAdam and FedYogi (Reddi et al. 2021). Robust, each site
+    counting the same and seen by itself: median and trimmed mean of each weight (Yin et al. 2018), Krum (Blanchard et al. 2017).
+    A parameter that is left out gets the value of STRATEGY_PARAMETERS, so that it is part of what is signed; `check` refuses one
+    that the strategy has no use for.
     """
 
     name: StrategyName = Field(
         default="fedavg",
         description="fedavg: mean of updates; fedprox: the same, sites held near the common model; "
+        "fedbn: each site keeps its own norm layers, and there is no common model to release; "
         "scaffold: the same, each step corrected by what the site's gradients differ from all sites'; fedavgm, fedadam, fedyogi: "
         "momentum or adaptive steps at the coordinator; fedsgd: mean of gradients, for `privacy.mode: distributed`; median, "
         "trimmed_mean, krum: withstand hostile or broken sites, for protection sealed or plain",
@@ -335,6 +422,11 @@ class Strategy(Document):
     def steered(self) -> bool:
         """Whether a round brings control variates as well: a second half of the model that is sent, and of the update."""
         return self.name == "scaffold"
+
+    @property
+    def local_norms(self) -> bool:
+        """Whether gains and biases of norm layers stay at the sites, and are in no vector."""
+        return self.name == "fedbn"
 
     @property
     def parameters(self) -> dict[str, float]:

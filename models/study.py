@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from models import conflicts
+from models import conflicts, covariates
+from models.covariates import COVARIATES_MAX, Covariate
 from models.documents import YAML_BYTES_MAX, Document, Name, parse, read
 from models.questions import Counting
 from models.sections import (
@@ -29,7 +30,9 @@ from models.sections import (
     Privacy,
     PrivacyOrNone,
     Protection,
+    Regression,
     Relation,
+    Segmentation,
     Strategy,
     Task,
     TaskOrQuestions,
@@ -43,11 +46,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MASKED_SITES_MIN", "PROTECTIONS", "YAML_BYTES_MAX", "Document", "Evaluation", "Images", "Name", "Network",
-    "Participation", "Point", "Privacy", "Protection", "Strategy", "Study", "Task", "Training", "Volume", "parse", "read",
+    "Participation", "Point", "Privacy", "Protection", "Regression", "Strategy", "Study", "Task", "Training", "Volume", "parse",
+    "read",
 ]  # fmt: skip
 
 LABEL = b"isocenter/v1/study"
 COUNTING_SECTIONS: dict[str, Any] = {"training": {"rounds": 1}, "evaluation": {"site_figures": False}}
+SEGMENTATION_TRAINING: dict[str, Any] = {"balance": False}  # the loss of masks has no classes to balance
 
 
 class Study(Document):
@@ -65,6 +70,12 @@ class Study(Document):
     purpose: str = Field(min_length=1, max_length=2000, description="what sites read before they approve")
     task: TaskOrQuestions = Field(description="what is predicted; or, with `kind: counting`, questions in numbers")
     images: Images = Images()
+    covariates: dict[Name, Covariate] = Field(
+        default={},
+        exclude_if=lambda value: not value,
+        max_length=COVARIATES_MAX,
+        description="what is learned from beside the image: age, sex, and numbers that sites name in data.labels.numbers",
+    )
     network: Network = Network()
     training: Training
     strategy: Strategy = Strategy()
@@ -92,9 +103,17 @@ class Study(Document):
     @model_validator(mode="before")
     @classmethod
     def _sections_of_questions(cls, given: Any) -> Any:
-        """A study that counts says nothing of training: these sections are fixed then, and `check` refuses others."""
+        """What a kind of task has no use for is fixed: of a study that counts, whole sections; `check` refuses others."""
         task = given.get("task") if isinstance(given, dict) else None
-        return COUNTING_SECTIONS | given if isinstance(task, dict) and task.get("kind") == "counting" else given
+        kind = task.get("kind") if isinstance(task, dict) else None
+        if kind == "segmentation" and isinstance(given.get("training"), dict):
+            return given | {"training": SEGMENTATION_TRAINING | given["training"]}
+        return COUNTING_SECTIONS | given if kind == "counting" else given
+
+    @field_validator("covariates", mode="before")
+    @classmethod
+    def _known_covariates(cls, given: Any) -> Any:
+        return covariates.filled_in(given)
 
     @field_validator("title", "purpose")
     @classmethod
@@ -172,13 +191,27 @@ class Study(Document):
     @property
     def relation(self) -> Relation:
         """How the targets hang together; those of questions do not."""
-        return "independent" if isinstance(self.task, Counting) else self.task.relation
+        return self.task.relation if isinstance(self.task, Task) else "independent"
 
     @property
     def predicts(self) -> str:
         """The targets and how they hang together, for people."""
+        if isinstance(self.task, Regression):
+            low, high = self.task.range
+            return f"{self.task.targets[0]} (a number, {low:g} to {high:g} {self.task.unit})"
         how = {"independent": "", "exclusive": " (one of them holds)", "ordered": " (each at least this grade)"}
-        return ", ".join(self.task.targets) + how[self.relation]
+        what = "outlines of " if self.segments else ""
+        return what + ", ".join(self.task.targets) + how[self.relation]
+
+    @property
+    def segments(self) -> bool:
+        """Whether structures are outlined, so that the reference standard are masks."""
+        return isinstance(self.task, Segmentation)
+
+    @property
+    def learns_from(self) -> str:
+        """Images and covariates, for people."""
+        return "; ".join([self.images.words, *covariates.words(self.covariates)])
 
     @property
     def all_sites(self) -> list[str]:
@@ -214,6 +247,7 @@ class Study(Document):
         """One sentence for each setting under which questions are not asked; a site asks as well before it answers."""
         fixed = {
             "images": Images(),
+            "covariates": {},
             "network": Network(),
             "training": Training.model_validate(COUNTING_SECTIONS["training"]),
             "strategy": Strategy(),

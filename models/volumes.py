@@ -143,13 +143,9 @@ def to_volume_grid(volume: Int16, affine: Float64, grid: Volume) -> npt.NDArray[
     Where the grid is coarser, voxels are averaged first, so that fine structure does not alias; then one trilinear look-up
     through the affine straightens tilt, turns every orientation the same way and keeps millimetres.
     """
+    axes = grid_places(volume.shape, affine, grid)
     pooled, affine = _averaged(volume, affine, grid)
     inverse = np.linalg.inv(np.vstack([affine, [0, 0, 0, 1]]))[:3]
-    middle = affine @ np.array([*((np.array(pooled.shape) - 1) / 2), 1.0])
-    axes = [
-        centre + (np.arange(count) - (count - 1) / 2) * spacing
-        for centre, count, spacing in zip(middle[::-1], grid.size, grid.spacing_mm, strict=True)
-    ]  # z, y, x in millimetres
     low, high = grid.window_hu
     source = torch.from_numpy(pooled)[None, None] - AIR_HU  # what lies outside is 0, and 0 is air
     sizes = torch.tensor(pooled.shape, dtype=torch.float64)
@@ -168,19 +164,32 @@ def to_volume_grid(volume: Int16, affine: Float64, grid: Volume) -> npt.NDArray[
     return result
 
 
-def _averaged(volume: Int16, affine: Float64, grid: Volume) -> tuple[npt.NDArray[np.float32], Float64]:
-    """float32 means over blocks of whole voxels wherever the grid is at least twice as coarse, and the affine that fits them."""
+def grid_places(shape: tuple[int, ...], affine: Float64, grid: Volume) -> list[Float64]:
+    """z, y and x in mm of the grid's voxels, for a volume of `shape` with `affine`; it is centred on what is averaged of that."""
+    sizes, moved = _blocks(shape, affine, grid)[1:]
+    middle = moved @ np.array([*((np.array(sizes) - 1) / 2), 1.0])
+    return [
+        centre + (np.arange(count) - (count - 1) / 2) * spacing
+        for centre, count, spacing in zip(middle[::-1], grid.size, grid.spacing_mm, strict=True)
+    ]
+
+
+def _blocks(shape: tuple[int, ...], affine: Float64, grid: Volume) -> tuple[list[int], list[int], Float64]:
+    """Voxels that are averaged into one on each axis, how many such there are, and the affine that fits them."""
     turned = np.abs(affine[:, :3])
     # Each axis of the volume is compared with the patient's axis that it runs along most: x, y, z against across, down, along.
     coarse = [grid.spacing_mm[2 - int(turned[:, axis].argmax())] for axis in range(3)]
     own = np.linalg.norm(affine[:, :3], axis=0)
-    blocks = [
-        max(1, min(int(wanted / have), size)) for wanted, have, size in zip(coarse, own, volume.shape, strict=True)
-    ]
+    blocks = [max(1, min(int(wanted / have), size)) for wanted, have, size in zip(coarse, own, shape, strict=True)]
     moved = affine.copy()
     moved[:, :3] = affine[:, :3] * blocks
     moved[:, 3] = affine[:, 3] + affine[:, :3] @ ((np.array(blocks) - 1) / 2)
-    sizes = [size // block for size, block in zip(volume.shape, blocks, strict=True)]
+    return blocks, [size // block for size, block in zip(shape, blocks, strict=True)], moved
+
+
+def _averaged(volume: Int16, affine: Float64, grid: Volume) -> tuple[npt.NDArray[np.float32], Float64]:
+    """float32 means over blocks of whole voxels wherever the grid is at least twice as coarse, and the affine that fits them."""
+    blocks, sizes, moved = _blocks(volume.shape, affine, grid)
     pooled = np.empty(sizes, np.float32)
     for number in range(sizes[0]):  # slab by slab, so that a long series is never held twice
         slab = volume[number * blocks[0] : (number + 1) * blocks[0], : sizes[1] * blocks[1], : sizes[2] * blocks[2]]

@@ -225,7 +225,7 @@ def _shaped(value: Tensor, here: Tensor) -> Tensor | None:
 def _require_body(study: Study, wanted: Mapping[str, Tensor], placed: Mapping[str, Tensor]) -> None:
     """Raise StudyConflict unless most kernels of the body are in `placed`; where all is head, those of the head."""
     kernels = {name: value.numel() for name, value in wanted.items() if value.dim() > 1}
-    head = networks.PARTS[study.network.name].head
+    head = networks.parts_of(study).head
     body = {
         name: size for name, size in kernels.items() if not PREFIXES.sub("", name).startswith(PREFIXES.sub("", head))
     }
@@ -241,14 +241,15 @@ def _require_body(study: Study, wanted: Mapping[str, Tensor], placed: Mapping[st
 
 
 def start(study: Study, path: Path | None) -> tuple[NDArray[np.float32], Fit | None]:
-    """The first model of `study`, float32 (P,), and what of it is from `path`; without `network.initial`, the seed's alone.
+    """The first model of `study`, float32 (P,), and what of it is from `path`; without `network.initial`, the seed's alone. With
+    local norms it is without these: each site begins with fresh ones, whatever the file has.
 
     Raises DocumentError if `path` is not the file that the study names, or is none.
     """
     net = networks.build(study)
     if study.network.initial is None:
-        return networks.to_vector(net), None
+        return networks.shared(net, study), None
     if path is None:
         raise DocumentError("the study starts from weights, and there is no file of them")
     found = fit(net, study, read(path, study.network.initial.sha256))
-    return networks.to_vector(net), found
+    return networks.shared(net, study), found

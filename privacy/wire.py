@@ -284,7 +284,9 @@ class TrainReport(WorkReport):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EvaluateReport(WorkReport):
-    """`figures`: float32 (targets, 7), what the site releases of its own test split (`models.contributions`)."""
+    """`figures`: float32 (targets, 7), of a number (1, 16), of outlines (structures, 10): what the site releases of its own test
+    split (`models.contributions`, `models.regression`, `models.segmentation`).
+    """
 
     kind: ClassVar[str] = "evaluate-report"
 

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def answer_nonsense(server: socket.socket) -> None:
+    while True:
+        try:
+            connection, _ = server.accept()
+        except OSError:
+            return
+        with connection:
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+def tls_version(address: str, ca_pem: bytes, version: ssl.TLSVersion) -> str | None:
+    context = ssl.create_default_context(cadata=ca_pem.decode())
+    context.maximum_version = version
+    context.set_alpn_protocols(["h2"])
+    host, _, port = address.partition(":")
+    with (
+        socket.create_connection((host, int(port)), 10) as connection,
+        context.wrap_socket(connection, server_hostname=host) as tls,
+    ):
+        return tls.version()
 
 
 def settings(**changes: Any) -> ServerFile:

@@ -34,6 +34,7 @@ MEETING_PLACES = {
     "fl_server/simulation.py",
     "fl_server/comparison.py",  # trains on what the first left behind
     "fl_server/evidence.py",  # attacks what the first left behind
+    "fl_server/saliency.py",  # looks at its phantoms
     "fl_server/release_cli.py",  # scores a folder of DICOM, which only the site's half can read
 }
 FLWR_DOORS = {
@@ -56,6 +57,8 @@ PYDICOM_DOORS = {
     "fl_client/dimse.py",  # talks to archives, whose answers are data sets
     "fl_client/export.py",
     "fl_client/headers.py",
+    "fl_client/masks.py",  # DICOM segmentations
+    "fl_client/outlining.py",  # writes them
     "fl_client/landing.py",  # what an archive sent, before it is a file
     "fl_client/phantom.py",
     "fl_client/phantom_ct.py",
@@ -80,6 +83,7 @@ TORCH_FREE = {
     "fl_server/published.py",
     "fl_server/published_cli.py",
     "fl_server/release_cli.py",
+    "fl_server/outlines.py",
     "fl_server/report.py",
     "fl_server/results.py",
     "fl_server/progress.py",
@@ -100,6 +104,7 @@ TORCH_FREE = {
     "models/labels.py",
     "models/metrics.py",
     "models/questions.py",
+    "models/segmentation.py",
     "models/registry.py",
     "models/tables.py",
     "models/sections.py",
@@ -128,6 +133,7 @@ DRAWS_PICTURES = {
 RESAMPLES = {
     "models/intervals.py",
     "models/grades.py",
+    "models/regression.py",
 }  # bootstrap, which is the same for the same data; nothing secret hangs on it
 NOT_BUILT_YET: set[str] = set()
 SPEAKS_TO_PEOPLE = {
@@ -141,6 +147,7 @@ SPEAKS_TO_PEOPLE = {
     "fl_server/release_cli.py",
     "fl_server/runs_cli.py",
     "models/catalogue_cli.py",
+    "fl_server/summary.py",
     "privacy/console.py",
 }
 

@@ -91,7 +91,8 @@ def test_words_say_what_a_masked_run_sent(tmp_path: Path) -> None:
     first = words[[row.kind for row in report.rows].index("train-report")]
     assert first == (
         "masked part of a sum: model update (with SCAFFOLD also a mean gradient), "
-        "losses, counts and score histograms of round 1, and public keys for the next sum"
+        "losses, counts and score histograms (of outlined structures and predicted numbers: sums of how well they agree) "
+        "of round 1, and public keys for the next sum"
     )
     for row, reply in zip(report.rows, crossed, strict=True):
         assert ("public keys" in row.words) == bool(reply.get("keys")), row.words
@@ -225,7 +226,8 @@ def test_norm_and_epsilon_are_shown_where_the_line_has_them(tmp_path: Path) -> N
     assert (first.norm, first.epsilon, second.norm, second.epsilon) == (0.51234, 1.25, None, None)
     words = (
         "part of a sum, sealed for the coordinator: model update (with SCAFFOLD also a mean gradient), "
-        "losses, counts and score histograms of round 2"
+        "losses, counts and score histograms (of outlined structures and predicted numbers: sums of how well they agree) "
+        "of round 2"
     )
     assert first.row()[1:] == ("a" * 12, "run-1", "2", words, "31,000", "0.512", "1.25")
     assert second.row()[-2:] == ("", "") and len(first.row()) == len(egress.HEADINGS)
@@ -353,7 +355,8 @@ def test_figures_that_were_sent_again_are_the_same_figures(tmp_path: Path) -> No
     report = egress.read(tmp_path)
     assert report.totals[0].figures == 3 + 2
     assert report.rows[0].words == (
-        "masked part of a sum: losses, counts and score histograms of the test split, round 1; beside it, figures of the test "
+        "masked part of a sum: losses, counts and score histograms (of outlined structures and predicted numbers: sums of "
+        "how well they agree) of the test split, round 1; beside it, figures of the test "
         "split for 3 targets"
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from cryptography.hazmat.primitives.asymmetric import ec
 from hospital import Hospital, study
@@ -23,7 +24,7 @@ from models.questions import Observed
 from models.registry import Package
 from models.study import Study
 from privacy import keys
-from privacy.errors import CohortTooSmall, DocumentError
+from privacy.errors import CohortTooSmall, DocumentError, StudyConflict
 from privacy.journal import entries
 
 KEY = ec.derive_private_key(7, ec.SECP256R1())
@@ -209,6 +210,34 @@ def test_another_study_divides_where_it_is_asked_for(evaluated: tuple[Hospital, 
     splits = read_pins(hospital.site.pins(hospital.study)).splits
     tested = [member for member in members_of(hospital.site, elsewhere) if splits[member.token] == "test"]
     assert found["split"] == "test" and written(tmp_path / "out") == cases_of(hospital, tested)
+
+
+def test_covariates_go_into_the_scores_and_a_model_of_numbers_is_refused_by_name(
+    evaluated: tuple[Hospital, Path, Path], tmp_path: Path
+) -> None:
+    hospital, _, _ = evaluated
+    site = hospital.site
+    part = half().participation.model_dump() | {"sites": ["south", "east"]}
+    beside = {"age": {"missing": 50, "header": True}, "sex": {"header": True}}
+    facts = half().model_dump(mode="json") | {
+        "participation": part,
+        "network": {"name": "linear"},
+        "covariates": beside,
+    }
+    package = packaged(Study.model_validate(facts))
+    run(hospital, package, tmp_path / "out")
+    members = members_of(site, Package.read(package).study)
+    cohort = Cohort.of(Index.open(site.state), Package.read(package).study, "external", members)
+    assert len(set(cohort.covariates[:, 0].tolist())) > 3, "ages are those of the header"
+    with torch.inference_mode():
+        net = exporting.network(Package.read(package)).eval()
+        expected = torch.sigmoid(net(cohort.images, cohort.covariates))[:, 0].tolist()
+    scores = [float(row["opacity-1.0.0"]) for row in table(tmp_path / "out" / "scores-opacity.csv")]
+    assert scores == pytest.approx(expected, abs=1e-5)
+    number = {"kind": "regression", "targets": ["extent"], "range": [0, 24], "unit": "points"}
+    of_number = packaged(Study.model_validate(facts | {"task": number}))
+    with pytest.raises(StudyConflict, match=r"model of extent \(a number, 0 to 24 points\)"):
+        run(hospital, of_number, tmp_path / "number")
 
 
 def test_an_existing_folder_is_not_touched_and_a_failure_leaves_none(

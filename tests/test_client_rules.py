@@ -80,6 +80,13 @@ def test_no_rule_approves_what_more_is_told_of_test_patients(change: dict[str, A
     assert says in sentence
 
 
+def test_no_rule_approves_what_is_learned_beside_the_image() -> None:
+    generous = Rule.model_validate(RULE | {"epsilon": 1000, "rounds": 10_000})
+    beside = Study.model_validate(STUDY.model_dump() | {"covariates": {"sex": {}}})
+    [sentence] = misses(generous, beside, "rosa", 1e-5, TODAY)
+    assert "learns from sex of your patients beside" in sentence
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Coordinator]:
     with coordinator(tmp_path) as demo:

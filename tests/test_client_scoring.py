@@ -1,11 +1,13 @@
 """CT folders scored as the study would: the same series, the same grid, each volume once, everything else counted."""
 
+import math
 import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_client_evaluating import packaged
 
 from fl_client import scoring
@@ -18,7 +20,7 @@ from models import exporting, learning
 from models.labels import LabelTable
 from models.registry import Package
 from models.study import Study
-from privacy.errors import PackageRefused
+from privacy.errors import PackageRefused, StudyConflict
 
 STUDY = Study.model_validate(
     {
@@ -94,6 +96,41 @@ def test_a_model_of_radiographs_takes_no_slice_and_one_of_volumes_no_radiograph(
     scored = scoring.score(of_radiographs, folder, 0, lambda *_: None)
     assert scored.rows == [] and scored.left_out == {scoring.ANOTHER_MODALITY: len(list(folder.iterdir()))}
     assert scoring.score(of_radiographs, tmp_path, 0, lambda *_: None).rows == []
+
+
+def test_a_model_of_volumes_takes_covariates_by_series_and_answers_in_the_unit_of_its_number(
+    hospital: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """Oracle: the site's own cohort of the same folder, and the network on it with the numbers of the table."""
+    home, mapping = hospital
+    asked = STUDY.model_dump(mode="json") | {
+        "task": {"kind": "regression", "targets": ["extent"], "range": [-10, 40], "unit": "points"},
+        "covariates": {"crp": {"range": [0, 500], "unit": "mg/L", "missing": 5}, "sex": {"header": True}},
+    }
+    package = Package.read(packaged(Study.model_validate(asked)))
+    source = Source.model_validate({"folder": str(home / "dicom"), "labels": mapping})
+    ingest(source, home, tmp_path / "state")
+    index = Index.open(tmp_path / "state")
+    members, _ = join(index, LabelTable.open(home, source.labels), STUDY)
+    grids = Cohort.of(index, STUDY, "external", members).images
+    series = [member.image.series_uid for member in members]
+    table = tmp_path / "facts.csv"
+    crp, sexes = ["7", "", "501"], ["F", "", "M"]
+    rows = [f"{uid},{n},{sex}" for uid, n, sex in zip(series, crp, sexes, strict=False)]
+    table.write_text("\n".join(["series_instance_uid,crp,sex", *rows]))
+    scored = scoring.score(package, home / "dicom", 0, lambda *_: None, table)
+    found = {row.uid: row.scores[0] for row in scored.rows}
+    header = {"F": 0.0, "M": 1.0}[members[1].image.sex]
+    values = torch.tensor([[7.0, 0.0], [math.nan, header]])
+    with torch.inference_mode():
+        places = torch.sigmoid(exporting.network(package).eval()(grids[:2], values))[:, 0].tolist()
+    assert found == pytest.approx({uid: -10 + 50 * place for uid, place in zip(series, places, strict=False)}, abs=1e-4)
+    assert all(abs(number) > 1 for number in found.values()) and scored.misread == 0
+    files = [len(list(Path(home / "dicom" / member.image.file).parent.iterdir())) for member in members]
+    assert scored.left_out[scoring.OUT_OF_RANGE] == files[2] and scored.left_out[scoring.NO_ROW] >= files[3] - 1
+    with pytest.raises(StudyConflict, match=r"takes crp .* sex") as caught:
+        scoring.score(package, home / "dicom", 0, lambda *_: None)
+    assert "series_instance_uid, crp, sex" in caught.value.remedy
 
 
 @pytest.mark.parametrize("side", [63, 5000, 512.0, True, "512", None, [512]], ids=str)

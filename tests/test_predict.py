@@ -196,7 +196,7 @@ def test_exports_answer_as_the_network_does(package: Path, tmp_path: Path) -> No
 def test_a_network_is_exported_whatever_it_answers(relation: str, name: str) -> None:
     text = TEXT.replace("[opacity]}", f"[p, q, r], relation: {relation}}}\nnetwork: {{name: {name}}}")
     study = parse(Study, text, "study.yaml")
-    scorer = exporting._Scorer(networks.build(study)).eval()
+    scorer = exporting._Scorer(networks.build(study), study).eval()
     dynamic = ({0: torch.export.Dim("batch")},)
     images = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

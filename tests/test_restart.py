@@ -5,13 +5,14 @@ import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import safetensors.numpy
 from crashes import Crash, Places
 from federation import Federation
+from hospital import study as small
 from oracle import Trained
 from test_kill import PLANS
 from test_leaving import with_researcher
@@ -21,13 +22,14 @@ from typer.testing import CliRunner, Result
 
 from fl_server import checkpoint, report
 from fl_server.cli import app
+from fl_server.extension import extended
 from fl_server.progress import Onlooker
 from fl_server.results import check
 from fl_server.roster import Home
 from fl_server.run import Run, read_facts
 from models.study import Study, parse
 from privacy import journal, wire
-from privacy.errors import DocumentError, RunError
+from privacy.errors import DocumentError, RunError, StudyConflict
 
 
 @pytest.fixture(autouse=True)
@@ -275,3 +277,14 @@ def test_only_a_run_that_trained_and_finished_is_extended(tmp_path: Path) -> Non
     refused = call(federation, "extend", folder.name, "--rounds", "2", "--out", str(tmp_path / "more.yaml"))
     assert isinstance(refused.exception, RunError) and "Let it finish first" in refused.exception.remedy
     assert not (tmp_path / "more.yaml").exists()
+
+
+def test_a_run_with_norms_of_each_site_has_no_model_to_go_on_from(tmp_path: Path) -> None:
+    """Its checkpoint lacks the norm layers: as weights to start from they would fit nothing."""
+    plan = small().model_dump(mode="json") | {"strategy": {"name": "fedbn"}}
+    facts = {"version": 1, "state": "complete", "label": "complete"}
+    (tmp_path / "study.json").write_bytes(Study.model_validate(plan).canonical())
+    (tmp_path / "run.json").write_text(json.dumps(facts))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(StudyConflict, match="fedbn"):
+        extended(cast(Any, None), tmp_path, 2)

@@ -15,7 +15,18 @@ from typing import Any
 
 import grpc
 import pytest
-from coordinator import Coordinator, aggregator_of, coordinator, free_port, point_of, settings, study, with_roster
+from coordinator import (
+    Coordinator,
+    aggregator_of,
+    answer_nonsense,
+    coordinator,
+    free_port,
+    point_of,
+    settings,
+    study,
+    tls_version,
+    with_roster,
+)
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fl_server import consortium
@@ -99,18 +110,6 @@ def signed(served: Coordinator, name: str, method: str, request: bytes, key: Any
 # Transport
 
 
-def tls_version(address: str, ca_pem: bytes, version: ssl.TLSVersion) -> str | None:
-    context = ssl.create_default_context(cadata=ca_pem.decode())
-    context.maximum_version = version
-    context.set_alpn_protocols(["h2"])
-    host, _, port = address.partition(":")
-    with (
-        socket.create_connection((host, int(port)), 10) as connection,
-        context.wrap_socket(connection, server_hostname=host) as tls,
-    ):
-        return tls.version()
-
-
 def test_only_tls_13_is_spoken(tmp_path: Path) -> None:
     """In a process of its own, with the imports of `fl-server`: gRPC reads what forbids TLS 1.2 when it is loaded."""
     program = (
@@ -163,20 +162,10 @@ def test_the_callers_tell_apart_why_nobody_answers(served: Coordinator, tmp_path
         with Caller(address, ca_pem, "north", key) as caller, pytest.raises(kind, match=sentence):
             caller.offers()
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        threading.Thread(target=_answer_nonsense, args=(mute,), daemon=True).start()
+        threading.Thread(target=answer_nonsense, args=(mute,), daemon=True).start()
         address = f"127.0.0.1:{mute.getsockname()[1]}"
         with Caller(address, served.home.ca_pem, "north", key) as caller, pytest.raises(Unreachable, match="TLS"):
             caller.offers()
-
-
-def _answer_nonsense(server: socket.socket) -> None:
-    while True:
-        try:
-            connection, _ = server.accept()
-        except OSError:
-            return
-        with connection:
-            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
 def test_a_taken_port_is_a_sentence(served: Coordinator, tmp_path: Path) -> None:

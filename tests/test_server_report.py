@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
-from fl_server import comparison, figures, matrix, measures, report, research
+from fl_server import comparison, figures, matrix, measures, report, research, summary
 from fl_server.results import REMEDY, canonical
 from models.metrics import ScoreHistogram
 from models.study import Study, parse
@@ -434,12 +434,13 @@ def test_a_gap_of_one_round_among_hundreds_is_still_drawn(otherwise: int) -> Non
 def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
     """What was printed so far; not a terminal, as in a log file."""
     paper = io.StringIO()
-    monkeypatch.setattr(research, "console", Console(file=paper, width=100))
+    for place in (research, summary):
+        monkeypatch.setattr(place, "console", Console(file=paper, width=100))
     return paper.getvalue
 
 
 def test_the_screen_shows_the_figures_and_why_some_are_not_there(written: Path, screen: Callable[[], str]) -> None:
-    research.say_report(written / "report.html", as_json=False)
+    summary.say(written / "report.html", as_json=False)
     rows = {line.split()[0]: line.split() for line in screen().splitlines()[2:]}
     pooled = metrics_in(written)["pooled"]
     assert "154 images of 124 patients, complete" in screen()

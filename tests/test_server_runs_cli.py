@@ -12,6 +12,7 @@ from hospital import study as tiny_study
 from test_server_progress import new_run, played
 from typer.testing import CliRunner, Result
 
+from fl_server import dashboard
 from fl_server.app import note_end, note_missing_ends
 from fl_server.cli import app
 from fl_server.roster import Home
@@ -75,6 +76,19 @@ def test_a_site_that_only_evaluates_is_not_shown_as_missing_its_rounds(home: Hom
     }  # fmt: skip
     (run.folder / "study.json").write_text("{")
     assert "evaluates only" not in call(home, "show", run.run_id).stdout
+
+
+def test_a_run_that_outlines_shows_dice_where_others_show_auroc(home: Home) -> None:
+    run = played(home.runs)
+    assert "AUROC" in call(home, "show", run.run_id).stdout
+    for number in (1, 2):
+        run.event("scored", round=number, loss=0.5, auroc=None, dice=0.625)
+    run.event("finished", label="complete", auroc=None, dice=0.5)
+    text, found = call(home, "show", run.run_id).stdout, said(home, "show", run.run_id)
+    assert "Dice 0.500" in text and "0.625" in text and "AUROC" not in text
+    assert found["test_dice"] == 0.5 and [each["dice"] for each in found["rounds"]] == [0.625, 0.625]
+    page = dashboard.Screen(home).page(f"/runs/{run.run_id}")
+    assert "Test Dice" in page and "0.500" in page and "AUROC" not in page
 
 
 def test_the_end_of_a_run_is_in_the_journal_once(home: Home) -> None:
