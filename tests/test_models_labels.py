@@ -456,7 +456,7 @@ def test_the_examples_of_the_docs_are_maps_that_are_read() -> None:
     page = (Path(__file__).resolve().parent.parent / "docs" / "labels.md").read_text(encoding="utf-8")
     examples = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
     maps = [parse(LabelMap, example, "labels.md") for example in examples]
-    assert len(maps) == 9
+    assert len(maps) == 10
     assert {name for found in maps if found.connector for name in found.connector.model_fields_set} == set(
         Connector.model_fields
     )

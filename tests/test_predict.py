@@ -176,7 +176,7 @@ def test_exports_answer_as_the_network_does(package: Path, tmp_path: Path) -> No
         exporting.export(Package.open(package), "pt2", tmp_path / "m.pt2")
     bundle = tmp_path / "bundle"
     say("export", str(package), "--to", "bundle", "--out", str(bundle))
-    (bundle / "inputs").mkdir()
+    (bundle / "inputs").mkdir(exist_ok=True)
     for number, image in enumerate(images):
         np.save(bundle / "inputs" / f"{number}.npy", image[0].numpy())
     # What `python -m monai.bundle run` calls; the command itself needs the package fire, which Isocenter does not.
