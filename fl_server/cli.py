@@ -119,7 +119,7 @@ def sites(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
         until = f"revoked {party.revoked[:10]}" if party.revoked else _until(party)
         each, site = told.get(party.name, Told()), party.role == "site"
         said = (each.versions.release if each.versions else "not told", each.ready_words() if site else "")
-        table.add_row(party.name, party.role, _minute(party.joined), _minute(party.last_seen), until, *said)
+        table.add_row(party.name, party.role, party.joined[:10], _minute(party.last_seen), until, *said)
     for open_one in waiting:
         table.add_row(open_one.name, open_one.role, "invited", "", f"(invitation) {open_one.expires[:10]}", "", "")
     _show(table, "Nobody is enrolled or invited yet: fl-server invite NAME")

@@ -264,7 +264,8 @@ def serve_anew(stage: Shared, old: str, new: str) -> None:
 def test_two_runs_are_carried_out_side_by_side(stage: Shared) -> None:
     """Two executors, and nodes that answer one order at a time: each run commits rounds while the other does, with everybody."""
     serve_anew(stage, "# runs_at_once: 2", "runs_at_once: 2")
-    folders = [launch(stage, submit(stage, title, rounds=12, timeout_s=120)) for title in ("one", "another")]
+    digests = [submit(stage, title, rounds=16, timeout_s=120) for title in ("one", "another")]
+    folders = [launch(stage, digest) for digest in digests]
     for folder in folders:
         wait_for(lambda folder=folder: ended(folder), "the end of both runs")  # type: ignore[misc]
     spans = []

@@ -29,7 +29,7 @@ from flwr.proto.fleet_pb2 import PullMessagesRequest
 from gate import BEAT, LIMITS, PATIENCE_S, Gate, code, flowers, opened, request, status, whole
 
 from fl_server.link import control
-from privacy import journal, keys
+from privacy import journal, keys, parcels
 from privacy.calls import join
 
 
@@ -242,12 +242,12 @@ def test_a_revoked_site_is_out_within_seconds_on_open_connections_too(gate: Gate
     gate.join("east")
     gate.honest("east")
     client, node = gate.client("east"), gate.nodes["east"]
-    assert not client.PullMessages(PullMessagesRequest(node=node)).messages_list
+    assert not parcels.post(client, parcels.RECEIVE_ORDER, PullMessagesRequest(node=node))
     told: list[str] = []
 
     def hold() -> None:  # the second empty look is held by the coordinator for many seconds
         try:
-            client.PullMessages(PullMessagesRequest(node=node))
+            parcels.post(client, parcels.RECEIVE_ORDER, PullMessagesRequest(node=node))
         except httpx.HTTPStatusError as error:
             told.append(f"{error.response.status_code} {error.response.text}")
 

@@ -253,7 +253,7 @@ def test_a_model_goes_from_its_run_to_a_site_and_a_researcher(rehearsed: Any, re
         pulled = json.loads(say("pull", "small", "--home", site, "--out", site, "--json", app=client))
         assert Path(pulled["file"]).read_bytes() == package.read_bytes() and pulled["signer_trusted"]
         assert "Pulled" in say("pull", "small@1.2.0", "--home", str(tmp_path / "ruth"), "--out", str(tmp_path / "ruth"))
-        assert "request for the released model small" in say("egress", "--home", site, app=client)
+        assert "request for the released model small" in say("egress", "--home", site, "--json", app=client)
         # The head in it is one of the coordinator's journal, by the verification that exists.
         (head,) = Package.open(package).heads
         assert f"--head {head.head}" in say("verify", str(package))

@@ -136,7 +136,7 @@ def test_numbers_out_of_range_are_not_told(numbers: tuple[Any, ...]) -> None:
 def test_the_gateways_head_carries_versions_or_none() -> None:
     def head(*more: bytes) -> Any:
         return read_head(
-            b"\r\n".join([b"POST /v1/fleet/pull-messages HTTP/1.1", b"host: x", b"content-length: 3", *more, b"", b""])
+            b"\r\n".join([b"POST /v1/fleet/receive HTTP/1.1", b"host: x", b"content-length: 3", *more, b"", b""])
         )
 
     assert head(f"{HEADER}: {NEXT}".encode()).versions == NEXT

@@ -15,6 +15,7 @@ from fl_server.progress import Onlooker, Progress, duration, find, printable, re
 from fl_server.roster import Home
 from fl_server.run import Run, ask_to_stop, holding, list_runs, mark_stopped, read_facts, stop_asked
 from fl_server.settings import ServerFile
+from privacy import parcels
 from privacy.errors import RunStopped, RunUnknown
 
 ZERO = np.zeros(3, np.float32)
@@ -223,13 +224,14 @@ def test_a_run_whose_checkpoint_is_damaged_can_be_stopped(home: Home) -> None:
     assert mark_stopped(run.folder)["state"] == "stopped"
 
 
-def test_a_look_at_the_mailbox_ends_a_run_that_was_stopped(tmp_path: Path) -> None:
+def test_a_look_at_the_mailbox_ends_a_run_that_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from functools import partial
 
     from fl_server.mailbox import Mailbox
     from fl_server.run import heed_stop
 
     run = new_run(tmp_path)
+    monkeypatch.setattr(parcels, "post", lambda *_: b"")
     grid = Mailbox("127.0.0.1:1", "token", partial(heed_stop, run.folder, within_stage=True))
     try:
         ask_to_stop(run.folder, at_once=False)

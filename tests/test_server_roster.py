@@ -72,7 +72,7 @@ def test_founding_makes_a_closed_home_that_opens_again(home: Home) -> None:
         "journal.jsonl",
     ):
         assert modes[name] == 0o600, name
-    for name in ("keys", "runs", "superlink"):
+    for name in ("keys", "runs"):
         assert modes[name] == 0o700, name
     assert stat.S_IMODE(home.root.stat().st_mode) == 0o700
     again = Home.open(home.root)

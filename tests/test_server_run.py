@@ -354,7 +354,7 @@ def test_results_say_who_contributed(tmp_path: Path) -> None:
     assert results["figures"] == figures and results["initial"] == sheet(0.9)
     assert set(results) == {
         *("version", "run_id", "digest", "study", "label", "started", "finished", "selected_round", "initial"),
-        *("rounds", "test", "test_missing", "figures", "groups", "grades", "ingested"),
+        *("rounds", "test", "test_missing", "figures", "groups", "grades", "ingested", "restarts"),
     }
     assert (load_file(run.folder / "model.safetensors")["model"] == vector(4)).all()
     assert json.loads((run.folder / "card.json").read_text())["selected_round"] == 4

@@ -131,7 +131,9 @@ class Bench:
         self.journal = Journal(folder / "journal.jsonl")
         self.revoked: set[str] = set()
         facts: dict[str, Any] = {"coordinator_key": COORDINATOR, "aggregator_key": AGGREGATOR, "journal": self.journal}
-        home = cast(Home, SimpleNamespace(roster=SimpleNamespace(revoked=lambda: self.revoked), **facts))
+        home = cast(
+            Home, SimpleNamespace(roster=SimpleNamespace(revoked=lambda: self.revoked), runs=Path("/nowhere"), **facts)
+        )
         self.summing: Summing = sums.build(self.grid, self.run, home)
         self.summing.timeout_s = 0.15  # five seconds are the least that a study may say
 
