@@ -144,7 +144,7 @@ def test_other_forms_answer_as_the_network_does(
     for count in (1, 3):
         batch = torch.rand(count, *study.images.shape, generator=torch.Generator().manual_seed(count))
         with torch.inference_mode():
-            expected = exporting._Scorer(exporting.network(package)).eval()(batch).numpy()
+            expected = exporting._Scorer(exporting.network(package), package.study).eval()(batch).numpy()
         if runtime is None:
             found = torch.export.load(path).module()(batch).detach().numpy()
         else:
