@@ -103,7 +103,7 @@ class Connection:
             message_id = answer.messages_list[0].metadata.message_id
             contents = dict(zip(parcels.names(answer.message_object_trees), objects, strict=True))
             message = inflate_object_from_contents(message_id, contents)
-        except (MessageMalformed, DecodeError, LookupError, TypeError, ValueError):
+        except (MessageMalformed, DecodeError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
             message = None
         if not isinstance(message, Message):
             log.warning("an order that cannot be read was dropped")
@@ -413,6 +413,11 @@ def _explained(answer: httpx.Response) -> Exception:
         return NotEnrolled(
             "the coordinator does not know this site's key",
             remedy="Ask the coordinator whether the site was removed; join again with a new invitation.",
+        )
+    if answer.status_code == httpx.codes.NOT_FOUND:
+        return Unreachable(
+            "the gateway does not know what this node asks: coordinator and site run versions that do not fit",
+            remedy="See `fl-client check`: it names who has to upgrade.",
         )
     return Unreachable(f"the gateway answered {answer.status_code}")
 

@@ -152,6 +152,7 @@ async def _keep_nodes(home: Home, flower: Any) -> None:
         if (text := json.dumps({str(node.node_id): node.online_until or 0.0 for node in nodes})) != before:
             try:
                 part = path.with_suffix(".part")  # not flushed: after a power cut it says nothing that still holds
+                part.touch(0o600)
                 part.write_text(text)
                 part.replace(path)
                 before = text

@@ -3,6 +3,7 @@ reads no image and loads nothing that could."""
 
 import json
 import pickle
+import random
 import ssl
 import subprocess
 import sys
@@ -17,8 +18,11 @@ import httpx
 import pytest
 import worker_probe
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_to_proto
+from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from hospital import Hospital
@@ -26,7 +30,7 @@ from hospital import Hospital
 from fl_client import node, sandbox
 from fl_client.node import Connection
 from fl_client.worker import Worker, facts_of
-from privacy import keys, tracing, wire
+from privacy import keys, parcels, tracing, wire
 from privacy.errors import AuditFailed, DiskUnusable
 
 
@@ -232,6 +236,47 @@ def test_a_connection_goes_on_over_another_client_as_the_same_node() -> None:
     connection.renew(client("new"))
     connection.beat()
     assert happened == ["old beats for 7", "old closed", "new beats for 7"]
+
+
+def as_parcel(order: Message) -> list[bytes]:
+    """What the SuperLink would hand to the node."""
+    nested, tree = get_all_nested_objects(order), get_object_tree(order)
+    order.metadata.__dict__["_message_id"] = order.object_id
+    call = PullMessagesResponse(
+        messages_list=[message_to_proto(remove_content_from_message(order))], message_object_trees=[tree]
+    )
+    return [call.SerializeToString(), *(nested[name].deflate() for name in parcels.names([tree]))]
+
+
+def test_an_order_that_cannot_be_read_is_dropped_and_the_node_goes_on(
+    hospital: Hospital, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the coordinator answers, altered anywhere: a message or nothing, and never the end of the node."""
+    good = as_parcel(message(hospital.order(run="six")))
+    connection, dice = Connection(cast(Any, None), Node(node_id=7)), random.Random(1)
+
+    def received(body: bytes) -> Message | None:
+        monkeypatch.setattr(parcels, "post", lambda *_: body)
+        return connection.receive()
+
+    whole = received(parcels.pack(good))
+    assert whole is not None and wire.decode(whole, wire.TrainOrder).run == "six"
+    wrong = [
+        b"x",
+        parcels.pack(good)[:-1],
+        parcels.pack(good[:1]),
+        parcels.pack(good[:-1]),
+        parcels.pack([*good, b"x"]),
+    ]
+    wrong += [parcels.pack([b"", *good[1:]]), parcels.pack([good[0], *reversed(good[1:])])]
+    assert [received(body) for body in wrong] == [None] * len(wrong)
+    for _ in range(300):
+        parts = [bytearray(part) for part in good]
+        for _ in range(dice.randint(1, 3)):
+            part = parts[dice.randrange(len(parts))]
+            part[dice.randrange(min(len(part), 200))] = dice.randrange(256)
+        found = received(parcels.pack([bytes(part) for part in parts]))
+        assert found is None or isinstance(found, Message)
 
 
 def test_a_gateway_cannot_send_the_node_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
