@@ -1,7 +1,6 @@
 """Whether a site is ready, as a list of findings: each says what was looked at, and what to do where it is not good."""
 
 import functools
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from fl_client.site import Site
 from fl_client.sources import Reason
 from models.labels import LabelTable
 from models.study import Protection, Study
+from privacy import reach
 from privacy.errors import DataError, IsocenterError, VersionSkew
 from privacy.greeting import own, skew
 
@@ -146,14 +146,9 @@ def _reachable(looked: Inspection, which: str) -> str:
         raise IsocenterError("site.yaml names no coordinator.", remedy="Run `fl-client join LINE`.")
     address = coordinator.gateway if which == "gateway" else coordinator.service
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-    except OSError as error:
-        raise IsocenterError(
-            f"nothing answers at {address} ({error.strerror or error}).",
-            remedy="The coordinator may be down, or a firewall blocks outgoing connections to this port.",
-        ) from None
-    return f"{address} answers"
+    way = coordinator.way(looked.home)
+    reach.connect(host, int(port), way, CONNECT_S).close()
+    return f"{address} answers{f' through the proxy {way}' if way else ''}"
 
 
 def _versions(looked: Inspection) -> str:

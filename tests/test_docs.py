@@ -30,6 +30,7 @@ from fl_client.sources import Reason  # noqa: E402
 from fl_server import cli as server_cli  # noqa: E402
 from fl_server import consortium  # noqa: E402
 from fl_server import research as research_cli  # noqa: E402
+from fl_server.researcher import ResearcherFile  # noqa: E402
 from fl_server.settings import ServerFile  # noqa: E402
 from models.study import Document, Study  # noqa: E402
 from privacy import consortium_pb2, errors, wire  # noqa: E402
@@ -43,6 +44,7 @@ DOCUMENTS: dict[str, tuple[type[Document], str]] = {
     "study.yaml": (Study, "the researcher"),
     "site.yaml": (SiteFile, "the hospital; it never leaves it"),
     "server.yaml": (ServerFile, "the coordinator"),
+    "researcher.yaml": (ResearcherFile, "the researcher; there only where a proxy leads out"),
 }
 GENERATED = "<!-- Made from the code by `python tests/test_docs.py --write`; change the code, not this page. -->"
 SCREEN = {
@@ -112,7 +114,7 @@ def configuration_page() -> str:
     parts = [
         GENERATED,
         "# Configuration",
-        "Three YAML files, three owners. An unknown key, a wrong type or a value out of range is an error that names file, "
+        "Four YAML files, three owners. An unknown key, a wrong type or a value out of range is an error that names file, "
         "line and the nearest known key. There are no other settings and no environment variables. A *name* is lower case "
         f"and short (`{NAME_PATTERN}`), so it is never a path or a person.",
     ]
