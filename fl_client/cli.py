@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fl_client import archive_cli, data_cli, enrol, evaluate_cli, export_cli, standing
+from fl_client import archive_cli, data_cli, doctor_cli, enrol, evaluate_cli, export_cli, standing
 from fl_client.consent import consents, find_consent
 from fl_client.policy import Pause
 from fl_client.site import Site
@@ -64,6 +64,7 @@ def join(
     console.print(f"Next: describe your images in {home / 'site.yaml'}, then run: fl-client ingest", highlight=False)
 
 
+app.command()(doctor_cli.doctor)
 app.command()(archive_cli.fetch)
 app.command()(data_cli.ingest)
 app.command()(data_cli.quarantine)

@@ -209,15 +209,7 @@ def only_one(site: Site) -> Iterator[None]:
 
 def tls_context(site: Site) -> ssl.SSLContext:
     """TLS 1.3, trusting the consortium's CA alone, with the site's certificate."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    folder = site.home / "keys"
-    try:
-        context.load_verify_locations(folder / "ca.pem")
-        context.load_cert_chain(folder / "site.pem", folder / "site.key")
-    except (OSError, ssl.SSLError) as error:
-        raise NotEnrolled(f"the certificate in {folder} cannot be used ({error})") from None
-    return context
+    return reach.mutual(site.home / "keys", "site")
 
 
 class _Fleet(FleetHttpClient):

@@ -182,17 +182,17 @@ def _labels(looked: Inspection) -> str:
     return f"{len(table)} rows for {', '.join(table.mapping.targets)}{note}"
 
 
-def _worker(looked: Inspection) -> str:
+def worker(looked: Inspection) -> str:
     sandbox.require(looked.home / "keys")
     return "the process that trains is confined by the kernel: no network, no other program, no key"
 
 
-def _policy(looked: Inspection) -> str:
-    policy = Site.settings_of(looked.home).policy
+def policy(looked: Inspection) -> str:
+    asked = Site.settings_of(looked.home).policy
     return (
-        f"studies must be {_AT_LEAST[policy.least_protection]}; at least {policy.minimum_patients} patients, "
-        f"at most {policy.maximum_rounds} rounds; an ε of at most {policy.epsilon_per_study:g} a study"
-        f"{', or none' if policy.permit_without_privacy else ''}"
+        f"studies must be {_AT_LEAST[asked.least_protection]}; at least {asked.minimum_patients} patients, "
+        f"at most {asked.maximum_rounds} rounds; an ε of at most {asked.epsilon_per_study:g} a study"
+        f"{', or none' if asked.permit_without_privacy else ''}"
     )
 
 
@@ -348,8 +348,8 @@ _LOOKS: list[tuple[str, Callable[[Inspection], str]]] = [
     ("images", _images),
     ("labels", _labels),
     ("disk", lambda looked: standing.disk(looked.home)),
-    ("worker", _worker),
-    ("policy", _policy),
+    ("worker", worker),
+    ("policy", policy),
     ("budget", _budget),
     ("journal", lambda looked: standing.journal(looked.home)),
 ]

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fl_server import release_cli, researcher, summary, weights_cli
+from fl_server import doctor_cli, release_cli, researcher, summary, weights_cli
 from models.questions import Counting
 from models.study import Study, read
 from privacy import calls
@@ -219,6 +219,9 @@ def join(
     """Join a consortium as a researcher; your key is made here and never leaves."""
     enrolment = researcher.join(line, home, proxy_of(proxy, proxy_user, proxy_password_file))
     console.print(f"Joined as researcher {enrolment.name}. Next: fl-study new study.yaml")
+
+
+app.command("doctor")(doctor_cli.researcher)
 
 
 @app.command()

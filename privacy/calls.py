@@ -121,7 +121,7 @@ class Enrolment:
             return cls(**{field: str(found[field]) for field in cls.__dataclass_fields__})  # type: ignore[arg-type]
         except FileNotFoundError:
             raise NotEnrolled(f"{folder} belongs to no consortium yet") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise NotEnrolled(f"{path} is damaged", remedy="Restore the keys folder from your backup.") from None
 
     def store(self, folder: Path) -> None:
@@ -288,6 +288,7 @@ class Caller:
         self.address, self.name, self._key, self._way = address, name, key, way
         self._channel = _channel(address, ca_pem, way)
         self._stub = _generated.ConsortiumStub(self._channel)
+        self.ahead_s: float | None = None  # seconds that the coordinator's clock is ahead, by its last greeting
 
     @classmethod
     def open(cls, folder: Path, service: str | None = None, way: Way | None = None) -> "Caller":
@@ -338,10 +339,14 @@ class Caller:
         """Tell our versions, and of a site whether it is ready; the coordinator's, None if it is too old to tell."""
         told = None if readiness is None else pb.Readiness(ready=readiness.ready, reasons=readiness.reasons)
         request = pb.GreetRequest(versions=numbers_of(own()), readiness=told)
+        began = time.time()
         try:
-            return versions_in(self._call("Greet", request, GREET_SECONDS))
+            reply = self._call("Greet", request, GREET_SECONDS)
         except VersionSkew:
             return None
+        # The coordinator tells whole seconds, of a moment between asking and hearing.
+        self.ahead_s = reply.time_s + 0.5 - (began + time.time()) / 2 if reply.time_s else None
+        return versions_in(reply)
 
     def witness(self, head: SignedHead) -> SignedHead:
         """Site: have the coordinator witness the head of this site's journal; the head of its own, still to be checked."""

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,12 @@ from rich.console import Console
 from privacy.errors import DocumentError, IsocenterError
 from privacy.reach import Proxy
 
+SHADOWS: dict[str, str] = {}
+"""What `isocenter` found at the beginning: package of ours -> where another one lies that the path names first."""
+SHADOWED = (
+    "Unset PYTHONPATH (`env -u PYTHONPATH fl-client ...`), install Isocenter into an environment of its own, and run it outside "
+    "other projects' folders."
+)
 PACKAGES = ("fl_server", "fl_client", "models", "privacy")
 ProxyUrl = Annotated[
     str | None,
@@ -44,6 +51,12 @@ def run(app: typer.Typer) -> None:
             IsocenterError(f"{where}{error.strerror or error}", remedy="Check the path, its owner and the free space.")
         )
         sys.exit(1)
+
+
+def shadowed(others: Mapping[str, str]) -> IsocenterError:
+    """What to say of packages of ours in whose place others would be loaded: name -> where the other lies."""
+    found = ", ".join(f"{name!r} (found: {place})" for name, place in sorted(others.items()))
+    return IsocenterError(f"not the packages of this installation of Isocenter: {found}", remedy=SHADOWED)
 
 
 def proxy_of(url: str | None, user: str | None, password_file: Path | None) -> Proxy | None:
@@ -84,7 +97,4 @@ def require_one_installation() -> None:
         found = importlib.util.find_spec(name)
         origin = found.origin if found is not None else None
         if origin is None or Path(origin).resolve().parent.parent != home:
-            raise IsocenterError(
-                f"the package {name!r} is not the one of this installation of Isocenter (found: {origin or 'nothing'})",
-                remedy="Install Isocenter into an environment of its own, and run it outside other projects' folders.",
-            )
+            raise shadowed({name: origin or "nothing"})

@@ -14,6 +14,7 @@ import json
 import re
 import select
 import socket
+import ssl
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from OpenSSL import SSL
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from privacy import keys
-from privacy.errors import ProxyRefused, TrustError, Unreachable
+from privacy.errors import NotEnrolled, ProxyRefused, TrustError, Unreachable
 
 CONNECT_S = 10.0  # to connect, to be let through by a proxy, and to shake hands: each
 HEAD_BYTES_MAX = 16 * 1024  # of a proxy's answer
@@ -128,6 +129,14 @@ def refused(status: int, way: Way, target: str) -> ProxyRefused:
     )
 
 
+def no_name(host: str) -> Unreachable:
+    return Unreachable(
+        f"the host name {host} cannot be resolved",
+        remedy=f"Try `getent hosts {host}` on this machine; if it prints nothing, ask your network's IT about DNS for this "
+        "name. Where only the proxy resolves outside names, enter the proxy.",
+    )
+
+
 def silent_proxy(way: Way) -> ProxyRefused:
     return ProxyRefused(
         f"nothing answers at the proxy {way}",
@@ -162,14 +171,10 @@ def _connected(host: str, port: int, seconds: float) -> socket.socket:
             "or the port is another, or a firewall refuses it. Ask the coordinator first.",
         ) from None
     except socket.gaierror:
-        raise Unreachable(
-            f"the host name {host} cannot be resolved",
-            remedy=f"Try `getent hosts {host}` on this machine; if it prints nothing, ask your network's IT about DNS for this "
-            "name. Where only the proxy resolves outside names, enter the proxy.",
-        ) from None
+        raise no_name(host) from None
     except TimeoutError:
         raise Unreachable(
-            f"{where} did not answer within {seconds:.0f} s",
+            f"{where} did not answer within {seconds:g} s",
             remedy="Nothing came back at all, which is what a firewall does that drops: ask your network's IT to permit outgoing "
             f"TCP to {where}, or enter the proxy that leads out.",
         ) from None
@@ -207,6 +212,18 @@ def _ask_for_tunnel(link: socket.socket, target: str, way: Way, deadline: float)
         raise ProxyRefused(f"the proxy {way} speaks where only the coordinator should", remedy=silent_proxy(way).remedy)
 
 
+def mutual(folder: Path, role: str) -> ssl.SSLContext:
+    """TLS 1.3, trusting the authority in a keys folder alone, with the certificate of `role`. Raises NotEnrolled."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    try:
+        context.load_verify_locations(folder / "ca.pem")
+        context.load_cert_chain(folder / f"{role}.pem", folder / f"{role}.key")
+    except (OSError, ssl.SSLError) as error:
+        raise NotEnrolled(f"the certificate in {folder} cannot be used ({error})") from None
+    return context
+
+
 def shown_chain(host: str, port: int, way: Way | None = None, seconds: float = CONNECT_S) -> list[x509.Certificate]:
     """The certificates a server shows, believed by nobody yet; only the opening of a handshake is sent. Raises Unreachable."""
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
@@ -231,7 +248,7 @@ def _faults_named(where: str, seconds: float) -> Iterator[None]:
         yield
     except TimeoutError:
         raise Unreachable(
-            f"{where} did not answer within {seconds:.0f} s",
+            f"{where} did not answer within {seconds:g} s",
             remedy="The connection was taken, and no TLS came: a firewall that looks into connections does that, or another "
             "program at this port. Ask your network's IT whether TLS to this address is inspected.",
         ) from None

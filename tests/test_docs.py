@@ -372,7 +372,8 @@ def test_reference_pages_equal_the_code(name: str) -> None:
 def test_the_console_scripts_print_the_documented_help(program: str) -> None:
     """In a process of its own, through the entry that pyproject.toml names: nothing is imported that a user lacks."""
     module = PROGRAMS[program][1]
-    entry = f"import sys; from {module} import main; sys.argv = [{program!r}, '--help']; main()"
+    begin = program.replace("-", "_")
+    entry = f"import sys; from isocenter import {begin}; sys.argv = [{program!r}, '--help']; {begin}()"
     environment = {**os.environ, **SCREEN}
     ran = subprocess.run(
         [sys.executable, "-c", entry],
@@ -387,7 +388,8 @@ def test_the_console_scripts_print_the_documented_help(program: str) -> None:
     printed = "\n".join(line.rstrip() for line in ran.stdout.strip("\n").splitlines()).strip()
     assert fenced(printed) in (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     scripts = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'{program} = "{module}:main"' in scripts
+    assert f'{program} = "isocenter:{begin}"' in scripts
+    assert f'_begin("{module}")' in (ROOT / "isocenter.py").read_text(encoding="utf-8")
 
 
 def test_every_command_and_argument_has_a_help_text() -> None:
