@@ -41,7 +41,7 @@ from fl_server.settings import ServerFile
 from models.study import read
 from privacy import calls, console, crash, doctor, keys, reach
 from privacy.doctor import Check, Examination, Finding
-from privacy.errors import ClockSkewed, IsocenterError, Unreachable, VersionSkew, WrongAuthority
+from privacy.errors import IsocenterError, Unreachable
 from privacy.reach import Way
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,8 +69,7 @@ def home(joined: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "NETWORK_S", 0.5)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         of_site.readiness.sandbox, "require", lambda folder: None
     )  # a process; tests/test_client_sandbox.py
@@ -363,7 +362,8 @@ def test_an_ended_certificate_and_one_for_another_host(tmp_path: Path) -> None:
         assert "made out to coordinator.example.org" in found.sentence
 
 
-def test_every_wall_is_told_from_the_others(tmp_path: Path) -> None:
+def test_every_wall_is_told_from_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "NETWORK_S", 0.5)
     ours = Authority(tmp_path, "ours")
     said = {}
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -400,6 +400,8 @@ def test_every_wall_is_told_from_the_others(tmp_path: Path) -> None:
 
 
 def test_what_the_proxy_finding_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "NETWORK_S", 1.0)
+
     def look_at(way: Way | None, target: str | None = None, **environment: str) -> Finding:
         return doctor.finding("proxy", lambda: doctor.proxy(way, target, "site.yaml", environment))
 
@@ -681,12 +683,3 @@ def test_a_researcher_is_looked_at(served: Coordinator, tmp_path: Path) -> None:
     assert "proxy cannot be reached" in found["proxy"].sentence and found["greeting"].state == "trouble"
     with pytest.raises(Unreachable):
         doctor.Greeting(lambda: (_ for _ in ()).throw(Unreachable("x")), "us").ask()
-
-
-def test_the_errors_of_findings_keep_their_codes() -> None:
-    """What scripts may look for in errors.md stands behind the sentences."""
-    assert {kind.code for kind in (ClockSkewed, VersionSkew, WrongAuthority)} == {
-        "clock-skewed",
-        "version-skew",
-        "wrong-authority",
-    }

@@ -346,12 +346,16 @@ def test_a_whole_run_goes_through_the_tunnel_and_nothing_past_it(tmp_path: Path)
             for name in ("north", "south"):
                 stage.approve(name, digest)
                 stage.node(name)
+            looked = CliRunner().invoke(fl_client, ["doctor", "--json", "--home", str(stage.site("north"))])
             shown = stage.study("run", digest)
         finally:
             stage.stop()
             over.set()
             watcher.join()
     assert "Run finished: complete" in shown
+    found = {each["subject"]: each for each in json.loads(looked.stdout)["findings"]}
+    assert "through" in found["gateway"]["sentence"] and "took this one's" in found["gateway"]["sentence"]
+    assert all(found[each]["state"] == "ok" for each in ("proxy", "service", "greeting", "clock", "versions"))
     assert direct == set()
     assert set(out.asked) == {f"CONNECT 127.0.0.1:{port}" for port in ports}
     seen = bytes(out.up + out.down)
