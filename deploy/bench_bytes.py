@@ -16,7 +16,7 @@ from relay import Relay
 from stage import Stage
 
 SITES = {"alpine": "aurora", "bayside": "boreal", "central": "cirrus", "delta": "dorado"}
-PATIENTS = 60
+PATIENTS = 100
 CASES = {
     "small_cnn": ("small_cnn", 32, (2, 8)),
     "densenet121": ("densenet121", 32, (1, 4)),
@@ -113,7 +113,7 @@ def study(network: str, bits: int, rounds: int) -> dict[str, Any]:
         "training": {"rounds": rounds, "batch_size": 32},
         "encoding_bits": bits,
         "privacy": "none",
-        "participation": {"sites": list(SITES), "quorum": len(SITES)},
+        "participation": {"sites": list(SITES), "quorum": len(SITES), "minimum_patients": 5},
     }
 
 

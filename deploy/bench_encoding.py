@@ -23,7 +23,7 @@ from fl_client.consent import approved
 from fl_client.site import Site
 from fl_server import sums
 from models import learning, networks
-from models.contributions import Contribution
+from models.contributions import Contribution, bits_of
 from models.study import Study
 from privacy.sharing import Encoding
 
@@ -80,19 +80,19 @@ def errors(plan: Study, whole: Part, number: int) -> dict[str, Any]:
             updates.append((made.delta, made.cases))
         exact = sum((delta.astype(np.float64) * cases for delta, cases in updates), np.zeros(model.shape))
         for bits, study in plans.items():
-            encoding = Encoding(model.size, 0, bits, scales[bits], number)  # type: ignore[arg-type]
-            sent = _sent(encoding, updates, turn)
+            encoding = Encoding(model.size, 0, bits_of(study, "train", turn), scales[bits], number)
+            sent = _sent(encoding, updates)
             facts = {"scale": scales[bits], "error": _length(sent.update - exact) / _length(exact)}
             facts["clipped"] = sent.ingested / number / model.size
             facts["peak_to_rms"] = float(np.abs(exact).max()) / _length(exact) * model.size**0.5
             found.setdefault(str(bits), []).append({key: float(f"{value:.3g}") for key, value in facts.items()})
-            total = sums.Total(sent, [], {}, {}, sent.ingested, float(np.abs(sent.update).max()), {})
+            total = sums.Total(sent, names, {}, {}, sent.ingested, float(np.abs(sent.update).max()), {})
             scales[bits] = sums.next_scale(study, total, scales[bits])
         model = (model + exact / sum(cases for _, cases in updates)).astype(np.float32)
     return found
 
 
-def _sent(encoding: Encoding, updates: list[tuple[NDArray[Any], int]], turn: int) -> Contribution:
+def _sent(encoding: Encoding, updates: list[tuple[NDArray[Any], int]]) -> Contribution:
     total, nothing = encoding.zeros(), np.zeros(0, np.int64)
     for delta, cases in updates:
         total.add(encoding.encode(delta, cases, nothing))

@@ -26,7 +26,9 @@ CALLERS_MAX = (
 )
 CALLER_HEADERS = (b"flwr-public-key", b"flwr-task-token")
 BODY_BYTES_MAX = 256 * 1024 * 1024  # of a request, as long as no study needs more
-ORDERS_BYTES_MAX = 2**30 + BODY_BYTES_MAX  # on loopback only: the largest model of `privacy.wire`, and what goes with it
+ORDERS_BYTES_MAX = (
+    2**30 + BODY_BYTES_MAX
+)  # on loopback only: the largest model of `privacy.wire`, and what goes with it
 BESIDE_BYTES = 64 * 1024 * 1024  # of a report beside its values: counts are 8 MiB at most
 
 
