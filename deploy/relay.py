@@ -1,8 +1,8 @@
 """A line between nodes and a coordinator that counts what passes and may be as slow as a real one: a TCP relay on loopback.
 
-All connections share one line, as a coordinator's sites share its connection to the world: `mbit` in each direction at the same
-time, and half of `latency_ms` each way. It sees the bytes of TLS and looks at nothing. What it does not have is TCP's own slow start
-over a long way, and losses.
+All connections share one line, as sites share a coordinator's connection: `mbit` in each direction at the same time, and half
+of `latency_ms` each way. It sees the bytes of TLS and looks at nothing. What it does not have is TCP's own slow start over a
+long way, and losses.
 """
 
 import asyncio

@@ -70,7 +70,7 @@ class Parcels:
 
 
 async def _answer(send: Any, pieces: Sequence[bytes]) -> None:
-    """Answer with `pieces`, joined. Each is only looked at: the model's bytes are the same for all sites, and are never copied."""
+    """Answer with `pieces`, joined. Each is only looked at: the model's bytes are the same for all sites, and never copied."""
     length = str(sum(map(len, pieces))).encode()
     headers = [(b"content-length", length), (b"content-type", b"application/octet-stream")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})

@@ -147,7 +147,7 @@ def values_of(study: Study, kind: Kind, parameters: int) -> int:
 
 
 def bits_of(study: Study, kind: Kind, round_number: int) -> Literal[16, 24, 32, 64]:
-    """Bits of a value on its way up: in a first round nobody knows how large values are, and narrow words could make them all 0."""
+    """Bits of a value on its way up. A first round knows nothing of its values, and narrow words might make all of them 0."""
     return max(study.encoding_bits, 32) if kind == "train" and round_number == 1 else study.encoding_bits
 
 
