@@ -39,6 +39,8 @@ SEEN = {
     "plain": "the coordinator sees each site's update",
 }
 
+NAMES_SHOWN = 20
+
 Home = Annotated[Path, typer.Option("--home", "-H", help="Folder with your keys; made by `fl-study join`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 StartingWeights = Annotated[
@@ -136,15 +138,22 @@ def _questions(study: Study) -> list[tuple[str, str]]:
     ]
 
 
+def _named(sites: list[str]) -> str:
+    """The sites by name, as far as a screen holds them."""
+    more = f" and {len(sites) - NAMES_SHOWN} more" if len(sites) > NAMES_SHOWN else ""
+    return ", ".join(sites[:NAMES_SHOWN]) + more
+
+
 def _settings(study: Study) -> list[tuple[str, str]]:
     """What a study trains, where, and what is promised."""
     plan, part = study.training, study.participation
+    drawn = "" if part.sample is None else f"each round asks {part.sample} of the {len(part.sites)}, drawn anew; "
     rows = [
         ("predicts", study.predicts),
         ("from", study.learns_from),
         ("network", f"{study.network.words}, {plan.rounds} rounds of {plan.local_epochs} epoch(s), {plan.optimizer}"),
-        ("sites", f"{', '.join(part.sites)}; a round needs {part.quorum}"),
-        ("evaluates", ", ".join(study.all_sites)),
+        ("sites", f"{_named(part.sites)}; {drawn}a round needs {part.quorum}"),
+        ("evaluates", "sites drawn once more" if part.sample else _named(study.all_sites)),
         ("protection", f"{study.protection}: {SEEN[study.protection]}"),
         ("privacy", "none: no differential privacy; the policy of a site has to permit that")
         if study.privacy == "none"

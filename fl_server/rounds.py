@@ -168,7 +168,8 @@ class Gathering:
         waiting = self._send()
         while waiting:
             arrived = list(self.grid.pull_messages([*waiting, *self.overdue.message_ids]))
-            pause = PAUSE_FIRST_S if arrived else min(pause * 1.3, PAUSE_MOST_S)
+            came = bool(arrived)
+            pause = PAUSE_FIRST_S if came else min(pause * 1.3, PAUSE_MOST_S)
             while arrived:
                 message = arrived.pop()
                 site = waiting.pop(message.metadata.reply_to_message_id, None)
@@ -190,7 +191,7 @@ class Gathering:
                 if isinstance(order := self.calls[site].order, WorkOrder):
                     self.overdue.give_up(message_id, Due(site, order, began, now))
             waiting = self._without(waiting, dict.fromkeys(late.values(), "timeout"))
-            if waiting:
+            if waiting and not came:  # the next report may be here already
                 time.sleep(pause)
 
     def _without(self, waiting: dict[str, str], gone: Mapping[str, str]) -> dict[str, str]:

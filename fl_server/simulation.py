@@ -92,7 +92,7 @@ def alone(study: Study, name: str, outcome: Outcome, tell: Tell) -> dict[str, An
         )
     part = study.participation
     others = [site for site in study.all_sites if site != name]
-    part = part.model_copy(update={"sites": [name], "evaluate_only": others, "quorum": 1})
+    part = part.model_copy(update={"sites": [name], "evaluate_only": others, "quorum": 1, "sample": None})
     # A masked sum of one site does not exist; what this process sees of itself is no secret.
     single = study.model_copy(update={"participation": part, "protection": "plain"})
     return _carry_out(single, Home.open(outcome.folder / "coordinator"), outcome.folder, tell)
