@@ -49,6 +49,12 @@ class Roll(Protocol):
         """Ids of the nodes that are online now."""
 
 
+def clock_of(grid: object) -> Callable[[], float]:
+    """What a stage is timed by: time that passes; in a simulation the grid's own clock (`fl_server.crew`)."""
+    clock: Callable[[], float] = getattr(grid, "clock", time.monotonic)
+    return clock
+
+
 def choose(
     grid: Roll, nodes: dict[str, int], quorum: int, timeout_s: float, tell: Tell, away: frozenset[str] = frozenset()
 ) -> dict[str, int]:
@@ -162,7 +168,8 @@ class Gathering:
                 tracing.stage(order.kind, order.round, began_ns, self.took, self.missing)
 
     def _reports(self) -> Iterator[tuple[str, Report]]:
-        began, pause = time.monotonic(), PAUSE_FIRST_S
+        clock, pause = clock_of(self.grid), PAUSE_FIRST_S
+        began = clock()
         look = began + GONE_LOOK_S
         ends = {site: began + min(self.timeout_s, call.limit_s) for site, call in self.calls.items()}
         waiting = self._send()
@@ -177,9 +184,9 @@ class Gathering:
                     self.overdue.take(message)
                     continue
                 if (report := self._accept(site, message)) is not None:
-                    self.took[site] = time.monotonic() - began
+                    self.took[site] = clock() - began
                     yield site, report
-            now = time.monotonic()
+            now = clock()
             if self.enough is not None and self.enough():
                 quick = {site: min(end, now + LINGER_S) for site, end in ends.items() if not self.calls[site].busy}
                 ends, self.enough = ends | quick, None
