@@ -22,7 +22,11 @@ PULLS = {parcels.RECEIVE_ORDER: (ORDERS, 20.0), parcels.RECEIVE_REPORTS: (REPORT
 and a round looks at its deadline every second. Flower accepts a signed time for 300 s, so a held request is still fresh."""
 PUSHES = {parcels.SEND_ORDERS: ORDERS, parcels.SEND_REPORT: REPORTS}
 """Path -> what it announces."""
-BODY_BYTES_MAX = 256 * 1024 * 1024  # nine times the weights of the largest network offered (28 MB), as one object
+BODY_BYTES_MAX = 256 * 1024 * 1024  # of a request, as long as no study needs more
+ORDERS_BYTES_MAX = (
+    2**30 + BODY_BYTES_MAX
+)  # on loopback only: the largest model of `privacy.wire`, and what goes with it
+BESIDE_BYTES = 64 * 1024 * 1024  # of a report beside its values: counts are 8 MiB at most
 
 
 class Bell:
@@ -49,6 +53,11 @@ class Doorbell:
     def __init__(self, app: Application) -> None:
         self.app = app
         self.bells = {ORDERS: Bell(), REPORTS: Bell()}
+        self.largest = 0  # body of orders that Flower took, in bytes
+
+    def body_bytes_max(self) -> int:
+        """Bytes of a request from outside: room for a report about the largest orders so far, 8 bytes for 4 of the model's."""
+        return max(BODY_BYTES_MAX, 2 * self.largest + BESIDE_BYTES if self.largest else 0)
 
     async def __call__(self, scope: Scope, receive: Channel, send: Channel) -> None:
         """Pass a request on once all of it is here.
@@ -58,14 +67,16 @@ class Doorbell:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        path, body = scope.get("path", ""), await _read(receive)
-        if (
-            body is None
-        ):  # the caller would not end, or has gone and reads no answer: nothing that Flower has to know of
+        path = scope.get("path", "")
+        orders = path == parcels.SEND_ORDERS
+        body = await _read(receive, ORDERS_BYTES_MAX if orders else self.body_bytes_max())
+        if body is None:  # the caller would not end, or has gone: nothing that Flower has to know of
             await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
             return
         answer = await (self._pulled if path in PULLS else self._asked)(scope, body, receive)
+        if orders and answer and answer[0].get("status") == 200:
+            self.largest = max(self.largest, len(body))
         for event in answer:
             await send(event)
         if path in PUSHES:
@@ -119,15 +130,15 @@ async def _gone(receive: Channel) -> None:
         pass
 
 
-async def _read(receive: Channel) -> bytes | None:
-    """The whole body of a request; None if it did not come to its end within BODY_BYTES_MAX."""
+async def _read(receive: Channel, most: int) -> bytes | None:
+    """The whole body of a request; None if it did not come to its end within `most` bytes."""
     parts, size = list[bytes](), 0
-    while size <= BODY_BYTES_MAX:
+    while size <= most:
         event = await receive()
         if event["type"] != "http.request":
             break
         parts.append(event.get("body", b""))
         size += len(parts[-1])
-        if not event.get("more_body", False) and size <= BODY_BYTES_MAX:
+        if not event.get("more_body", False) and size <= most:
             return parts[0] if len(parts) == 1 else b"".join(parts)
     return None
