@@ -1,4 +1,5 @@
-"""What the docs say is what the programs do: reference pages equal the code, the README's tree the files, links their targets.
+"""What the docs say is what the programs do: reference pages equal the code, the tree of docs/house.md the files, links
+their targets.
 
 Four pages are made from the code, not by hand: commands.md from the programs' own help, configuration.md from the pydantic
 models, errors.md from the error tree, wire.md from the message classes and consortium.proto. After a change of any of these:
@@ -331,21 +332,24 @@ def wire_type(name: str, kind: type) -> str:
     return special[name] if name in special else plain[kind]
 
 
-# --- the README's tree
+# --- the tree of docs/house.md, and the rooms in the README
 
 
-def tree_in_readme() -> dict[str, str]:
-    """Path -> annotation of every file in the README's annotated tree."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split("```text tree\n", maxsplit=1)[1].split("```", maxsplit=1)[0]
+def tree_of_the_house() -> dict[str, str]:
+    """Path -> annotation of every file in the annotated tree."""
     found, folder = {}, ""
-    for line in block.splitlines():
+    for line in fence(ROOT / "docs" / "house.md", "tree").splitlines():
         name, _, said = line.strip().partition("  ")
         if not line.startswith(" "):
             folder = name
         else:
             found[folder + name] = said.strip()
     return found
+
+
+def fence(page: Path, kind: str) -> str:
+    """What stands in a page's fence of that kind."""
+    return page.read_text(encoding="utf-8").split(f"```text {kind}\n", maxsplit=1)[1].split("```", maxsplit=1)[0]
 
 
 def files_of_the_house() -> set[str]:
@@ -399,11 +403,21 @@ def test_every_command_and_argument_has_a_help_text() -> None:
                     assert said, f"{program} {name}: {parameter.name} has no help"
 
 
-def test_readme_tree_equals_the_files() -> None:
-    listed, there = tree_in_readme(), files_of_the_house()
-    assert sorted(set(listed) - there) == [], "the README lists files that are not there"
-    assert sorted(there - set(listed)) == [], "files that the README does not list"
+def test_the_tree_equals_the_files() -> None:
+    listed, there = tree_of_the_house(), files_of_the_house()
+    assert sorted(set(listed) - there) == [], "docs/house.md lists files that are not there"
+    assert sorted(there - set(listed)) == [], "files that docs/house.md does not list"
     assert all(listed.values()), "each file is annotated"
+
+
+def test_the_readme_names_each_room_and_is_two_screens() -> None:
+    rooms = dict(line.split(maxsplit=1) for line in fence(ROOT / "README.md", "rooms").splitlines())
+    assert set(rooms) == {f"{folder}/" for folder in (*FOLDERS, "tests")}
+    heads = [line for line in fence(ROOT / "docs" / "house.md", "tree").splitlines() if not line.startswith(" ")]
+    assert {name: said for name, said in rooms.items() if name != "tests/"} == dict(
+        line.split(maxsplit=1) for line in heads
+    ), "the README says of a room what docs/house.md says"
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
 
 
 def test_the_error_tree_is_drawn_completely() -> None:
