@@ -1,6 +1,6 @@
 # Isocenter. `make` alone lists what there is. Nothing is needed but make and Python 3.11 or 3.12.
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check bench acceptance docs sbom wheelhouse clean-room clean
+.PHONY: help env demo test check bench acceptance docs sbom wheelhouse clean-room pictures clean
 
 PYTHON := .venv/bin/python
 STAMP := .venv/.installed
@@ -53,6 +53,9 @@ wheelhouse: env ## a release folder to install from without a package index: dis
 
 clean-room: env ## play the three guides as printed, away from the checkout; writes clean-room.json
 	@$(PYTHON) deploy/clean_room.py
+
+pictures: env ## make the pictures of the guides anew (docs/pictures); needs chromium
+	@$(PYTHON) deploy/pictures.py
 
 clean: ## remove what the other targets made, the environment too
 	@rm -rf .venv demo build dist bench.json clean-room.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -2,8 +2,8 @@
 
     python deploy/wheelhouse.py [FOLDER]       (`make wheelhouse`: dist/isocenter-VERSION)
 
-It holds the wheel of this checkout and of every package that it needs, at exactly the versions of constraints.txt; requirements.txt
-with the SHA-256 of each; constraints.txt and the service files; and SHA256SUMS over all of them. Whoever compared the hash of
+It holds the wheel of this checkout and of every package that it needs, at the versions of constraints.txt; requirements.txt with
+the SHA-256 of each; constraints.txt and the service files; and SHA256SUMS over all of them. Whoever compared the hash of
 SHA256SUMS by another way has compared every byte. It installs on machines with the Python version, the operating system and the
 processor of the machine that made it.
 """
@@ -30,7 +30,9 @@ def main() -> None:
     make(folder)
     files = list(folder.iterdir())
     size = sum(path.stat().st_size for path in files) / 1e6
-    print(f"{folder}: {len(files)} files, {size:.0f} MB. Fingerprint, for the telephone:\n  {sha256(folder / 'SHA256SUMS')}")
+    print(
+        f"{folder}: {len(files)} files, {size:.0f} MB. Fingerprint, for the telephone:\n  {sha256(folder / 'SHA256SUMS')}"
+    )
 
 
 def make(folder: Path) -> None:
@@ -38,7 +40,9 @@ def make(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     build(folder)
-    (folder / "requirements.txt").write_text(requirements(folder, (ROOT / "constraints.txt").read_text("utf-8")), "utf-8")
+    (folder / "requirements.txt").write_text(
+        requirements(folder, (ROOT / "constraints.txt").read_text("utf-8")), "utf-8"
+    )
     for name in BESIDE:
         shutil.copy(ROOT / name, folder)
     (folder / "SHA256SUMS").write_text(sums(folder), encoding="utf-8")
@@ -54,7 +58,17 @@ def build(folder: Path) -> None:
             if (ROOT / name).is_file():
                 (copy / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, copy / name)
-        words = ["pip", "--quiet", "--quiet", "wheel", "--wheel-dir", str(folder), "--constraint", "constraints.txt", "."]
+        words = [
+            "pip",
+            "--quiet",
+            "--quiet",
+            "wheel",
+            "--wheel-dir",
+            str(folder),
+            "--constraint",
+            "constraints.txt",
+            ".",
+        ]
         subprocess.run([sys.executable, "-m", *words], cwd=copy, check=True)
 
 
