@@ -59,10 +59,10 @@ def take(stage: Stage, browser: str) -> None:
     stage.command("fl-study", "new", str(study), "--template", "phantoms")
     digest = stage.submit(study)
     for name in HOSPITALS:
+        site = str(stage.site(name))
+        draw("check", "fl-client check --home site", terminal("fl-client", "check", "--home", site), site)
         stage.approve(name, digest)
         stage.node(name)
-    alpine = str(stage.site("alpine"))
-    draw("check", "fl-client check --home site", terminal("fl-client", "check", "--home", alpine), alpine)
     home = str(stage.coordinator)
     stage.start("dashboard", "Dashboard: ", "fl-server", "dashboard", "--port", "0", "--home", home)
     address = re.search(r"http://\S+/", (stage.folder / "logs" / "dashboard.log").read_text(encoding="utf-8"))
@@ -129,7 +129,7 @@ def page(browser: str, address: str, name: str, size: tuple[int, int]) -> None:
     path = OUT / f"{name}.png"
     with tempfile.TemporaryDirectory() as profile:
         words = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        words += [f"--window-size={size[0]},{size[1]}", "--virtual-time-budget=4000", f"--screenshot={path}", address]
+        words += [f"--window-size={size[0]},{size[1]}", "--timeout=6000", f"--screenshot={path}", address]
         subprocess.run([browser, *words], check=True, capture_output=True, timeout=120)
     with Image.open(path) as taken:
         taken.convert("RGB").quantize(COLOURS).save(path, optimize=True)
