@@ -100,8 +100,10 @@ def test_a_unit_holds_no_privilege_and_writes_in_one_folder(name: str) -> None:
     assert unit["CapabilityBoundingSet"] == unit["AmbientCapabilities"] == ""
     assert unit["ProtectSystem"] == "strict" and unit["ReadWritePaths"] == "/srv/isocenter"
     assert unit["UMask"] == "0077" and unit["ProtectHome"] == "true"
-    # The node hides the keys from what trains in a mount namespace of its own user; nothing else is left open.
+    # What trains confines itself, and hides the keys in a mount namespace of its own user; nothing else is left open.
     assert unit["RestrictNamespaces"] == ("user mnt" if name == "fl-client" else "true")
+    calls = re.findall(r"^SystemCallFilter=(.*)$", UNITS[name].read_text(), re.MULTILINE)
+    assert calls == ["@system-service", "~@privileged", *(["@mount seccomp"] if name == "fl-client" else [])]
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")
