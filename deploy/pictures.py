@@ -66,15 +66,19 @@ def take(stage: Stage, browser: str) -> None:
     home = str(stage.coordinator)
     stage.start("dashboard", "Dashboard: ", "fl-server", "dashboard", "--port", "0", "--home", home)
     address = re.search(r"http://\S+/", (stage.folder / "logs" / "dashboard.log").read_text(encoding="utf-8"))
-    launched = re.search(r"Run (\S+)", stage.study("run", digest, "--detach"))
+    researcher = str(stage.researcher)
+    watched = stage.start("run", "Run ", "fl-study", "run", digest, "--home", researcher)
+    log = stage.folder / "logs" / "run.log"
+    launched = re.search(r"Run (\S+)", log.read_text(encoding="utf-8"))
     if launched is None or address is None:
         raise StageError("the run or the dashboard did not start")
     run_id = launched[1]
     wait_for_round(stage, run_id, 4)
     draw("sites", "fl-server sites --home consortium", terminal("fl-server", "sites", "--home", home), home)
     page(browser, f"{address[0]}runs/{run_id}", "dashboard", (1000, 900))
-    # As a pipe gets it: lines that stay, without the bar that moves.
-    draw("run", "fl-study run study.yaml --home me", stage.study("run", digest), str(stage.researcher))
+    watched.wait(WAIT_S)
+    # As a file gets it: lines that stay, without the bar that moves.
+    draw("run", "fl-study run study.yaml --home me", log.read_text(encoding="utf-8"), researcher)
     report = stage.folder / "report"
     stage.study("report", digest, "--out", str(report))
     page(browser, (report / "report.html").as_uri(), "report", (900, 1000))
