@@ -76,6 +76,7 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
     superlink = Doorbell(Parcels(flower))
     server = _Server(uvicorn.Config(superlink, log_config=None, access_log=False))
     gateway = Gateway(superlink, ca, roster_of(home), home.journal.append, limits, home.roster.tell)
+    gateway.body_bytes_max = superlink.body_bytes_max
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -223,7 +224,7 @@ def hooks(home: Home, port: int) -> consortium.Hooks:
             if facts["digest"] == digest and facts["state"] in ("queued", "running"):
                 raise RunError(
                     f"run {facts['run_id']} of this study is {facts['label']}",
-                    remedy="Watch it with `fl-study run --watch`.",
+                    remedy="Watch it with `fl-study watch RUN`.",
                 )
             if facts["digest"] == digest and facts["state"] == "stopped":
                 raise RunStopped(f"run {facts['run_id']} of this study was stopped by the coordinator")
