@@ -227,17 +227,16 @@ class Room:
 
 
 def counted(room: Room) -> Iterator[dict[str, object]]:
-    """Of each kind of person: commands, words to fill in, questions, and seconds by section."""
+    """Of each kind of person: words to fill in, questions, and commands and seconds by section."""
     for name in ("alpine", "coordinator", "researcher"):
         person = room.persons[name]
-        seconds: dict[str, float] = {}
+        parts: dict[str, dict[str, float]] = {}
         for title, _, took in person.typed:
-            seconds[title] = round(seconds.get(title, 0) + took, 1)
+            part = parts.setdefault(title, {"commands": 0, "seconds": 0.0})
+            part["commands"] += 1
+            part["seconds"] = round(part["seconds"] + took, 1)
         words = sorted(person.words)
-        yield {
-            "guide": f"docs/{GUIDES[name]}.md", "commands": len(person.typed), "words": words, "questions": person.answers,
-            "decisions": len(words) + person.answers, "seconds": seconds,
-        }  # fmt: skip
+        yield {"guide": f"docs/{GUIDES[name]}.md", "words": words, "questions": person.answers, "sections": parts}
 
 
 def invited_to_ready(room: Room) -> float:

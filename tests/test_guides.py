@@ -59,6 +59,24 @@ def test_hospital_and_coordinator_install_with_the_same_commands() -> None:
     assert clean_room.sections("site-it")["Install"] == clean_room.sections("coordinator")["Install"]
 
 
+def test_the_counts_in_the_benchmarks_are_those_of_the_guides() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    number = {guide: {title: len(lines) for title, lines in clean_room.sections(guide).items()} for guide in GUIDES}
+    node = sum(number["site-it"][title] for title in ("Install", "Join", "Point it at your images", "Decide", "Run"))
+    phantoms = [
+        line for line in clean_room.sections("site-it")["Point it at your images"] if not line.startswith("fl-client")
+    ]
+    phantoms += [line for line in clean_room.sections("site-it")["Point it at your images"] if "phantom" in line]
+    coordinator = number["coordinator"]
+    once = coordinator["Install"] + coordinator["Found the consortium"]
+    model = once + sum(coordinator[title] for title in ("Invite", "Watch", "Release"))
+    assert f"| hospital, to the running node | {node} |" in text
+    assert f"| coordinator, to the published model | {model} |" in text
+    assert f"| researcher, to the released model | {sum(number['researcher'].values())} |" in text
+    assert f"| {node}, or {node - len(phantoms)} with images of its own |" in text
+    assert f"| the release folder, one line | {once}, and 1 |" in text
+
+
 # The room ------------------------------------------------------------------------------------------------------------
 
 
