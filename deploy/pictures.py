@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 from demo import HOSPITALS
-from PIL import Image
 from rich._export_format import CONSOLE_SVG_FORMAT
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
@@ -30,7 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "pictures"
 COLUMNS = 80
 PATIENTS = 100
-COLOURS = 96
 WAIT_S = 900
 
 
@@ -74,8 +72,8 @@ def take(stage: Stage, browser: str) -> None:
         raise StageError("the run or the dashboard did not start")
     run_id = launched[1]
     wait_for_round(stage, run_id, 4)
-    draw("sites", "fl-server sites --home consortium", terminal("fl-server", "sites", "--home", home), home)
     page(browser, f"{address[0]}runs/{run_id}", "dashboard", (1000, 900))
+    draw("sites", "fl-server sites --home consortium", terminal("fl-server", "sites", "--home", home), home)
     watched.wait(WAIT_S)
     # As a file gets it: lines that stay, without the bar that moves.
     draw("run", "fl-study run study.yaml --home me", log.read_text(encoding="utf-8"), researcher)
@@ -129,14 +127,12 @@ def draw(name: str, command: str, printed: str, home: str) -> None:
 
 
 def page(browser: str, address: str, name: str, size: tuple[int, int]) -> None:
-    """The top of a page as PNG, in few colours, so that it stays small."""
+    """The top of a page as PNG."""
     path = OUT / f"{name}.png"
     with tempfile.TemporaryDirectory() as profile:
         words = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
         words += [f"--window-size={size[0]},{size[1]}", "--timeout=6000", f"--screenshot={path}", address]
         subprocess.run([browser, *words], check=True, capture_output=True, timeout=120)
-    with Image.open(path) as taken:
-        taken.convert("RGB").quantize(COLOURS).save(path, optimize=True)
 
 
 if __name__ == "__main__":
