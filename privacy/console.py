@@ -3,12 +3,14 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 
 import typer
 from rich.console import Console
 
+from privacy import screen
 from privacy.errors import IsocenterError
 
 PACKAGES = ("fl_server", "fl_client", "models", "privacy")
@@ -30,6 +32,15 @@ def run(app: typer.Typer) -> None:
             IsocenterError(f"{where}{error.strerror or error}", remedy="Check the path, its owner and the free space.")
         )
         sys.exit(1)
+
+
+def begin(context: typer.Context, steps: Callable[[Path], Iterable[str]]) -> None:
+    """Of a command without arguments: what to do next, as `steps` finds it in the current folder, above the list of commands."""
+    if context.invoked_subcommand is not None:
+        return
+    for sentence in steps(Path()):
+        screen.say(sentence, "bold")
+    typer.echo(context.get_help(), nl=False)
 
 
 def show(error: IsocenterError) -> None:
