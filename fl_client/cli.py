@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fl_client import archive_cli, data_cli, enrol, evaluate_cli, export_cli, next_step, standing
+from fl_client import archive_cli, data_cli, doctor_cli, enrol, evaluate_cli, export_cli, next_step, standing
 from fl_client.consent import consents, find_consent
 from fl_client.policy import Pause
 from fl_client.site import Site
@@ -21,7 +21,7 @@ from models.questions import Counting
 from models.study import Regression, Study
 from privacy import crash_cli, heads, journal_cli, keys, logs, screen
 from privacy.calls import Enrolment
-from privacy.console import begin, show_version
+from privacy.console import ProxyPassword, ProxyUrl, ProxyUser, begin, proxy_of, show_version
 from privacy.console import run as run_command
 from privacy.deidentify import guarded
 from privacy.errors import DataError, TrustError
@@ -56,14 +56,19 @@ def _root(
 
 @app.command(rich_help_panel=JOIN)
 def join(
-    line: Annotated[str, typer.Argument(help="The line that the coordinator sent you.")], home: Home = Path()
+    line: Annotated[str, typer.Argument(help="The line that the coordinator sent you.")],
+    home: Home = Path(),
+    proxy: ProxyUrl = None,
+    proxy_user: ProxyUser = None,
+    proxy_password_file: ProxyPassword = None,
 ) -> None:
     """Join a consortium. The key is made here and never leaves; a commented site.yaml is written."""
-    enrolment = enrol.join(line, home)
+    enrolment = enrol.join(line, home, proxy_of(proxy, proxy_user, proxy_password_file))
     console.print(f"Joined as site {enrolment.name}.")
     console.print(f"Next: describe your images in {home / 'site.yaml'}, then run: fl-client ingest")
 
 
+app.command(rich_help_panel=TRY)(doctor_cli.doctor)
 app.command(rich_help_panel=IMAGES)(archive_cli.fetch)
 app.command(rich_help_panel=IMAGES)(data_cli.ingest)
 app.command(rich_help_panel=IMAGES)(data_cli.quarantine)

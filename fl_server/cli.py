@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from fl_server import next_step, published_cli, runs_cli, weights_cli
+from fl_server import doctor_cli, next_step, published_cli, runs_cli, weights_cli
 from fl_server.roster import Home, Party
 from fl_server.settings import ServerFile
 from fl_server.standings import Told
@@ -229,6 +229,7 @@ def accept(
 
 
 runs_cli.add_to(app, SERVE)
+app.command("doctor", rich_help_panel=WATCH)(doctor_cli.coordinator)
 published_cli.add_to(app, MODELS)
 
 

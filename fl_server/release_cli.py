@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fl_server import researcher
 from models import catalogue_cli
 from models.registry import Package
 from privacy import calls, keys, screen
@@ -56,7 +57,7 @@ def add_to(app: typer.Typer, run_id_of: Callable[[calls.Caller, str], str], pane
         coordinator = keys.load_public((home / "keys" / "coordinator.pem").read_bytes())
         with (
             screen.busy("packing the model"),
-            calls.Caller.open(home / "keys") as caller,
+            researcher.open_caller(home) as caller,
             tempfile.TemporaryDirectory() as scratch,
         ):
             caller.results(run_id_of(caller, run_id), Path(scratch))
@@ -72,7 +73,7 @@ def add_to(app: typer.Typer, run_id_of: Callable[[calls.Caller, str], str], pane
         _line(f"Released {path}, SHA-256 {package.sha256}")
         _line(f"Signed by {keys.grouped(package.signer)}: tell this fingerprint to those who use it.")
 
-    catalogue_cli.add_to(app, lambda home: calls.Caller.open(home / "keys"), panel=panel)
+    catalogue_cli.add_to(app, researcher.open_caller, panel=panel)
     for command in (verify, predict, export):
         app.command(rich_help_panel=panel)(command)
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fl_server import next_step, release_cli, summary, weights_cli
+from fl_server import doctor_cli, next_step, release_cli, researcher, summary, weights_cli
 from fl_server.telling import follow, progress
 from models.questions import Counting
 from models.study import Study, read
 from privacy import calls, screen
-from privacy.console import begin, show_version
+from privacy.console import ProxyPassword, ProxyUrl, ProxyUser, begin, proxy_of, show_version
 from privacy.console import run as run_command
 from privacy.errors import DocumentError, RunUnknown, StudyConflict
 from privacy.screen import Screen
@@ -216,17 +216,23 @@ def _count(text: str) -> tuple[str, int]:
 def join(
     line: Annotated[str, typer.Argument(help="The line from `fl-server invite NAME --researcher`.")],
     home: Home = Path(),
+    proxy: ProxyUrl = None,
+    proxy_user: ProxyUser = None,
+    proxy_password_file: ProxyPassword = None,
 ) -> None:
     """Join a consortium as a researcher; your key is made here and never leaves."""
-    enrolment = calls.join(line, home / "keys", role="researcher")
+    enrolment = researcher.join(line, home, proxy_of(proxy, proxy_user, proxy_password_file))
     console.print(f"Joined as researcher {enrolment.name}. Next: fl-study new study.yaml")
+
+
+app.command("doctor", rich_help_panel=TOGETHER)(doctor_cli.researcher)
 
 
 @app.command(rich_help_panel=TOGETHER)
 def submit(file: StudyFile, home: Home = Path()) -> None:
     """Fill in the keys of a study's sites, sign it, and offer it to them."""
     study = _read_study(file)
-    with screen.busy("handing the study in"), calls.Caller.open(home / "keys") as caller:
+    with screen.busy("handing the study in"), researcher.open_caller(home) as caller:
         study = _with_keys(study, *caller.roster(study.all_sites))
         caller.submit(study.canonical())
     digest = study.digest
@@ -260,7 +266,7 @@ def _with_keys(study: Study, roster: dict[str, str], aggregator: str) -> Study:
 @app.command(rich_help_panel=TOGETHER)
 def studies(home: Home = Path(), as_json: AsJson = False) -> None:
     """List your studies, who approved them, and their runs."""
-    with calls.Caller.open(home / "keys") as caller:
+    with researcher.open_caller(home) as caller:
         found = caller.studies()
     if as_json:
         print(json.dumps([_study_facts(state) for state in found]))
@@ -295,7 +301,7 @@ def run(
     ] = False,
 ) -> None:
     """Launch a study once enough sites approved it, and watch it with a progress bar."""
-    with calls.Caller.open(home / "keys") as caller:
+    with researcher.open_caller(home) as caller:
         run_id = caller.launch(_digest(caller, study))
         console.print(f"Run {run_id}", highlight=False)
         if not detach:
@@ -310,7 +316,7 @@ def watch(
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as one line of JSON.")] = False,
 ) -> None:
     """Watch a run from its beginning until it ends."""
-    with calls.Caller.open(home / "keys") as caller:
+    with researcher.open_caller(home) as caller:
         if as_json:
             for _, text in caller.watch(run_id):
                 typer.echo(text)
@@ -346,7 +352,7 @@ def report(
 def _results(home: Path, run_id: str, out: Path) -> dict[str, Any]:
     """results.json of a finished run, which is stored in the folder `out` with the run's other files."""
     out.mkdir(parents=True, exist_ok=True)
-    with screen.busy("fetching the results"), calls.Caller.open(home / "keys") as caller:
+    with screen.busy("fetching the results"), researcher.open_caller(home) as caller:
         files = caller.results(_run_id(caller, run_id), out)
     results = next((file for file in files if file.name == "results.json"), None)
     if results is None:

@@ -117,7 +117,7 @@ def facts(rows: Iterable[tuple[str, str]], console: Console | None = None) -> No
 
 def finding(mark: str, colour: str, subject: str, sentence: str) -> None:
     """One line of a check: a mark, what was looked at, and what was found."""
-    _beside(Screen(), Text.assemble((mark.ljust(5), colour), subject.ljust(13)), sentence)
+    _beside(Screen(), Text.assemble((mark.ljust(8), colour), subject.ljust(14)), sentence)
 
 
 def _beside(screen: Console, head: Text, text: str) -> None:

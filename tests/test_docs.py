@@ -31,6 +31,7 @@ from fl_client.sources import Reason  # noqa: E402
 from fl_server import cli as server_cli  # noqa: E402
 from fl_server import consortium  # noqa: E402
 from fl_server import research as research_cli  # noqa: E402
+from fl_server.researcher import ResearcherFile  # noqa: E402
 from fl_server.settings import ServerFile  # noqa: E402
 from models.study import Document, Study  # noqa: E402
 from privacy import consortium_pb2, errors, wire  # noqa: E402
@@ -44,6 +45,7 @@ DOCUMENTS: dict[str, tuple[type[Document], str]] = {
     "study.yaml": (Study, "the researcher"),
     "site.yaml": (SiteFile, "the hospital; it never leaves it"),
     "server.yaml": (ServerFile, "the coordinator"),
+    "researcher.yaml": (ResearcherFile, "the researcher; there only where a proxy leads out"),
 }
 GENERATED = "<!-- Made from the code by `python tests/test_docs.py --write`; change the code, not this page. -->"
 SCREEN = {
@@ -113,7 +115,7 @@ def configuration_page() -> str:
     parts = [
         GENERATED,
         "# Configuration",
-        "Three YAML files, three owners. An unknown key, a wrong type or a value out of range is an error that names file, "
+        "Four YAML files, three owners. An unknown key, a wrong type or a value out of range is an error that names file, "
         "line and the nearest known key. There are no other settings and no environment variables. A *name* is lower case "
         f"and short (`{NAME_PATTERN}`), so it is never a path or a person.",
     ]
@@ -374,7 +376,8 @@ def test_reference_pages_equal_the_code(name: str) -> None:
 def test_the_console_scripts_print_the_documented_help(program: str) -> None:
     """In a process of its own, through the entry that pyproject.toml names: nothing is imported that a user lacks."""
     module = PROGRAMS[program][1]
-    entry = f"import sys; from {module} import main; sys.argv = [{program!r}, '--help']; main()"
+    begin = program.replace("-", "_")
+    entry = f"import sys; from isocenter import {begin}; sys.argv = [{program!r}, '--help']; {begin}()"
     environment = {**os.environ, **SCREEN}
     ran = subprocess.run(
         [sys.executable, "-c", entry],
@@ -389,7 +392,8 @@ def test_the_console_scripts_print_the_documented_help(program: str) -> None:
     printed = "\n".join(line.rstrip() for line in ran.stdout.strip("\n").splitlines()).strip()
     assert fenced(printed) in (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     scripts = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'{program} = "{module}:main"' in scripts
+    assert f'{program} = "isocenter:{begin}"' in scripts
+    assert f'_begin("{module}")' in (ROOT / "isocenter.py").read_text(encoding="utf-8")
 
 
 def test_every_command_and_argument_has_a_help_text() -> None:

@@ -39,6 +39,7 @@ READS: dict[str, tuple[str, ...]] = {
     "fl-client check": (),
     "fl-client studies": (),
     "fl-client rules": (),
+    "fl-client doctor": (),
     "fl-client egress": (),
     "fl-client budget": (),
     "fl-client models": (),
@@ -47,6 +48,7 @@ READS: dict[str, tuple[str, ...]] = {
     "fl-client crash list": (),
     "fl-client crash show": (),
     "fl-server sites": (),
+    "fl-server doctor": (),
     "fl-server requests": (),
     "fl-server runs": (),
     "fl-server show": ("RUN",),
@@ -59,6 +61,7 @@ READS: dict[str, tuple[str, ...]] = {
     "fl-study new": ("x.yaml", "--list"),
     "fl-study check": ("STUDY",),
     "fl-study plan": ("PRIVATE",),
+    "fl-study doctor": (),
     "fl-study studies": (),
     "fl-study models": (),
 }
