@@ -13,6 +13,12 @@ SUBJECT_WIDTH = 14
 
 def report(checks: Sequence[Check], as_json: bool) -> None:
     """Look, and show what was found. Raises typer.Exit with code 1 if something is trouble."""
+    if show(checks, as_json):
+        raise typer.Exit(1)
+
+
+def show(checks: Sequence[Check], as_json: bool) -> int:
+    """Look, and show what was found; how much of it is trouble."""
     screen = Console(stderr=True)
     with screen.status("looking ...") as status:
 
@@ -33,5 +39,4 @@ def report(checks: Sequence[Check], as_json: bool) -> None:
         advice = sum(each.state == "advice" for each in findings)
         said = f"{trouble} in trouble, {advice} to look at." if trouble or advice else "Nothing is in the way."
         console.print(said, style=COLOURS["trouble" if trouble else "advice" if advice else "ok"])
-    if trouble:
-        raise typer.Exit(1)
+    return trouble
