@@ -272,9 +272,8 @@ class Site:
         order.verify(self.coordinator)
         study = approved(self.home, order.study, self.coordinator)
         self.check_policy(study)
-        part = study.participation
-        if self.name not in (part.sites if isinstance(order, TrainOrder) else study.all_sites):
-            raise StudyNotApproved(f"the study does not name {self.name} for {order.kind}")
+        if self.name not in (study.asked(order.round) if isinstance(order, TrainOrder) else study.all_sites):
+            raise StudyNotApproved(f"the study does not name {self.name} for {order.kind} in round {order.round}")
         # Where nothing is trained, what is evaluated is called round 1.
         if order.round > max(1, study.training.rounds) or (isinstance(order, TrainOrder) and not study.training.rounds):
             raise PolicyForbids(f"round {order.round} of a study of {study.training.rounds} rounds")

@@ -25,7 +25,11 @@ CALLERS_MAX = (
     10_000  # whoever is remembered passed the gateway's TLS; more than this are forgotten, and only ask once more
 )
 CALLER_HEADERS = (b"flwr-public-key", b"flwr-task-token")
-BODY_BYTES_MAX = 256 * 1024 * 1024  # nine times the weights of the largest network offered (28 MB), as one object
+BODY_BYTES_MAX = 256 * 1024 * 1024  # of a request, as long as no study needs more
+ORDERS_BYTES_MAX = (
+    2**30 + BODY_BYTES_MAX
+)  # on loopback only: the largest model of `privacy.wire`, and what goes with it
+BESIDE_BYTES = 64 * 1024 * 1024  # of a report beside its values: counts are 8 MiB at most
 
 
 class Bell:
@@ -56,6 +60,11 @@ class Doorbell:
         self.bells = {ORDERS: Bell(), REPORTS: Bell()}
         self.empty_at: dict[tuple[str, bytes], int] = {}
         """(path, caller) -> count of the bell before that caller's last empty pull."""
+        self.largest = 0  # body of orders that Flower took, in bytes
+
+    def body_bytes_max(self) -> int:
+        """Bytes of a request from outside: room for a report about the largest orders so far, 8 bytes for 4 of the model's."""
+        return max(BODY_BYTES_MAX, 2 * self.largest + BESIDE_BYTES if self.largest else 0)
 
     async def __call__(self, scope: Scope, receive: Channel, send: Channel) -> None:
         path = scope.get("path", "")
@@ -87,7 +96,9 @@ class Doorbell:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return False
-        body, answer = await _read(receive), list[MutableMapping[str, Any]]()
+        orders = scope["path"] == parcels.SEND_ORDERS
+        body = await _read(receive, ORDERS_BYTES_MAX if orders else self.body_bytes_max())
+        answer, size = list[MutableMapping[str, Any]](), sum(len(event["body"]) for event in body)
         if not body:  # the caller would not end, or has gone and reads no answer: nothing that Flower has to know of
             await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
@@ -103,21 +114,23 @@ class Doorbell:
             answer.append(event)
 
         await self.app(scope, read, keep)
+        if orders and answer and answer[0].get("status") == 200:
+            self.largest = max(self.largest, size)
         for event in answer:
             await send(event)
         return any(event.get("body") for event in answer)
 
 
-async def _read(receive: Channel) -> list[MutableMapping[str, Any]]:
-    """The whole body of a request as one event; none if it did not come to its end within BODY_BYTES_MAX."""
+async def _read(receive: Channel, most: int) -> list[MutableMapping[str, Any]]:
+    """The whole body of a request as one event; none if it did not come to its end within `most` bytes."""
     parts, size = list[bytes](), 0
-    while size <= BODY_BYTES_MAX:
+    while size <= most:
         event = await receive()
         if event["type"] != "http.request":
             break
         parts.append(event.get("body", b""))
         size += len(parts[-1])
-        if not event.get("more_body", False) and size <= BODY_BYTES_MAX:
+        if not event.get("more_body", False) and size <= most:
             return [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
     return []
 

@@ -76,6 +76,7 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
     superlink = Doorbell(Parcels(flower))
     server = _Server(uvicorn.Config(superlink, log_config=None, access_log=False))
     gateway = Gateway(superlink, ca, roster_of(home), home.journal.append, limits, home.roster.tell)
+    gateway.body_bytes_max = superlink.body_bytes_max
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -24,7 +24,12 @@ _MEDIA = "application/octet-stream"
 
 def pack(parts: Sequence[bytes]) -> bytes:
     """One body that holds `parts`."""
-    return b"".join([struct.pack(f">I{len(parts)}Q", len(parts), *map(len, parts)), *parts])
+    return b"".join(pieces(parts))
+
+
+def pieces(parts: Sequence[bytes]) -> list[bytes]:
+    """What joined is the body that holds `parts`, without a copy of any of them."""
+    return [struct.pack(f">I{len(parts)}Q", len(parts), *map(len, parts)), *parts]
 
 
 def unpack(body: bytes) -> list[bytes]:

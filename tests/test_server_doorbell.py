@@ -19,12 +19,13 @@ class Flower:
     def __init__(self) -> None:
         self.answers: dict[str, bytes] = {}
         self.bodies: list[bytes] = []
+        self.status = 200
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         event = await receive()
         self.bodies.append(event.get("body", b""))
         await asyncio.sleep(0.005)
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
         await send({"type": "http.response.body", "body": self.answers.get(scope["path"], b"")})
 
 
@@ -163,6 +164,36 @@ def test_a_body_without_end_is_not_kept_in_memory(monkeypatch: pytest.MonkeyPatc
     assert read == 1100 and statuses == [413] and flower.bodies == []
     for size, reached in ((1000, 1), (1001, 1)):
         asyncio.run(call(Doorbell(flower), "/v1/fleet/send", parts=(b"x" * size,)))
+        assert len(flower.bodies) == reached
+
+
+def test_a_report_about_a_large_model_is_as_large_as_the_study_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doorbell, "BODY_BYTES_MAX", 1000)
+    monkeypatch.setattr(doorbell, "BESIDE_BYTES", 10)
+    flower = Flower()
+    app = Doorbell(flower)
+    assert app.body_bytes_max() == 1000
+    asyncio.run(call(app, "/v1/fleet/send", parts=(b"x" * 3000,)))  # from outside, before such a model was sent
+    assert (flower.bodies, app.body_bytes_max()) == ([], 1000)
+    flower.status = 401  # of somebody without the token of a run
+    asyncio.run(call(app, "/v1/runtime/send", parts=(b"x" * 1500,)))
+    assert app.body_bytes_max() == 1000
+    flower.status = 200
+    asyncio.run(call(app, "/v1/runtime/send", parts=(b"x" * 1500,)))
+    assert app.body_bytes_max() == 2 * 1500 + 10  # 64 bits of each of the model's 32, and counts
+    flower.bodies.clear()
+    for size, reached in ((3010, 1), (3011, 1)):
+        asyncio.run(call(app, "/v1/fleet/send", parts=(b"x" * size,)))
+        assert len(flower.bodies) == reached
+    asyncio.run(call(app, "/v1/runtime/send", parts=(b"x",)))
+    assert app.body_bytes_max() == 3010  # reports about the orders before may be under way
+
+
+def test_orders_end_where_the_largest_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doorbell, "ORDERS_BYTES_MAX", 2000)
+    flower = Flower()
+    for size, reached in ((2000, 1), (2001, 1)):
+        asyncio.run(call(Doorbell(flower), "/v1/runtime/send", parts=(b"x" * size,)))
         assert len(flower.bodies) == reached
 
 

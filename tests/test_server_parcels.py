@@ -1,5 +1,6 @@
 """Orders and reports as parcels, through Flower's own SuperLink on loopback: whole or not at all, and only one's own."""
 
+import asyncio
 import base64
 import threading
 import time
@@ -124,6 +125,24 @@ def test_a_model_for_several_sites_goes_to_the_superlink_once(post: Post) -> Non
     post.order(0, 1, content=b"m" * 100_000)
     assert 100_000 < post.asked[0][1] < 110_000
     assert [post.received(site).content["isocenter"]["model"] for site in (0, 1)] == [b"m" * 100_000] * 2
+
+
+def test_a_model_for_several_sites_is_in_memory_once(post: Post) -> None:
+    """What is kept of an answer until a slow site has taken it: views of the one copy that Flower's store has."""
+    stored = b"model" * 1000
+    heads = [server.parcels.pieces([b"call", stored]) for _ in range(8)]
+    held, order = list[Any](), list[bytes]()
+
+    async def send(event: Any) -> None:
+        held.append(event.get("body", b""))
+
+    for pieces in heads:
+        asyncio.run(server._answer(send, pieces))
+    views = [body for body in held if len(body) == len(stored)]
+    assert len(views) == 8 and all(body.obj is stored for body in views)
+    post.order(0, 1, content=stored * 200)  # more than one piece
+    order += [bytes(post.received(site).content["isocenter"]["model"]) for site in (0, 1)]
+    assert order == [stored * 200] * 2
 
 
 def test_reports_are_handed_out_as_they_come(post: Post) -> None:
