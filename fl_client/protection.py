@@ -68,7 +68,7 @@ class Vault:
     def begin(self, site: Site, study: Study, order: WorkOrder, parameters: int) -> "Sending":
         """Get ready to send one contribution. Masks are added up in the background while the site works on it."""
         kind = kind_of(order)
-        named = study.participation.sites if kind == "train" else study.all_sites
+        named = study.asked(order.round) if kind == "train" else study.all_sites
         encoding = Encoding(
             values=values_of(study, kind, parameters),
             counts=count_of(study, kind),

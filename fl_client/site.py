@@ -57,6 +57,7 @@ from privacy.errors import (
 from privacy.journal import Journal
 from privacy.logs import LogFiles
 from privacy.noise import GRID_BITS
+from privacy.reach import Proxy, Way
 from privacy.sharing import Encoding
 from privacy.syslog import TargetText
 from privacy.tracing import Traces
@@ -95,6 +96,11 @@ class Coordinator(Document):
 
     gateway: str = Field(pattern=r"^[^\s:]+:\d+$", description="host:port for training")
     service: str = Field(pattern=r"^[^\s:]+:\d+$", description="host:port for joining, studies and results")
+    proxy: Proxy | None = Field(default=None, description="the only way out; without it connections are direct")
+
+    def way(self, home: Path) -> Way | None:
+        """The way to both ports. Raises what reading the proxy's password raises."""
+        return self.proxy.way(home) if self.proxy else None
 
 
 class MaskMap(Document):
@@ -266,9 +272,8 @@ class Site:
         order.verify(self.coordinator)
         study = approved(self.home, order.study, self.coordinator)
         self.check_policy(study)
-        part = study.participation
-        if self.name not in (part.sites if isinstance(order, TrainOrder) else study.all_sites):
-            raise StudyNotApproved(f"the study does not name {self.name} for {order.kind}")
+        if self.name not in (study.asked(order.round) if isinstance(order, TrainOrder) else study.all_sites):
+            raise StudyNotApproved(f"the study does not name {self.name} for {order.kind} in round {order.round}")
         # Where nothing is trained, what is evaluated is called round 1.
         if order.round > max(1, study.training.rounds) or (isinstance(order, TrainOrder) and not study.training.rounds):
             raise PolicyForbids(f"round {order.round} of a study of {study.training.rounds} rounds")

@@ -152,7 +152,8 @@ class Summing:
         self.parties, self.runs = home.roster, home.runs
         self.signing, self.aggregator = home.coordinator_key, home.aggregator_key
         self.number = 0  # of the last sum; counted anew in each attempt
-        self.offline: dict[str, str] = {}
+        self.offline: dict[str, str] = {}  # of the sites of this sum
+        self.away: dict[str, str] = {}  # of all sites, when they were asked last
         self.timeout_s = timeout_of(run.study)
         self.pace = Pace(self.timeout_s)
         self.exchange: Gathering | None = None  # the last one
@@ -192,10 +193,12 @@ class Summing:
 
     def _choose(self, task: Task, without: Iterable[str] = ()) -> Nodes:
         usable = {site: node for site, node in task.sites.items() if site not in without}
+        before = {site: why for site, why in self.away.items() if site not in usable}
         ready = choose(
-            Heeding(self.grid, self.run), usable, task.least, self.timeout_s, self.tell, frozenset(self.offline)
+            Heeding(self.grid, self.run), usable, task.least, self.timeout_s, self.tell, frozenset(self.away)
         )
         self.offline = {name: "offline" for name in usable if name not in ready}
+        self.away = before | self.offline
         for name in self.offline:
             self.pace.forget(name)
         return ready
@@ -295,8 +298,8 @@ class OpenSumming(Summing):
         ready, arrivals = self._choose(task), Arrivals()
         self.number += 1
         order = self._work_order(task, (), b"")
-        named = self.study.participation.sites if task.name == "train" else self.study.all_sites
-        encoding = self._encoding(task, len(named))
+        most = self.study.sum_sites if task.name == "train" else len(self.study.all_sites)
+        encoding = self._encoding(task, most)
         total, alone = encoding.zeros(), dict[str, Contribution]()
         gathering = self._gather({site: Call(order, node) for site, node in ready.items()}, order.kind)
         for site, report in gathering.reports():
@@ -360,7 +363,7 @@ class MaskedSumming(Summing):
         following = None if task.afterwards is None else self._aggregator(self.number + 1)
         calls |= self._invitations(task, calls)
         absent = {site: self.refused.get(site, "joining") for site in ready if site not in participants}
-        gathering, arrivals = self._collect(calls, current, following, encoding)
+        gathering, arrivals = self._collect(task, calls, current, following, encoding)
         current.close_vectors()
         opened = self._unmask(task, current, following, {site: call.node for site, call in calls.items()})
         missing = self.offline | absent | gathering.missing | self.expelled
@@ -408,7 +411,12 @@ class MaskedSumming(Summing):
         }
 
     def _collect(
-        self, calls: dict[str, Call], current: Aggregator, following: Aggregator | None, encoding: Encoding
+        self,
+        task: Task,
+        calls: dict[str, Call],
+        current: Aggregator,
+        following: Aggregator | None,
+        encoding: Encoding,
     ) -> tuple[Gathering, Arrivals]:
         """The first exchange: masked vectors, and keys of the next sum."""
         arrivals, stage, self.refused = Arrivals(), next(iter(calls.values())).order.kind, {}
@@ -419,7 +427,8 @@ class MaskedSumming(Summing):
                 if isinstance(report, WorkReport):
                     current.add_vector(site, encoding.vector_of(report.vector), report.vouch)
                     arrivals.add(site, report, self.tell)
-            if following is not None and isinstance(report, WorkReport | KeysReport):
+            wanted = task.afterwards is not None and site in task.afterwards  # others were asked by the same order
+            if following is not None and wanted and isinstance(report, WorkReport | KeysReport):
                 try:
                     following.add_keys(site, report.keys)
                 except (ProtectionError, MessageMalformed) as error:
@@ -525,7 +534,7 @@ def _narrow(study: Study, total: Total, scale: int) -> int:
     if total.clipped:
         little = total.clipped * CLIPPED_PART <= len(total.contributors) * total.mean.update.size
         return max(-SCALE_MAX, scale - (1 if little else 4))
-    sites = len(study.participation.sites)
+    sites = study.sum_sites
     safe = _fitting(study, math.ldexp(total.peak, 1 - max(0, (sites.bit_length() - 3) // 2)))
     finest = _fitting(study, min(2.0, 8 / sites) * total.peak)
     return max(safe, min(finest, scale + 1))
@@ -533,8 +542,7 @@ def _narrow(study: Study, total: Total, scale: int) -> int:
 
 def _fitting(study: Study, largest: float, bits: Literal[16, 24, 32, 64] | None = None) -> int:
     """The largest power of two that `largest`, times two to it, fits with: found without a rounding."""
-    sites = len(study.participation.sites)
-    limit = Encoding(values=0, counts=0, bits=bits or study.encoding_bits, scale=0, sites=sites).limit
+    limit = Encoding(values=0, counts=0, bits=bits or study.encoding_bits, scale=0, sites=study.sum_sites).limit
     scale = limit.bit_length() - math.frexp(largest)[1]
     if math.ldexp(largest, scale) > limit:
         scale -= 1

@@ -48,8 +48,8 @@ def _ingested(name: str) -> Path:
     folder = tempfile.mkdtemp(prefix="isocenter-hospital-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     home = Path(folder) / name
-    prepare(home, name, None, (16, len(name)), COORDINATOR.public_key())
-    text = (home / "site.yaml").read_text().replace("minimum_patients: 10", "minimum_patients: 2")
+    prepare(home, name, (16, len(name)), COORDINATOR.public_key())
+    text = (home / "site.yaml").read_text().replace("minimum_patients: 1\n", "minimum_patients: 2\n")
     (home / "site.yaml").write_text(text)
     return home
 

@@ -48,6 +48,8 @@ FLWR_DOORS = {
     "fl_server/rounds.py",
     "fl_server/sums.py",  # hands rounds.py the Grid, and asks it who is online
     "fl_server/simulation.py",
+    "fl_server/crew.py",  # its grids
+    "fl_client/rehearsal.py",  # the ClientApp of a simulation, and its messages as bytes
     "fl_client/app.py",
     "fl_client/node.py",
     "fl_client/orders.py",
