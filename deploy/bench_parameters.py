@@ -97,11 +97,7 @@ def coordinator(made: Half, encoding: Any, model: Any) -> None:
     from privacy import wire
     from privacy.sharing import add_masks
 
-    order = made.timed("sign", lambda: _order(model))
-    made.timed("sign", order.body)
-    body = made.timed("send", lambda: _packed(order.to_records()))
-    made.sent_bytes = len(body) * SITES
-    del body, order
+    _give_out(made, model)
     total = encoding.zeros()
     for _ in range(SITES):
         words = encoding.encode(model, 1, np.zeros(COUNTS, np.int64))
@@ -109,10 +105,8 @@ def coordinator(made: Half, encoding: Any, model: Any) -> None:
         report = wire.TrainReport(**_naming(), site="alpine", seconds=1.0, vector=packed, vouch=b"", keys=b"")
         sent = _packed(report.to_records())
         del words, packed, report
-        came = made.timed("receive", lambda: wire.TrainReport.from_records(_unpacked(sent)))  # noqa: B023
-        vector = made.timed("add", lambda: encoding.vector_of(came.vector))  # noqa: B023
-        made.timed("add", lambda: total.add(vector))  # noqa: B023
-        del sent, came, vector
+        _take_in(made, encoding, total, sent)
+        del sent
     masks = [(bytes([number + 1] * 32), -1) for number in range(SITES)]  # of each survivor its own
     made.timed("open", lambda: add_masks(total, masks))
     made.timed("open", lambda: add_masks(total, [(key, 1) for key, _ in masks]))  # so that the sum is one again
@@ -121,6 +115,20 @@ def coordinator(made: Half, encoding: Any, model: Any) -> None:
     after = made.timed("next", lambda: (model + (opened.values / SITES).astype(np.float32)).astype(np.float32))
     with tempfile.TemporaryDirectory(prefix="isocenter-bench-") as folder:
         made.timed("checkpoint", lambda: checkpoint.write(Path(folder), 1, {"model": after, "best": model}, {}))
+
+
+def _give_out(made: Half, model: Any) -> None:
+    order = made.timed("sign", lambda: _order(model))
+    made.timed("sign", order.body)
+    made.sent_bytes = SITES * len(made.timed("send", lambda: _packed(order.to_records())))
+
+
+def _take_in(made: Half, encoding: Any, total: Any, sent: bytes) -> None:
+    from privacy import wire
+
+    came = made.timed("receive", lambda: wire.TrainReport.from_records(_unpacked(sent)))
+    vector = made.timed("add", lambda: encoding.vector_of(came.vector))
+    made.timed("add", lambda: total.add(vector))
 
 
 def _order(model: Any) -> Any:

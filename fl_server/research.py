@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fl_server import doctor_cli, rehearsal_cli, release_cli, researcher, summary, weights_cli
+from fl_server import cost_cli, doctor_cli, rehearsal_cli, release_cli, researcher, summary, weights_cli
 from models.questions import Counting
 from models.study import Study, read
 from privacy import calls
@@ -219,6 +219,7 @@ def join(
 
 
 app.command("doctor")(doctor_cli.researcher)
+app.command("cost")(cost_cli.cost)
 
 
 @app.command()
