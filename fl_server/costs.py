@@ -64,7 +64,7 @@ class Cost:
 def predict(setting: Setting, timeout_s: float = 3600.0, counts: int = 2006) -> Cost:
     """What one round costs. `timeout_s`: the study's `round_timeout_s`; `counts`: whole numbers that a report sums."""
     sites, size = setting.sites, setting.parameters
-    peers = degree(sites)
+    peers = degree(min(sites, HOLDERS_MAX))
     vector = Encoding(size, counts, setting.bits, 0, min(sites, HOLDERS_MAX)).size
     down, up = MODEL_BYTES * size * OVERHEAD, vector * OVERHEAD
     beside = FIXED_BYTES + PEER_BYTES * peers
