@@ -1,7 +1,8 @@
 """`make bench`: what the federation costs beside the same work without it. Writes bench.json.
 
 round_small: a round beside the same training in one plain process. mask_keystream: masks over a large update beside their
-cipher alone; `python deploy/bench.py masks` prints only that, in seconds. indexing, decode, loader: see deploy/bench_data.py; bytes: deploy/bench_bytes.py.
+cipher alone; `python deploy/bench.py masks` prints only that, in seconds. indexing, decode, loader: see deploy/bench_data.py;
+bytes: deploy/bench_bytes.py.
 
 Both sides of a ratio are measured on this machine in one run, pinned to one core, in turn; the ratio of their medians is what
 counts, because machines differ and are noisy. docs/benchmarks.md has the figures and how they were got.
