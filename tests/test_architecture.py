@@ -45,6 +45,7 @@ FLWR_DOORS = {
     "fl_server/mailbox.py",  # Flower's grid, over parcels
     "fl_server/executor.py",  # takes the ServerApp task that link.py's SuperLink hands out
     "fl_server/link.py",
+    "fl_server/control.py",  # its Control API, for all processes of the coordinator
     "fl_server/rounds.py",
     "fl_server/sums.py",  # hands rounds.py the Grid, and asks it who is online
     "fl_server/simulation.py",
@@ -80,6 +81,8 @@ TORCH_FREE = {
     "fl_client/worker.py",
     "fl_server/cli.py",
     "fl_server/consortium.py",
+    "fl_server/executor.py",
+    "fl_server/first.py",
     "fl_server/figures.py",
     "fl_server/matrix.py",
     "fl_server/published.py",
