@@ -24,7 +24,7 @@ OUT = Path(__file__).resolve().parent.parent / "docs" / "benchmarks" / "paramete
 class Half:
     """One end: processor seconds of each step, bytes that leave it, and its peak of resident memory less that of its start.
 
-    `system_s`: what the kernel took beside them, for memory that was touched for the first time and for the disk. It is the machine's.
+    `system_s`: what the kernel took beside them, for memory that is touched for the first time and for the disk: the machine's.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -149,13 +149,15 @@ def _naming() -> dict[str, Any]:
 
 
 def _packed(records: Any) -> bytes:
-    """The parcel of a message with these records, but for Flower's envelope of some hundred bytes."""
-    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+    """The parcel of a message with these records, but for the call around it, some hundred bytes."""
+    from flwr.app import Message
+    from flwr.supercore.task_identity import TaskIdentity
 
     from privacy import parcels
 
-    tree, objects = get_object_tree(records), get_all_nested_objects(records)
-    return parcels.pack([tree.SerializeToString(), *(objects[name].deflate() for name in parcels.names([tree]))])
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # Message() refuses to be made without
+    (tree,), objects = parcels.flat([Message(records, dst_node_id=1, message_type="train")])
+    return parcels.pack([tree.SerializeToString(), *objects])
 
 
 def _unpacked(body: bytes) -> Any:
@@ -166,7 +168,7 @@ def _unpacked(body: bytes) -> Any:
 
     head, *objects = parcels.unpack(body)
     tree = ObjectTree.FromString(head)
-    return inflate_object_from_contents(tree.object_id, dict(zip(parcels.names([tree]), objects, strict=True)))
+    return inflate_object_from_contents(tree.object_id, dict(zip(parcels.names([tree]), objects, strict=True))).content
 
 
 def _peak() -> int:

@@ -18,17 +18,18 @@ MODEL_BYTES = 4  # of a parameter on its way down
 OVERHEAD = 1.002  # TLS, heads, Flower's envelopes: measured 1.0016 of 42 MB and 1.0017 of 56 MB
 FIXED_BYTES = 12_000  # of a round and site: the second exchange, keys, looks and heartbeats; grows with peers
 PEER_BYTES = 700  # of each peer: signed keys down, an encrypted share each way, the shares that open the sum
-EXCHANGE_S = 0.02  # of a site's four requests, at the coordinator
+REQUESTS_S = 0.04  # of a site's eight requests in a round, at the coordinator: 5 ms each
 TRIPS = 8  # ways there and back in a round: two exchanges, each an order and a report, and TCP's growing windows
 
-SITE_S = {"receive and check": 6.4e-9, "encode": 1.3e-9, "pack and send": 5.0e-9}
-"""Processor seconds of a parameter at a site, beside masks."""
-MASK_S = 1.3e-9  # of a parameter and peer, at the site; the coordinator takes one mask of each survivor off
-COORDINATOR_ROUND_S = {"sign and send": 6.0e-9, "decode and next model": 5.7e-9, "checkpoint": 12.4e-9}
-COORDINATOR_REPORT_S = {"receive": 5.7e-9, "add": 2.4e-9, "unmask": 1.3e-9, "TLS": 1.6e-9}
+SITE_S = {"receive and check": 4.1e-9, "encode": 1.2e-9, "pack and send": 6.5e-9}
+"""Processor seconds of a parameter at a site, beside masks: 7 and 30 million parameters, as everything below."""
+MASK_S = 0.6e-9  # of a parameter and peer, at the site; the coordinator takes one mask of each survivor off
+COORDINATOR_ROUND_S = {"sign and send": 8.3e-9, "decode and next model": 2.4e-9, "checkpoint": 5.7e-9}
+COORDINATOR_REPORT_S = {"receive": 1.3e-9, "add": 0.4e-9, "unmask": 0.6e-9}
 """Processor seconds of a parameter: once a round, and for each report."""
+TLS_S = 0.1e-9  # of a byte: AES-256-GCM in records of 16 KiB
 COORDINATOR_BASE, SITE_BASE = 480 * 2**20, 440 * 2**20  # bytes of the processes before a model comes
-COORDINATOR_COPIES, SITE_COPIES = 14, 14  # of the model as float32, while a round is made
+COORDINATOR_COPIES, SITE_COPIES = 8, 9  # of the model as float32, while a round is made
 Load = Literal["local work", "line", "coordinator's processor", "site's processor", "latency"]
 
 
@@ -70,9 +71,11 @@ def predict(setting: Setting, timeout_s: float = 3600.0, counts: int = 2006) -> 
     beside = FIXED_BYTES + PEER_BYTES * peers
     line = 8 * max(sites * (down + beside / 2), down) / (setting.mbit * 1e6)
     line += 8 * max(sites * (up + beside / 2), up) / (setting.mbit * 1e6)
-    at_site = size * (sum(SITE_S.values()) + MASK_S)  # masks of peers are made while the site trains
+    at_site = (
+        size * (sum(SITE_S.values()) + MASK_S) + (down + up) * TLS_S
+    )  # masks of peers are made while the site trains
     masks = size * MASK_S * peers
-    report = size * sum(COORDINATOR_REPORT_S.values()) + EXCHANGE_S
+    report = size * sum(COORDINATOR_REPORT_S.values()) + (down + up) * TLS_S + REQUESTS_S
     at_coordinator = size * sum(COORDINATOR_ROUND_S.values()) + sites * report
     parts: dict[str, float] = {
         "local work": max(setting.work_s, masks),
