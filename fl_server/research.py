@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fl_server import doctor_cli, next_step, rehearsal_cli, release_cli, researcher, summary, weights_cli
+from fl_server import cost_cli, doctor_cli, next_step, rehearsal_cli, release_cli, researcher, summary, weights_cli
 from fl_server.telling import follow, progress
 from models.questions import Counting
 from models.study import Study, read
@@ -223,6 +223,7 @@ def join(
 
 
 app.command("doctor", rich_help_panel=TOGETHER)(doctor_cli.researcher)
+app.command("cost", rich_help_panel=WRITE)(cost_cli.cost)
 
 
 @app.command(rich_help_panel=TOGETHER)
