@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fl_client import archive_cli, data_cli, enrol, evaluate_cli, export_cli, standing
+from fl_client import archive_cli, data_cli, doctor_cli, enrol, evaluate_cli, export_cli, standing
 from fl_client.consent import consents, find_consent
 from fl_client.policy import Pause
 from fl_client.site import Site
@@ -22,8 +22,8 @@ from models.questions import Counting
 from models.study import Regression, Study
 from privacy import crash_cli, heads, journal_cli, keys, logs
 from privacy.calls import Enrolment
+from privacy.console import ProxyPassword, ProxyUrl, ProxyUser, proxy_of, show_version
 from privacy.console import run as run_command
-from privacy.console import show_version
 from privacy.deidentify import guarded
 from privacy.errors import DataError, TrustError
 from privacy.journal_cli import Book
@@ -52,14 +52,19 @@ def _root(
 
 @app.command()
 def join(
-    line: Annotated[str, typer.Argument(help="The line that the coordinator sent you.")], home: Home = Path()
+    line: Annotated[str, typer.Argument(help="The line that the coordinator sent you.")],
+    home: Home = Path(),
+    proxy: ProxyUrl = None,
+    proxy_user: ProxyUser = None,
+    proxy_password_file: ProxyPassword = None,
 ) -> None:
     """Join a consortium. The key is made here and never leaves; a commented site.yaml is written."""
-    enrolment = enrol.join(line, home)
+    enrolment = enrol.join(line, home, proxy_of(proxy, proxy_user, proxy_password_file))
     console.print(f"Joined as site [bold]{enrolment.name}[/bold].", highlight=False)
     console.print(f"Next: describe your images in {home / 'site.yaml'}, then run: fl-client ingest", highlight=False)
 
 
+app.command()(doctor_cli.doctor)
 app.command()(archive_cli.fetch)
 app.command()(data_cli.ingest)
 app.command()(data_cli.quarantine)

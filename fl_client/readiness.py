@@ -1,7 +1,6 @@
 """Whether a site is ready, as a list of findings: each says what was looked at, and what to do where it is not good."""
 
 import functools
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from fl_client.site import Site
 from fl_client.sources import Reason
 from models.labels import LabelTable
 from models.study import Protection, Study
+from privacy import reach
 from privacy.errors import DataError, IsocenterError, VersionSkew
 from privacy.greeting import own, skew
 
@@ -146,14 +146,9 @@ def _reachable(looked: Inspection, which: str) -> str:
         raise IsocenterError("site.yaml names no coordinator.", remedy="Run `fl-client join LINE`.")
     address = coordinator.gateway if which == "gateway" else coordinator.service
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-    except OSError as error:
-        raise IsocenterError(
-            f"nothing answers at {address} ({error.strerror or error}).",
-            remedy="The coordinator may be down, or a firewall blocks outgoing connections to this port.",
-        ) from None
-    return f"{address} answers"
+    way = coordinator.way(looked.home)
+    reach.connect(host, int(port), way, CONNECT_S).close()
+    return f"{address} answers{f' through the proxy {way}' if way else ''}"
 
 
 def _versions(looked: Inspection) -> str:
@@ -187,17 +182,17 @@ def _labels(looked: Inspection) -> str:
     return f"{len(table)} rows for {', '.join(table.mapping.targets)}{note}"
 
 
-def _worker(looked: Inspection) -> str:
+def worker(looked: Inspection) -> str:
     sandbox.require(looked.home / "keys")
     return "the process that trains is confined by the kernel: no network, no other program, no key"
 
 
-def _policy(looked: Inspection) -> str:
-    policy = Site.settings_of(looked.home).policy
+def policy(looked: Inspection) -> str:
+    asked = Site.settings_of(looked.home).policy
     return (
-        f"studies must be {_AT_LEAST[policy.least_protection]}; at least {policy.minimum_patients} patients, "
-        f"at most {policy.maximum_rounds} rounds; an ε of at most {policy.epsilon_per_study:g} a study"
-        f"{', or none' if policy.permit_without_privacy else ''}"
+        f"studies must be {_AT_LEAST[asked.least_protection]}; at least {asked.minimum_patients} patients, "
+        f"at most {asked.maximum_rounds} rounds; an ε of at most {asked.epsilon_per_study:g} a study"
+        f"{', or none' if asked.permit_without_privacy else ''}"
     )
 
 
@@ -353,8 +348,8 @@ _LOOKS: list[tuple[str, Callable[[Inspection], str]]] = [
     ("images", _images),
     ("labels", _labels),
     ("disk", lambda looked: standing.disk(looked.home)),
-    ("worker", _worker),
-    ("policy", _policy),
+    ("worker", worker),
+    ("policy", policy),
     ("budget", _budget),
     ("journal", lambda looked: standing.journal(looked.home)),
 ]

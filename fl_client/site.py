@@ -57,6 +57,7 @@ from privacy.errors import (
 from privacy.journal import Journal
 from privacy.logs import LogFiles
 from privacy.noise import GRID_BITS
+from privacy.reach import Proxy, Way
 from privacy.sharing import Encoding
 from privacy.syslog import TargetText
 from privacy.tracing import Traces
@@ -95,6 +96,11 @@ class Coordinator(Document):
 
     gateway: str = Field(pattern=r"^[^\s:]+:\d+$", description="host:port for training")
     service: str = Field(pattern=r"^[^\s:]+:\d+$", description="host:port for joining, studies and results")
+    proxy: Proxy | None = Field(default=None, description="the only way out; without it connections are direct")
+
+    def way(self, home: Path) -> Way | None:
+        """The way to both ports. Raises what reading the proxy's password raises."""
+        return self.proxy.way(home) if self.proxy else None
 
 
 class MaskMap(Document):

@@ -29,7 +29,7 @@ CHECKED = ("images", "labels", "worker", "policy", "budget")
 
 def told(home: Path) -> Readiness:
     """Ready, or the words of what is not good here now."""
-    found = set(_checked(home))
+    found = set(checked(home))
     for word, look in _LOOKS.items():
         try:
             look(home)
@@ -48,7 +48,7 @@ def note(home: Path, subjects: Iterable[str]) -> None:
     files.write_file(folder / "readiness.json", json.dumps(content).encode(), 0o600)
 
 
-def _checked(home: Path) -> list[str]:
+def checked(home: Path) -> list[str]:
     """The words that the last check left; any other file is as good as none."""
     try:
         with (Site.state_of(home) / "readiness.json").open("rb") as file:
@@ -100,7 +100,7 @@ def journal(home: Path) -> str:
     return f"{verify(path)} entries, unbroken" if path.exists() else "empty"
 
 
-def _paused(home: Path) -> str:
+def paused(home: Path) -> str:
     if pause := Pause.open(home, time.time()):
         raise IsocenterError(f"the site is {pause}")
     return "not paused"
@@ -112,5 +112,5 @@ _LOOKS: dict[str, Callable[[Path], str]] = {
     "certificate": certificate,
     "disk": disk,
     "journal": journal,
-    "paused": _paused,
+    "paused": paused,
 }

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fl_server import published_cli, runs_cli, weights_cli
+from fl_server import doctor_cli, published_cli, runs_cli, weights_cli
 from fl_server.roster import Home, Party
 from fl_server.settings import ServerFile
 from fl_server.standings import Told
@@ -224,6 +224,7 @@ def accept(
         raise typer.Exit(1)
 
 
+app.command("doctor")(doctor_cli.coordinator)
 runs_cli.add_to(app)
 published_cli.add_to(app)
 

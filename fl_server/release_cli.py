@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from fl_server import researcher
 from models import catalogue_cli
 from models.registry import Package
 from privacy import calls, keys
@@ -56,7 +57,7 @@ def add_to(app: typer.Typer, run_id_of: Callable[[calls.Caller, str], str]) -> N
 
         attack = _read_attack(attack_file) if attack_file else None
         coordinator = keys.load_public((home / "keys" / "coordinator.pem").read_bytes())
-        with calls.Caller.open(home / "keys") as caller, tempfile.TemporaryDirectory() as scratch:
+        with researcher.open_caller(home) as caller, tempfile.TemporaryDirectory() as scratch:
             caller.results(run_id_of(caller, run_id), Path(scratch))
             present = caller.head()
             present.verify([coordinator])
@@ -70,7 +71,7 @@ def add_to(app: typer.Typer, run_id_of: Callable[[calls.Caller, str], str]) -> N
         _line(f"Released {path}, SHA-256 {package.sha256}")
         _line(f"Signed by {keys.grouped(package.signer)}: tell this fingerprint to those who use it.")
 
-    catalogue_cli.add_to(app, lambda home: calls.Caller.open(home / "keys"))
+    catalogue_cli.add_to(app, researcher.open_caller)
     for command in (verify, predict, export):
         app.command()(command)
 

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fl_server import rehearsal_cli, release_cli, summary, weights_cli
+from fl_server import doctor_cli, rehearsal_cli, release_cli, researcher, summary, weights_cli
 from models.questions import Counting
 from models.study import Study, read
 from privacy import calls
+from privacy.console import ProxyPassword, ProxyUrl, ProxyUser, proxy_of, show_version
 from privacy.console import run as run_command
-from privacy.console import show_version
 from privacy.errors import DocumentError, RunError, RunStopped, RunUnknown, StudyConflict
 
 app = typer.Typer(
@@ -209,17 +209,23 @@ def _count(text: str) -> tuple[str, int]:
 def join(
     line: Annotated[str, typer.Argument(help="The line from `fl-server invite NAME --researcher`.")],
     home: Home = Path(),
+    proxy: ProxyUrl = None,
+    proxy_user: ProxyUser = None,
+    proxy_password_file: ProxyPassword = None,
 ) -> None:
     """Join a consortium as a researcher; your key is made here and never leaves."""
-    enrolment = calls.join(line, home / "keys", role="researcher")
+    enrolment = researcher.join(line, home, proxy_of(proxy, proxy_user, proxy_password_file))
     console.print(f"Joined as researcher {enrolment.name}. Next: fl-study new study.yaml")
+
+
+app.command("doctor")(doctor_cli.researcher)
 
 
 @app.command()
 def submit(file: StudyFile, home: Home = Path()) -> None:
     """Fill in the keys of a study's sites, sign it, and offer it to them."""
     study = _read_study(file)
-    with calls.Caller.open(home / "keys") as caller:
+    with researcher.open_caller(home) as caller:
         study = _with_keys(study, *caller.roster(study.all_sites))
         caller.submit(study.canonical())
     digest = study.digest
@@ -253,7 +259,7 @@ def _with_keys(study: Study, roster: dict[str, str], aggregator: str) -> Study:
 @app.command()
 def studies(home: Home = Path(), as_json: AsJson = False) -> None:
     """List your studies, who approved them, and their runs."""
-    with calls.Caller.open(home / "keys") as caller:
+    with researcher.open_caller(home) as caller:
         found = caller.studies()
     if as_json:
         print(json.dumps([_study_facts(state) for state in found]))
@@ -288,7 +294,7 @@ def run(
     ] = False,
 ) -> None:
     """Launch a study once enough sites approved it, and watch it with a progress bar."""
-    with calls.Caller.open(home / "keys") as caller:
+    with researcher.open_caller(home) as caller:
         run_id = caller.launch(_digest(caller, study))
         console.print(f"Run {run_id}", highlight=False)
         if not detach:
@@ -301,7 +307,7 @@ def watch(
     run_id: Annotated[str, typer.Argument(help="A run of yours; see `fl-study studies`.")], home: Home = Path()
 ) -> None:
     """Watch a run from its beginning until it ends."""
-    with calls.Caller.open(home / "keys") as caller:
+    with researcher.open_caller(home) as caller:
         follow(iter(text for _, text in caller.watch(run_id)))
 
 
@@ -331,7 +337,7 @@ def report(
 def _results(home: Path, run_id: str, out: Path) -> dict[str, Any]:
     """results.json of a finished run, which is stored in the folder `out` with the run's other files."""
     out.mkdir(parents=True, exist_ok=True)
-    with calls.Caller.open(home / "keys") as caller:
+    with researcher.open_caller(home) as caller:
         files = caller.results(_run_id(caller, run_id), out)
     results = next((file for file in files if file.name == "results.json"), None)
     if results is None:

@@ -55,6 +55,7 @@
     │   ├── TrainingDiverged      a loss or a weight is no longer a finite number
     │   └── TrainingStopped       the site was told to stop in the middle of a round
     ├── Unreachable               nothing answered at the address
+    │   └── ProxyRefused          the proxy on the way out did not let through, or is none
     ├── PackageRefused            a released model that is altered, incomplete, unsigned, or another than it says
     ├── JournalDamaged            a line of a journal was changed, removed, reordered or cut off
     ├── DiskUnusable              a disk that is full, read-only or failing
@@ -371,6 +372,11 @@ class Unreachable(IsocenterError):
     remedy = (
         "Check that the coordinator runs (`fl-server start`), the address, and that no firewall blocks its two ports."
     )
+
+
+class ProxyRefused(Unreachable):
+    code = "proxy-refused"
+    remedy = "Ask those who run the proxy to permit CONNECT to both ports of the coordinator, without opening the TLS inside."
 
 
 class MessageMalformed(IsocenterError):
