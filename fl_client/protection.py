@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from fl_client.site import Site
-from models.contributions import Contribution, Kind, count_of, values_of
+from models.contributions import Contribution, Kind, bits_of, count_of, values_of
 from models.study import Study
 from privacy import keys
 from privacy.errors import MaskKeysLost, MessageMalformed, SignatureRefused, StepRefused
@@ -72,7 +72,7 @@ class Vault:
         encoding = Encoding(
             values=values_of(study, kind, parameters),
             counts=count_of(study, kind),
-            bits=study.encoding_bits,
+            bits=bits_of(study, kind, order.round),
             scale=order.scale,
             sites=len(order.participants or named),
         )

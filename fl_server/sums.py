@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -56,6 +56,7 @@ from privacy.wire import (
 
 Kinds = TypeVar("Kinds", bound=Order)
 ROBUST_ROOM = 8  # times the largest value of the middle site, which others may reach: sites differ in their cases
+CLIPPED_PART = 100  # one of so many values clipped is little for words of 16 bits
 ATTEMPTS_MAX = 3  # at one sum, before the run ends by name; each is a whole training
 COMES_BACK = {"timeout", "offline", "unavailable", "joining", MaskKeysLost.code, WorkerDied.code}
 """Reasons for which a site is missing that may be over in a minute; a refusal of the site's own is not."""
@@ -261,7 +262,8 @@ class Summing:
     def _encoding(self, task: Task, sites: int) -> Encoding:
         values = contributions.values_of(self.study, task.name, task.model.size)
         counts = contributions.count_of(self.study, task.name)
-        return Encoding(values=values, counts=counts, bits=self.study.encoding_bits, scale=task.scale, sites=sites)
+        bits = contributions.bits_of(self.study, task.name, task.round)
+        return Encoding(values=values, counts=counts, bits=bits, scale=task.scale, sites=sites)
 
     def _require(self, here: Collection[str], least: int, missing: Mapping[str, str]) -> None:
         """Raise SitesAway, or QuorumLost where waiting is no use, if fewer than `least` sites are `here`."""
@@ -494,11 +496,12 @@ def first_scale(study: Study) -> int:
     """The power of two of a run's first encoding, before anything is known of the values.
 
     A sum of private gradients has whole numbers in it from the beginning: they are carried as they are.
-    Leaves room for cases times change of one weight up to 2**(bits/2 - 2): 64 with 16 bits, 16,384 with 32.
+    Leaves room for cases times change of one weight up to 2**(bits/2 - 2): 16,384 with 32, which are the fewest in a first round.
     """
     if study.strategy.name == "fedsgd":
         return GRID_BITS
-    return _fitting(study, 2.0 ** (study.encoding_bits // 2 - 2))
+    bits = contributions.bits_of(study, "train", 1)
+    return _fitting(study, 2.0 ** (bits // 2 - 2), bits)
 
 
 def next_scale(study: Study, total: Total, scale: int) -> int:
@@ -506,6 +509,7 @@ def next_scale(study: Study, total: Total, scale: int) -> int:
 
     It fits if one site alone made twice that value; then nothing is clipped unless sites pull against each other more than
     that, which the count of clipped values shows. Raised or lowered by one site's lies, it costs precision, never secrecy.
+    Words of 16 bits have none to spare for that (`_narrow`).
     A robust strategy promises more: there it follows the middle site, with room for others that have more cases, and what a site
     says of its clipped values moves nothing.
     """
@@ -513,14 +517,32 @@ def next_scale(study: Study, total: Total, scale: int) -> int:
         return scale
     if study.strategy.robust:
         return _fitting(study, ROBUST_ROOM * total.peak) if total.peak else min(SCALE_MAX, scale + 4)
+    if study.encoding_bits == 16 and total.peak:
+        return _narrow(study, total, scale)
     if total.clipped:
         return max(-SCALE_MAX, scale - 4)
     return _fitting(study, 2 * total.peak) if total.peak else min(SCALE_MAX, scale + 4)
 
 
-def _fitting(study: Study, largest: float) -> int:
+def _narrow(study: Study, total: Total, scale: int) -> int:
+    """`next_scale` of words of 16 bits, where room for what no site makes costs precision.
+
+    At once: room for twice the peak, halved for each four times as many sites from 16 on, since sites that differ by chance
+    alone add up to a sum that is larger than the part of one by the root of their number. Then one bit finer after each round in
+    which nothing was clipped, to room for eight even shares of the peak, and one bit coarser after one with a little clipped.
+    """
+    if total.clipped:
+        little = total.clipped * CLIPPED_PART <= len(total.contributors) * total.mean.update.size
+        return max(-SCALE_MAX, scale - (1 if little else 4))
+    sites = study.sum_sites
+    safe = _fitting(study, math.ldexp(total.peak, 1 - max(0, (sites.bit_length() - 3) // 2)))
+    finest = _fitting(study, min(2.0, 8 / sites) * total.peak)
+    return max(safe, min(finest, scale + 1))
+
+
+def _fitting(study: Study, largest: float, bits: Literal[16, 24, 32, 64] | None = None) -> int:
     """The largest power of two that `largest`, times two to it, fits with: found without a rounding."""
-    limit = Encoding(values=0, counts=0, bits=study.encoding_bits, scale=0, sites=study.sum_sites).limit
+    limit = Encoding(values=0, counts=0, bits=bits or study.encoding_bits, scale=0, sites=study.sum_sites).limit
     scale = limit.bit_length() - math.frexp(largest)[1]
     if math.ldexp(largest, scale) > limit:
         scale -= 1

@@ -104,7 +104,7 @@ class Hospital:
         return Encoding(
             values=first_model(self.study).size if train else 0,
             counts=contributions.count_of(self.study, "train" if train else "evaluate"),
-            bits=self.study.encoding_bits,
+            bits=contributions.bits_of(self.study, "train" if train else "evaluate", 1),
             scale=scale,
             sites=len(self.study.participation.sites if train else self.study.all_sites),
         )
