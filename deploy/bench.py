@@ -2,6 +2,7 @@
 
 round_small: a round beside the same training in one plain process. mask_keystream: masks over a large update beside their
 cipher alone; `python deploy/bench.py masks` prints only that, in seconds. indexing, decode, loader: see deploy/bench_data.py.
+dp_step_*, dp_noise, images: see deploy/bench_dp.py.
 
 Both sides of a ratio are measured on this machine in one run, pinned to one core, in turn; the ratio of their medians is what
 counts, because machines differ and are noisy. docs/benchmarks.md has the figures and how they were got.
@@ -31,14 +32,16 @@ KEYSTREAM_BLOCK = 256 * 1024  # bytes a call: AES is no faster with more or less
 
 def main() -> None:
     from bench_data import measured
+    from bench_dp import measured as private
 
     data = measured()  # on all cores, which is how a hospital indexes
     pin()
-    keystream = masks()
+    dp = private()
+    keystream = masks() | {"after_training_ms": dp.pop("after_training_ms")}
     with tempfile.TemporaryDirectory(prefix="isocenter-bench-") as folder:
         stage = Stage(Path(folder) / "stage")
         try:
-            report = measure(stage) | {"mask_keystream": keystream} | data
+            report = measure(stage) | {"mask_keystream": keystream} | dp | data
         finally:
             stage.stop()
     Path("bench.json").write_text(json.dumps(report, indent=1) + "\n")

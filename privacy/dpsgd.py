@@ -131,11 +131,14 @@ class LoopEngine(_Gradients):
         super().__init__(net, losses)
         self.name = "loop-bf16" if bfloat16 else "loop"
         self.bfloat16 = bfloat16
+        self._flat = torch.empty(0)
 
     def _gradients(self, units: Iterable[Batch]) -> Generator[Tensor, None, None]:
         trained = _trained(self.net)
         device = trained[0].device
-        flat = torch.empty(sum(p.numel() for p in trained), device=device)
+        if self._flat.device != device or len(self._flat) != sum(p.numel() for p in trained):
+            self._flat = torch.empty(sum(p.numel() for p in trained), device=device)
+        flat = self._flat
         torch.empty(HEAP, dtype=torch.uint8)  # and free it again
         direct = device.type == "cpu" and not self.bfloat16 and any(map(_falls_off, self.net.modules()))
         # Weights stay as they are for all units, so their bfloat16 copies are made once: torch forgets them where the outermost
@@ -290,19 +293,26 @@ class _Accumulator:
 
 
 def private_gradient(
-    engine: Engine, units: Iterable[Batch], clip: Clip, noise_multiplier: float, stream: noise.Keystream
+    engine: Engine,
+    units: Iterable[Batch],
+    clip: Clip,
+    noise_multiplier: float,
+    stream: noise.Keystream,
+    out: Int64 | None = None,
 ) -> tuple[Int64, ClippedSum]:
     """(noisy sum int64 (P,) in units of 2**-bits of the clip norm, what must stay at the site).
 
     The sum of the clipped gradients of `units` plus discrete Gaussian noise of noise_multiplier * 2**bits for each value. No unit
-    at all is a draw like any other: then it is noise. Raises PrivacyError, before a unit is asked for, for a noise multiplier
-    that is not positive or out of the sampler's range.
+    at all is a draw like any other: then it is noise. It is written over `out` where that is given: much memory is slow to get
+    anew at each step. Raises PrivacyError, before a unit is asked for, for a noise multiplier that is not positive or out of the
+    sampler's range.
     """
     if not math.isfinite(noise_multiplier) or noise_multiplier <= 0:
         raise PrivacyError(f"a noise multiplier of {noise_multiplier}; it has to be a positive number")
     sampler = noise.gaussian(noise_multiplier * 2.0**clip.bits)
     seen = engine.clipped_sum(units, clip)
-    noisy = seen.total.copy()
+    noisy = np.empty_like(seen.total) if out is None else out
+    noisy[:] = seen.total
     sampler.add_to(noisy, stream)
     return noisy, seen
 

@@ -43,6 +43,22 @@ def test_every_engine_gives_the_sum_of_the_reference_loop(case: str, kind: str) 
     assert engine.norms(units) == pytest.approx(norms, rel=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("kind", ["loop", "vmap"])
+def test_on_an_accelerator_engines_give_the_sum_of_the_reference_loop(kind: str) -> None:
+    torch.manual_seed(1)
+    net, losses, units = CASES["small_cnn, 2 images"]()
+    expected, norms = reference(net.train(), losses, units, 1.0)
+    expected, _ = reference(net, losses, units, clip := float(np.median(norms)))
+    there, moved = net.to("cuda"), [tuple(part.to("cuda") for part in unit) for unit in units]
+    engine = LoopEngine(there, losses) if kind == "loop" else VmapEngine(there, losses, chunk=2)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        total = engine.clipped_sum(moved, Clip(clip)).total
+    shortened = math.sqrt(expected.size) / 2 / 2.0**18
+    assert np.linalg.norm(total / 2.0**18 - expected) <= len(units) * (1e-3 + 2 * shortened)
+
+
 @pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
 @pytest.mark.parametrize("kind", [LoopEngine, VmapEngine])
 def test_shared_weights_odd_memory_and_layers_that_write_in_place_change_nothing(kind: Any) -> None:
