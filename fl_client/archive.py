@@ -29,7 +29,6 @@ from privacy.errors import DataError, KeyFileUnsafe
 
 SECRET_BYTES_MAX = 16 * 1024  # a token of OAuth is one or two thousand
 LIST_BYTES_MAX = 64 * 1024 * 1024
-ACCESSION_CHARACTERS_MAX = 64  # DICOM allows 16; archives that hold longer ones exist
 DAYS_MAX = 36_600  # a hundred years of studies
 UID = re.compile(r"[0-9][0-9.]{0,62}[0-9]|[0-9]")
 _ACCESSION = re.compile(r"[^\x00-\x1f\x7f*?\\\"]{1,64}")  # `*`, `?` and `\` would make one number match others

@@ -1,6 +1,7 @@
 """The site's half of the consortium service: join, see what is offered, answer with a signed statement."""
 
 import logging
+import re
 import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,14 +19,18 @@ from privacy.calls import Decision, Enrolment, InvitationLine, Statement
 from privacy.errors import DocumentError, IsocenterError, MessageMalformed, RunUnknown, TrustError, Unreachable
 from privacy.greeting import Versions
 from privacy.journal import Journal
+from privacy.reach import Proxy
 
 DIGEST_LEAST = 6  # characters of a digest that a person has to type
 FINGERPRINT_CHARACTERS = 16  # few enough to read out for each of twenty sites, too many to find a second key for
+_PROXY_EXAMPLE = re.compile(r"^  # proxy:.*\n(?:  #   .*\n)+", re.MULTILINE)  # in the template
 _log = logging.getLogger(__name__)
 
 
-def join(line: str, home: Path) -> Enrolment:
+def join(line: str, home: Path, proxy: Proxy | None = None) -> Enrolment:
     """Join with an invitation line: the key is made in HOME/keys and stays there, and a commented site.yaml is written.
+
+    `proxy` is the way out, and stands in the site.yaml that is written; in one that is there already, it has to stand before.
 
     An existing site.yaml is kept; only a missing `coordinator` section is added to it. Can be repeated with the same
     line until it has succeeded. Raises what `privacy.calls.join` raises, and DocumentError for another site's site.yaml.
@@ -37,15 +42,23 @@ def join(line: str, home: Path) -> Enrolment:
             f"{path} is of site {settings.site}, and the invitation is for {invitation.name}",
             remedy="Use another home folder, or correct `site` in the file.",
         )
+    if settings is not None and settings.coordinator is not None:
+        if proxy not in (None, settings.coordinator.proxy):
+            raise DocumentError(
+                f"{path} names {'another' if settings.coordinator.proxy else 'no'} proxy",
+                remedy=f"Enter it there, below `coordinator`:\n{proxy.section('  ')}" if proxy else None,
+            )
+        proxy = settings.coordinator.proxy
+    way = proxy.way(home) if proxy else None
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     first = not (home / "keys" / "enrolment.json").exists()
-    enrolment = calls.join(line, home / "keys")
+    enrolment = calls.join(line, home / "keys", way=way)
     if first:
         Journal(home / "journal.jsonl").append("joined", site=enrolment.name, authority=enrolment.ca_fingerprint)
     if settings is None:
-        keys.write_private(path, _template(enrolment).encode())
+        keys.write_private(path, _template(enrolment, proxy).encode())
     elif settings.coordinator is None:
-        keys.write_private(path, _completed(path, enrolment).encode())
+        keys.write_private(path, _completed(path, enrolment, proxy).encode())
     return enrolment
 
 
@@ -238,9 +251,11 @@ def _unsent(home: Path, digest: str) -> Path:
 
 
 def open_caller(home: Path) -> calls.Caller:
-    """Signed calls of this site to its coordinator, at the address of site.yaml."""
+    """Signed calls of this site to its coordinator, at the address of site.yaml and by the way that it names."""
     coordinator = read(SiteFile, SiteFile.path(home)).coordinator
-    return calls.Caller.open(home / "keys", coordinator.service if coordinator else None)
+    if coordinator is None:
+        return calls.Caller.open(home / "keys")
+    return calls.Caller.open(home / "keys", coordinator.service, coordinator.way(home))
 
 
 def _checked(received: pb.Offer, site: str, ca: x509.Certificate, coordinator: keys.PublicKey) -> Offer:
@@ -268,17 +283,20 @@ def _decision(home: Path, digest: str) -> Decision | None:
     return consent.statement.decision if consent else None
 
 
-def _template(enrolment: Enrolment) -> str:
+def _template(enrolment: Enrolment, proxy: Proxy | None) -> str:
     text = resources.files("configs").joinpath("site.yaml").read_text(encoding="utf-8")
     for key, value in (("site", enrolment.name), ("gateway", enrolment.gateway), ("service", enrolment.service)):
         text = text.replace("{" + key + "}", value)
+    if proxy:
+        text = _PROXY_EXAMPLE.sub(lambda _: proxy.section("  "), text)
     parse(SiteFile, text, "configs/site.yaml")
     return text
 
 
-def _completed(path: Path, enrolment: Enrolment) -> str:
+def _completed(path: Path, enrolment: Enrolment, proxy: Proxy | None) -> str:
     """site.yaml with the consortium's addresses added at its end; raises DocumentError if that cannot be done."""
     section = f'coordinator:\n  gateway: "{enrolment.gateway}"\n  service: "{enrolment.service}"\n'
+    section += proxy.section("  ") if proxy else ""
     text = (
         path.read_text(encoding="utf-8").rstrip()
         + "\n\n# Where the consortium is; added by `fl-client join`.\n"

@@ -36,7 +36,6 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -48,7 +47,7 @@ from fl_client.site import Site
 from fl_client.upkeep import Upkeep
 from fl_client.vitals import Vitals
 from fl_client.worker import Worker
-from privacy import keys, parcels, tracing
+from privacy import keys, parcels, reach, tracing
 from privacy.errors import (
     CertificateExpired,
     CertificateRevoked,
@@ -62,6 +61,7 @@ from privacy.errors import (
     WrongAuthority,
 )
 from privacy.greeting import HEADER, Versions, own, skew
+from privacy.reach import Way
 from privacy.syslog import Forwarder
 from privacy.wire import REPORTS, Refusal, Report, decode
 
@@ -113,16 +113,15 @@ class Connection:
 
     def send(self, reply: Message) -> None:
         """Send a reply and its objects. One that Flower no longer wants, because its run has ended, is dropped."""
-        reply.metadata.__dict__["_message_id"] = reply.object_id
-        tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
+        trees, contents = parcels.flat([reply])
+        reply.metadata.__dict__["_message_id"] = trees[0].object_id
         request = PushMessagesRequest(
             node=self.node,
             messages_list=[message_to_proto(remove_content_from_message(reply))],
-            message_object_trees=[tree],
+            message_object_trees=trees,
             clientapp_runtime_list=[0.0],
         )
         try:
-            contents = [objects[name].deflate() for name in parcels.names([tree])]
             parcels.post(self.client, parcels.SEND_REPORT, request, contents)
         except httpx.HTTPStatusError as error:
             unwanted = error.response.status_code in (httpx.codes.FORBIDDEN, httpx.codes.BAD_REQUEST)
@@ -154,6 +153,8 @@ def connect(site: Site) -> Iterator[Connection]:
         raise _explained(error.response) from error
     except httpx.ConnectError as error:
         raise _explained_connect(error, site) from error
+    except httpx.ProxyError as error:
+        raise _explained_proxy(error, site) from error
     except httpx.HTTPError as error:
         raise Unreachable(f"the connection to the gateway broke ({type(error).__name__})") from error
     finally:
@@ -171,7 +172,8 @@ def fleet_client(site: Site) -> "_Fleet":
     if keys.ended(keys.load_certificate((site.home / "keys" / "site.pem").read_bytes())):
         raise CertificateExpired("the certificate of this site has ended")
     identity = NodeAuthHttpInterceptor(site.key, site.key.public_key())
-    return _Fleet(site.settings.coordinator.gateway, tls_context(site), identity)
+    to = site.settings.coordinator
+    return _Fleet(to.gateway, tls_context(site), identity, to.way(site.home))
 
 
 def _activate(client: FleetHttpClient, public: bytes, memory: Path) -> Node:
@@ -205,21 +207,15 @@ def only_one(site: Site) -> Iterator[None]:
 
 def tls_context(site: Site) -> ssl.SSLContext:
     """TLS 1.3, trusting the consortium's CA alone, with the site's certificate."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    folder = site.home / "keys"
-    try:
-        context.load_verify_locations(folder / "ca.pem")
-        context.load_cert_chain(folder / "site.pem", folder / "site.key")
-    except (OSError, ssl.SSLError) as error:
-        raise NotEnrolled(f"the certificate in {folder} cannot be used ({error})") from None
-    return context
+    return reach.mutual(site.home / "keys", "site")
 
 
 class _Fleet(FleetHttpClient):
     """Flower's Fleet client over our TLS context: its own constructor knows no client certificates."""
 
-    def __init__(self, gateway: str, context: ssl.SSLContext, identity: NodeAuthHttpInterceptor) -> None:
+    def __init__(
+        self, gateway: str, context: ssl.SSLContext, identity: NodeAuthHttpInterceptor, way: Way | None = None
+    ) -> None:
         version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
         super().__init__(f"https://{gateway}", interceptors=(version, identity), verify=context, timeout=CALL_TIMEOUT_S)
         # Flower's client goes wherever an answer sends it, and wherever an environment variable says. Ours goes to the gateway.
@@ -229,6 +225,7 @@ class _Fleet(FleetHttpClient):
             timeout=CALL_TIMEOUT_S,
             follow_redirects=False,
             trust_env=False,
+            proxy=httpx.Proxy(way.url, headers=way.headers) if way else None,
             http2=False,
             headers={HEADER: str(own())},
             event_hooks={"response": [self._hear]},
@@ -423,7 +420,19 @@ def _explained(answer: httpx.Response) -> Exception:
 
 
 def _explained_connect(error: httpx.ConnectError, site: Site) -> Exception:
-    text, gateway = str(error), site.settings.coordinator and site.settings.coordinator.gateway
+    text, to = str(error), site.settings.coordinator
+    gateway, way = (to.gateway, to.way(site.home)) if to else ("", None)
     if "CERTIFICATE_VERIFY_FAILED" in text:
         return WrongAuthority(f"the gateway {gateway} does not show a certificate of the consortium this site joined")
+    if way is not None and "SSL" not in text:
+        return reach.silent_proxy(way)
     return Unreachable(f"nothing answers at the gateway {gateway}")
+
+
+def _explained_proxy(error: httpx.ProxyError, site: Site) -> Exception:
+    """What the proxy's answer means; httpx says it as "407 Proxy Authentication Required"."""
+    to, status = site.settings.coordinator, str(error)[:3]
+    way = to.way(site.home) if to else None
+    if to is None or way is None or not status.isdecimal():
+        return Unreachable("the proxy did not let through")
+    return reach.refused(int(status), way, to.gateway)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 from privacy.errors import DataError, ImageLeftOut
 
@@ -218,17 +218,6 @@ class Item:
         if len(data) > FILE_BYTES_MAX:  # it grew since it was listed
             raise ImageLeftOut(Reason.TOO_LARGE)
         return data
-
-
-class ImageSource(Protocol):
-    """What `ingest` needs of a source; a PACS or a DICOMweb server can stand behind it as well as a folder."""
-
-    @property
-    def identity(self) -> str:
-        """Changes when the same names no longer mean the same images."""
-
-    def items(self) -> Iterator[Item]:
-        """Every item once, in an order that does not change from run to run."""
 
 
 @dataclass(frozen=True)

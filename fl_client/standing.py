@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fl_client import sandbox
 from fl_client.enrol import fingerprint
 from fl_client.policy import Pause
 from fl_client.site import Site
+from models.study import Protection
 from privacy import disk as files
 from privacy import keys
 from privacy.errors import IsocenterError
@@ -27,9 +29,16 @@ CHECKED = ("images", "labels", "worker", "policy", "budget")
 """Subjects of `fl-client check` that only it looks at."""
 
 
+_AT_LEAST: dict[Protection, str] = {
+    "masked": "masked",
+    "sealed": "masked or sealed",
+    "plain": "masked, sealed or plain (unprotected)",
+}
+
+
 def told(home: Path) -> Readiness:
     """Ready, or the words of what is not good here now."""
-    found = set(_checked(home))
+    found = set(checked(home))
     for word, look in _LOOKS.items():
         try:
             look(home)
@@ -48,7 +57,7 @@ def note(home: Path, subjects: Iterable[str]) -> None:
     files.write_file(folder / "readiness.json", json.dumps(content).encode(), 0o600)
 
 
-def _checked(home: Path) -> list[str]:
+def checked(home: Path) -> list[str]:
     """The words that the last check left; any other file is as good as none."""
     try:
         with (Site.state_of(home) / "readiness.json").open("rb") as file:
@@ -93,6 +102,21 @@ def disk(home: Path) -> str:
     return f"{free / 1024**3:.0f} GiB free"
 
 
+def worker(home: Path) -> str:
+    """About a process that is started for it."""
+    sandbox.require(home / "keys")
+    return "the process that trains is confined by the kernel: no network, no other program, no key"
+
+
+def policy(home: Path) -> str:
+    asked = Site.settings_of(home).policy
+    return (
+        f"studies must be {_AT_LEAST[asked.least_protection]}; at least {asked.minimum_patients} patients, "
+        f"at most {asked.maximum_rounds} rounds; an ε of at most {asked.epsilon_per_study:g} a study"
+        f"{', or none' if asked.permit_without_privacy else ''}"
+    )
+
+
 def journal(home: Path) -> str:
     from privacy.journal import verify
 
@@ -100,7 +124,7 @@ def journal(home: Path) -> str:
     return f"{verify(path)} entries, unbroken" if path.exists() else "empty"
 
 
-def _paused(home: Path) -> str:
+def paused(home: Path) -> str:
     if pause := Pause.open(home, time.time()):
         raise IsocenterError(f"the site is {pause}")
     return "not paused"
@@ -112,5 +136,5 @@ _LOOKS: dict[str, Callable[[Path], str]] = {
     "certificate": certificate,
     "disk": disk,
     "journal": journal,
-    "paused": _paused,
+    "paused": paused,
 }

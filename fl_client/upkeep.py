@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fl_client import enrol, rules, standing
-from fl_client.site import SiteFile
-from models.study import read
 from privacy import calls, heads, keys
 from privacy.errors import IsocenterError, TrustError, Unreachable
 from privacy.greeting import Readiness, own, skew
@@ -69,7 +67,7 @@ class Upkeep:
 
     def once(self) -> None:
         """One round of upkeep. Raises what the first failing part raises; the parts after it have to wait."""
-        with calls.Caller.open(self.home / "keys", self._service()) as caller:
+        with enrol.open_caller(self.home) as caller:
             if (now := self._certificate()) != self._held:  # by this call, or by a command of somebody here
                 self._held = now
                 self.tell("The certificate was renewed.")
@@ -100,10 +98,6 @@ class Upkeep:
         if before is None or (before["ready"], before["reasons"]) != (int(found.ready), list(found.reasons)):
             journal.append("readiness", ready=int(found.ready), reasons=list(found.reasons))
         return found
-
-    def _service(self) -> str | None:
-        coordinator = read(SiteFile, SiteFile.path(self.home)).coordinator
-        return coordinator.service if coordinator else None
 
     def _certificate(self) -> bytes:
         path = self.home / "keys" / "site.pem"

@@ -315,7 +315,7 @@ class Consortium(consortium_pb2_grpc.ConsortiumServicer):
         looked = party.role == "site" and request.HasField("readiness")
         readiness = Readiness.read(told.ready, told.reasons) if looked else None
         self._home.roster.tell(party.name, versions_in(request), readiness)
-        return pb.GreetReply(versions=numbers_of(own()))
+        return pb.GreetReply(versions=numbers_of(own()), time_s=int(time.time()))
 
     def Witness(self, request: pb.WitnessRequest, context: Any) -> pb.WitnessReply:  # noqa: N802  name in consortium.proto
         site, head = self._caller(context), SignedHead.read(request.head)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 340, 180  # about the width of a telephone, so that text is never smaller than intended
+WIDTH = 340  # about the width of a telephone, so that text is never smaller than intended
 LEFT, RIGHT, TOP, BOTTOM = 40, 8, 10, 152
 TICKS_MOST = 5
 STRIP_HEIGHT = 14

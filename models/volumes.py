@@ -29,7 +29,6 @@ GAP_SHARE, GAP_MM = 0.01, 0.011  # by which a gap may differ from the others: po
 SAME_PLACE_MM = 0.01
 AIR_BELOW_HU = -700  # lungs and the air around the patient lie below it, soft tissue and fat never do
 AIR_SHARE_LEAST = 0.01
-TILT_DEGREES = 0.5  # from here on a series is said to be tilted
 
 Float64 = npt.NDArray[np.float64]
 Int16 = npt.NDArray[np.int16]

@@ -16,8 +16,6 @@ import itertools
 import json
 import re
 import secrets
-import select
-import socket
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,10 +26,9 @@ from typing import Any, Literal, cast
 
 import grpc
 from cryptography import x509
-from OpenSSL import SSL
 
 from privacy import consortium_pb2 as pb
-from privacy import consortium_pb2_grpc, disk, keys
+from privacy import consortium_pb2_grpc, disk, keys, reach
 from privacy.errors import (
     AwaitingSignature,
     InvitationRefused,
@@ -45,6 +42,7 @@ from privacy.errors import (
 )
 from privacy.greeting import Readiness, Versions, own
 from privacy.heads import SignedHead
+from privacy.reach import Way
 
 Decision = Literal["approved", "declined"]
 PartyRole = Literal["site", "researcher"]
@@ -52,9 +50,9 @@ PartyRole = Literal["site", "researcher"]
 SERVICE = "isocenter.v1.Consortium"
 GREET_SECONDS = 5.0  # it is asked for by people who look, and again by every node in a minute
 CALL_SECONDS = 30.0  # every unary call; a coordinator that needs longer is not well
-HANDSHAKE_SECONDS = 10.0
 FETCH_SECONDS = 600.0  # one call for a part of a model, which is at most `fl_server.consortium.FETCH_BYTES`
 LAUNCH_SECONDS = 120.0  # a launch waits for the SuperLink to accept the run
+KEEPALIVE_MS = 40_000  # below the minute after which proxies cut what is silent, above the half that the server permits
 REQUEST_BYTES_MAX = 1024 * 1024  # the largest request is a study of at most 256 KiB
 REPLY_BYTES_MAX = 32 * 1024 * 1024  # all offers of a site in one reply
 RESULT_BYTES_MAX = 16 * 1024**3  # one result file; a model of four billion float32 weights
@@ -65,6 +63,7 @@ REMEDY = "isocenter-remedy-bin"  # trailing metadata: what to do, where it is no
 TOKEN_BYTES = 20
 
 _generated: Any = consortium_pb2_grpc  # the generated module carries no annotations
+_PROXY_SAID = re.compile(r"http proxy returned response code (\d{3})")
 _LINE = re.compile(
     r"isocenter-join:v1:([a-z][a-z0-9_-]{0,31})@([a-z0-9][a-z0-9.-]{0,252}):(\d{1,5}):([0-9a-f]{64}):([a-z2-7]{32})"
 )
@@ -122,7 +121,7 @@ class Enrolment:
             return cls(**{field: str(found[field]) for field in cls.__dataclass_fields__})  # type: ignore[arg-type]
         except FileNotFoundError:
             raise NotEnrolled(f"{folder} belongs to no consortium yet") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise NotEnrolled(f"{path} is damaged", remedy="Restore the keys folder from your backup.") from None
 
     def store(self, folder: Path) -> None:
@@ -131,7 +130,7 @@ class Enrolment:
         )
 
 
-def join(line: str, folder: Path, role: PartyRole = "site") -> Enrolment:
+def join(line: str, folder: Path, role: PartyRole = "site", way: Way | None = None) -> Enrolment:
     """Redeem an invitation; then `folder` holds <role>.key, <role>.pem, ca.pem, coordinator.pem and enrolment.json.
 
     The key is made here and never leaves. Killed at any point, the same line can be used again: the key is kept, and
@@ -150,7 +149,7 @@ def join(line: str, folder: Path, role: PartyRole = "site") -> Enrolment:
                 f"{folder} already belongs to {done.role} {done.name}", remedy="Join with another, empty home folder."
             )
     service = f"{invitation.host}:{invitation.service_port}"
-    ca = _invited_authority(invitation)
+    ca = invited_authority(invitation, way)
     key_path = folder / f"{role}.key"
     key = keys.load_key(key_path) if key_path.exists() else keys.make_key(key_path)
     request = pb.EnrolRequest(
@@ -160,11 +159,11 @@ def join(line: str, folder: Path, role: PartyRole = "site") -> Enrolment:
         csr=keys.make_csr(key, invitation.name),
         versions=numbers_of(own()),
     )
-    channel = _channel(service, keys.certificate_pem(ca))
+    channel = _channel(service, keys.certificate_pem(ca), way)
     try:
         reply = _generated.ConsortiumStub(channel).Enrol(request, timeout=CALL_SECONDS)
     except grpc.RpcError as error:
-        raise _translated(error, service) from None
+        raise _translated(error, service, way) from None
     finally:
         channel.close()
     certificate = keys.load_certificate(reply.certificate)
@@ -183,9 +182,9 @@ def join(line: str, folder: Path, role: PartyRole = "site") -> Enrolment:
     return enrolment
 
 
-def _invited_authority(invitation: InvitationLine) -> x509.Certificate:
+def invited_authority(invitation: InvitationLine, way: Way | None = None) -> x509.Certificate:
     """The certificate in the server's chain whose fingerprint is the invited one; raises WrongAuthority for none."""
-    chain = _shown_chain(invitation.host, invitation.service_port)
+    chain = reach.shown_chain(invitation.host, invitation.service_port, way, reach.CONNECT_S)
     for certificate in chain:
         if secrets.compare_digest(keys.fingerprint(certificate), invitation.ca_fingerprint):
             return certificate
@@ -194,51 +193,6 @@ def _invited_authority(invitation: InvitationLine) -> x509.Certificate:
         f"the server at {invitation.host}:{invitation.service_port} belongs to another authority than the one that "
         f"invited {invitation.name}. It showed {shown}; the invitation says {keys.grouped(invitation.ca_fingerprint)}"
     )
-
-
-def _shown_chain(host: str, port: int) -> list[x509.Certificate]:
-    """The certificates a server shows, believed by nobody yet. Only the opening of a TLS handshake is sent."""
-    context = SSL.Context(SSL.TLS_CLIENT_METHOD)
-    context.set_min_proto_version(SSL.TLS1_3_VERSION)
-    context.set_alpn_protos([b"h2"])  # gRPC servers hang up without it
-    context.set_verify(SSL.VERIFY_NONE)  # on purpose: the caller compares fingerprints, then connects anew with a pin
-    deadline = time.monotonic() + HANDSHAKE_SECONDS
-    try:
-        with socket.create_connection((host, port), HANDSHAKE_SECONDS) as connection:
-            connection.setblocking(False)
-            tls = SSL.Connection(context, connection)
-            tls.set_connect_state()
-            _handshake(tls, connection, deadline)
-            chain = tls.get_peer_cert_chain(as_cryptography=True)
-    except ConnectionRefusedError:
-        raise Unreachable(f"nothing listens at {host}:{port} (connection refused)") from None
-    except socket.gaierror:
-        raise Unreachable(f"the host name {host} cannot be resolved") from None
-    except TimeoutError:
-        raise Unreachable(f"{host}:{port} did not answer within {HANDSHAKE_SECONDS:.0f} s") from None
-    except (SSL.Error, ValueError):
-        raise Unreachable(
-            f"{host}:{port} answers, but no TLS 1.3 connection could be made; is it the consortium's service port?"
-        ) from None
-    except OSError as error:
-        raise Unreachable(f"no connection to {host}:{port} ({error.strerror})") from None
-    if not chain:
-        raise Unreachable(f"{host}:{port} showed no certificate")
-    return list(chain)
-
-
-def _handshake(tls: Any, connection: socket.socket, deadline: float) -> None:
-    while True:
-        try:
-            tls.do_handshake()
-            return
-        except SSL.WantReadError:
-            readable, writable = [connection], []
-        except SSL.WantWriteError:
-            readable, writable = [], [connection]
-        left = deadline - time.monotonic()
-        if left <= 0 or not any(select.select(readable, writable, [], left)):
-            raise TimeoutError
 
 
 # Signed calls --------------------------------------------------------------------------------------------------------
@@ -329,21 +283,22 @@ class Statement:
 class Caller:
     """One party's signed calls to its coordinator. A method raises the error the coordinator named, or Unreachable."""
 
-    def __init__(self, address: str, ca_pem: bytes, name: str, key: keys.PrivateKey) -> None:
+    def __init__(self, address: str, ca_pem: bytes, name: str, key: keys.PrivateKey, way: Way | None = None) -> None:
         """`address` is host:port of the consortium service; only certificates issued below `ca_pem` are accepted."""
-        self.address, self.name, self._key = address, name, key
-        self._channel = _channel(address, ca_pem)
+        self.address, self.name, self._key, self._way = address, name, key, way
+        self._channel = _channel(address, ca_pem, way)
         self._stub = _generated.ConsortiumStub(self._channel)
+        self.ahead_s: float | None = None  # seconds that the coordinator's clock is ahead, by its last greeting
 
     @classmethod
-    def open(cls, folder: Path, service: str | None = None) -> "Caller":
+    def open(cls, folder: Path, service: str | None = None, way: Way | None = None) -> "Caller":
         """The caller whose enrolment `join` left in `folder`; `service` overrides the address noted there.
 
         On the way the certificate in `folder` is renewed if it is time. That it cannot be renewed now hinders no call.
         """
         enrolment = Enrolment.open(folder)
         key = keys.load_key(folder / f"{enrolment.role}.key")
-        caller = cls(service or enrolment.service, (folder / "ca.pem").read_bytes(), enrolment.name, key)
+        caller = cls(service or enrolment.service, (folder / "ca.pem").read_bytes(), enrolment.name, key, way)
         with contextlib.suppress(AwaitingSignature, Unreachable):
             caller.renew(folder, enrolment.role)
         return caller
@@ -384,10 +339,14 @@ class Caller:
         """Tell our versions, and of a site whether it is ready; the coordinator's, None if it is too old to tell."""
         told = None if readiness is None else pb.Readiness(ready=readiness.ready, reasons=readiness.reasons)
         request = pb.GreetRequest(versions=numbers_of(own()), readiness=told)
+        began = time.time()
         try:
-            return versions_in(self._call("Greet", request, GREET_SECONDS))
+            reply = self._call("Greet", request, GREET_SECONDS)
         except VersionSkew:
             return None
+        # The coordinator tells whole seconds, of a moment between asking and hearing.
+        self.ahead_s = reply.time_s + 0.5 - (began + time.time()) / 2 if reply.time_s else None
+        return versions_in(reply)
 
     def witness(self, head: SignedHead) -> SignedHead:
         """Site: have the coordinator witness the head of this site's journal; the head of its own, still to be checked."""
@@ -456,14 +415,14 @@ class Caller:
         try:
             return getattr(self._stub, name)(request, timeout=timeout_s, metadata=self._sign(name, request))
         except grpc.RpcError as error:
-            raise _translated(error, self.address) from None
+            raise _translated(error, self.address, self._way) from None
 
     def _stream(self, name: str, request: Any, timeout_s: float | None = None) -> Iterator[Any]:
         stream = getattr(self._stub, name)(request, timeout=timeout_s, metadata=self._sign(name, request))
         try:
             yield from stream
         except grpc.RpcError as error:
-            raise _translated(error, self.address) from None
+            raise _translated(error, self.address, self._way) from None
         finally:
             stream.cancel()
 
@@ -517,21 +476,31 @@ def versions_in(message: Any) -> Versions | None:
 # Channel and failures ------------------------------------------------------------------------------------------------
 
 
-def _channel(address: str, ca_pem: bytes) -> Any:
-    options = [
+def _channel(address: str, ca_pem: bytes, way: Way | None = None) -> Any:
+    options: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", REPLY_BYTES_MAX),
         ("grpc.max_send_message_length", REQUEST_BYTES_MAX),
         ("grpc.enable_http_proxy", 0),  # no hidden environment variables: the address is where the call goes
         ("grpc.service_config_disable_resolution", 1),  # no extra DNS question
         ("grpc.enable_retries", 0),  # a nonce is good for one call
-        ("grpc.keepalive_time_ms", 60_000),  # a watch through a firewall is not dropped in silence
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),  # a watch through a firewall or a proxy is not dropped in silence
     ]
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(root_certificates=ca_pem), options=options)
+    if way is not None:
+        # The channel's target is the proxy, so nothing ever connects past it; TLS is with the host behind the tunnel.
+        options += [
+            ("grpc.http_connect_server", address),
+            ("grpc.http_connect_headers", "\n".join(f"{name}:{text}" for name, text in way.headers.items())),
+            ("grpc.ssl_target_name_override", address.rpartition(":")[0]),
+            ("grpc.default_authority", address),
+        ]
+    return grpc.secure_channel(
+        str(way or address), grpc.ssl_channel_credentials(root_certificates=ca_pem), options=options
+    )
 
 
 def details_of(error: IsocenterError) -> str:
     """What travels as status details: the public code and one sentence."""
-    return f"{error.code}: {_printable(str(error))}"
+    return f"{error.code}: {printable(str(error))}"
 
 
 def error_of(details: str) -> IsocenterError | None:
@@ -545,26 +514,26 @@ def error_of(details: str) -> IsocenterError | None:
         todo += kind.__subclasses__()
     if not separator or code not in kinds:
         return None
-    return kinds[code](_printable(sentence))
+    return kinds[code](printable(sentence))
 
 
-def _printable(sentence: str) -> str:
+def printable(sentence: str) -> str:
     """One line without control and direction-changing characters, which could rewrite what a terminal shows."""
     text = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in sentence)
     return " ".join(text.split())[:SENTENCE_CHARACTERS_MAX]
 
 
-def _translated(error: Any, address: str) -> IsocenterError:
+def _translated(error: Any, address: str, way: Way | None = None) -> IsocenterError:
     """The error to raise for a failed call; transport failures are told apart by what gRPC says about them."""
     code, details = error.code(), str(error.details() or "")
     if code == grpc.StatusCode.UNAVAILABLE:
-        return _unreachable(details, address)
+        return _unreachable(details, address, way)
     if code == grpc.StatusCode.DEADLINE_EXCEEDED:
-        return Unreachable(f"{address} did not answer in time")
+        return Unreachable(f"{address} did not answer in time{f', through the proxy {way}' if way else ''}")
     if named := error_of(details):
         for key, value in error.trailing_metadata() or ():
             if key == REMEDY and isinstance(value, bytes):
-                named.remedy = _printable(value.decode("utf-8", "replace"))
+                named.remedy = printable(value.decode("utf-8", "replace"))
         return named
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
         return Unreachable(f"{address} is too busy, or the message is too large", remedy="Try again in a minute.")
@@ -573,8 +542,11 @@ def _translated(error: Any, address: str) -> IsocenterError:
     return IsocenterError(f"the call to {address} failed ({code.name.lower().replace('_', ' ')})")
 
 
-def _unreachable(details: str, address: str) -> IsocenterError:
+def _unreachable(details: str, address: str, way: Way | None) -> IsocenterError:
     lower = details.lower()
+    if way is not None and not any(word in lower for word in ("verif", "ssl", "tls")):
+        answered = _PROXY_SAID.search(lower)
+        return reach.refused(int(answered[1]), way, address) if answered else reach.silent_proxy(way)
     if "resolving" in lower or "name resolution" in lower:
         return Unreachable(f"the host name of {address} cannot be resolved")
     if "certificate_verify_failed" in lower or "verification check" in lower:
@@ -585,9 +557,8 @@ def _unreachable(details: str, address: str) -> IsocenterError:
         return Unreachable(
             f"{address} answers, but no TLS 1.3 connection could be made; is it the consortium's service port?"
         )
-    if "refused" in lower:
-        return Unreachable(f"nothing listens at {address} (connection refused)")
-    return Unreachable(f"no connection to {address}")
+    what = "nothing listens at {} (connection refused)" if "refused" in lower else "no connection to {}"
+    return Unreachable(what.format(address))
 
 
 def token_hash(token: str) -> bytes:

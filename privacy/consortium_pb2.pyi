@@ -77,10 +77,12 @@ class GreetRequest(_message.Message):
     def __init__(self, versions: _Optional[_Union[Versions, _Mapping]] = ..., readiness: _Optional[_Union[Readiness, _Mapping]] = ...) -> None: ...
 
 class GreetReply(_message.Message):
-    __slots__ = ("versions",)
+    __slots__ = ("versions", "time_s")
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    TIME_S_FIELD_NUMBER: _ClassVar[int]
     versions: Versions
-    def __init__(self, versions: _Optional[_Union[Versions, _Mapping]] = ...) -> None: ...
+    time_s: int
+    def __init__(self, versions: _Optional[_Union[Versions, _Mapping]] = ..., time_s: _Optional[int] = ...) -> None: ...
 
 class WitnessRequest(_message.Message):
     __slots__ = ("head",)

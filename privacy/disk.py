@@ -4,7 +4,7 @@ What counts as written is on the disk with its name: content flushed, renamed in
 read-only or failing is DiskUnusable, whoever meets it; nothing is half written then, and what was there before stays.
 
 Every state file carries the version of its layout. One of a later version is NewerVersion and is not touched; an earlier one is
-brought forward by the module that owns it, after `keep_copy` (NAME.v1 beside NAME, for a way back).
+brought forward by the module that owns it, after `keep_copy_of_database` (NAME.v1 beside NAME, for a way back).
 """
 
 import contextlib
@@ -107,16 +107,11 @@ def require_known(path: Path, found: object, newest: int) -> None:
         raise NewerVersion(f"{path} has layout {found}, and this version of Isocenter reads layouts up to {newest}")
 
 
-def keep_copy(path: Path, version: int) -> Path:
-    """A copy of a state file before it is brought forward, NAME.v<version> (0600); one that is there stays as it is."""
-    copy = path.with_name(f"{path.name}.v{version}")
-    if not copy.exists():
-        write_file(copy, path.read_bytes(), 0o600)
-    return copy
-
-
 def keep_copy_of_database(path: Path, version: int) -> Path:
-    """`keep_copy` of a SQLite file that may be open: what was committed last, also if part of it stands in a log beside it."""
+    """A copy of a SQLite file before it is brought forward, NAME.v<version> (0600); one that is there stays as it is.
+
+    The file may be open: the copy has what was committed last, also if part of it stands in a log beside it.
+    """
     copy = path.with_name(f"{path.name}.v{version}")
     if not copy.exists():
         with closing(sqlite3.connect(path, timeout=BUSY_S)) as source:

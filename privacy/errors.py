@@ -55,6 +55,7 @@
     │   ├── TrainingDiverged      a loss or a weight is no longer a finite number
     │   └── TrainingStopped       the site was told to stop in the middle of a round
     ├── Unreachable               nothing answered at the address
+    │   └── ProxyRefused          the proxy on the way out did not let through, or is none
     ├── PackageRefused            a released model that is altered, incomplete, unsigned, or another than it says
     ├── JournalDamaged            a line of a journal was changed, removed, reordered or cut off
     ├── DiskUnusable              a disk that is full, read-only or failing
@@ -373,6 +374,11 @@ class Unreachable(IsocenterError):
     )
 
 
+class ProxyRefused(Unreachable):
+    code = "proxy-refused"
+    remedy = "Ask those who run the proxy to permit CONNECT to both ports of the coordinator, without opening the TLS inside."
+
+
 class MessageMalformed(IsocenterError):
     code = "message-malformed"
     remedy = (
@@ -440,9 +446,18 @@ class LimitExceeded(IsocenterError):
 
 def public_codes() -> frozenset[str]:
     """Every code that a Refusal may carry; anything else is malformed."""
-    found, todo = set(), [IsocenterError]
+    return frozenset(_kinds())
+
+
+def named(code: str) -> type[IsocenterError]:
+    """The error with this code, for what another process of ours tells; IsocenterError if there is none."""
+    return _kinds().get(code, IsocenterError)
+
+
+def _kinds() -> dict[str, type[IsocenterError]]:
+    found, todo = dict[str, type[IsocenterError]](), [IsocenterError]
     while todo:
         kind = todo.pop()
-        found.add(kind.code)
+        found.setdefault(kind.code, kind)
         todo += kind.__subclasses__()
-    return frozenset(found)
+    return found

@@ -24,7 +24,7 @@ from fl_server import consortium
 from fl_server.consortium import Consortium
 from fl_server.roster import Home
 from models.study import Study, read
-from privacy import calls, disk, keys
+from privacy import calls, disk, keys, reach
 from privacy import consortium_pb2 as pb
 from privacy.calls import Caller, Enrolment, InvitationLine, Statement
 from privacy.errors import (
@@ -302,7 +302,7 @@ def _nonsense(server: socket.socket) -> None:
 
 
 def test_a_silent_server_is_given_up_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calls, "HANDSHAKE_SECONDS", 0.3)
+    monkeypatch.setattr(reach, "CONNECT_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         line = InvitationLine("north", "127.0.0.1", server.getsockname()[1], "0" * 64, "a" * 32)
         began = time.monotonic()

@@ -1,4 +1,5 @@
-"""What the docs say is what the programs do: reference pages equal the code, the README's tree the files, links their targets.
+"""What the docs say is what the programs do: reference pages equal the code, the tree of docs/house.md the files, links
+their targets.
 
 Four pages are made from the code, not by hand: commands.md from the programs' own help, configuration.md from the pydantic
 models, errors.md from the error tree, wire.md from the message classes and consortium.proto. After a change of any of these:
@@ -30,6 +31,7 @@ from fl_client.sources import Reason  # noqa: E402
 from fl_server import cli as server_cli  # noqa: E402
 from fl_server import consortium  # noqa: E402
 from fl_server import research as research_cli  # noqa: E402
+from fl_server.researcher import ResearcherFile  # noqa: E402
 from fl_server.settings import ServerFile  # noqa: E402
 from models.study import Document, Study  # noqa: E402
 from privacy import consortium_pb2, errors, wire  # noqa: E402
@@ -43,6 +45,7 @@ DOCUMENTS: dict[str, tuple[type[Document], str]] = {
     "study.yaml": (Study, "the researcher"),
     "site.yaml": (SiteFile, "the hospital; it never leaves it"),
     "server.yaml": (ServerFile, "the coordinator"),
+    "researcher.yaml": (ResearcherFile, "the researcher; there only where a proxy leads out"),
 }
 GENERATED = "<!-- Made from the code by `python tests/test_docs.py --write`; change the code, not this page. -->"
 SCREEN = {
@@ -112,7 +115,7 @@ def configuration_page() -> str:
     parts = [
         GENERATED,
         "# Configuration",
-        "Three YAML files, three owners. An unknown key, a wrong type or a value out of range is an error that names file, "
+        "Four YAML files, three owners. An unknown key, a wrong type or a value out of range is an error that names file, "
         "line and the nearest known key. There are no other settings and no environment variables. A *name* is lower case "
         f"and short (`{NAME_PATTERN}`), so it is never a path or a person.",
     ]
@@ -331,21 +334,24 @@ def wire_type(name: str, kind: type) -> str:
     return special[name] if name in special else plain[kind]
 
 
-# --- the README's tree
+# --- the tree of docs/house.md, and the rooms in the README
 
 
-def tree_in_readme() -> dict[str, str]:
-    """Path -> annotation of every file in the README's annotated tree."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split("```text tree\n", maxsplit=1)[1].split("```", maxsplit=1)[0]
+def tree_of_the_house() -> dict[str, str]:
+    """Path -> annotation of every file in the annotated tree."""
     found, folder = {}, ""
-    for line in block.splitlines():
+    for line in fence(ROOT / "docs" / "house.md", "tree").splitlines():
         name, _, said = line.strip().partition("  ")
         if not line.startswith(" "):
             folder = name
         else:
             found[folder + name] = said.strip()
     return found
+
+
+def fence(page: Path, kind: str) -> str:
+    """What stands in a page's fence of that kind."""
+    return page.read_text(encoding="utf-8").split(f"```text {kind}\n", maxsplit=1)[1].split("```", maxsplit=1)[0]
 
 
 def files_of_the_house() -> set[str]:
@@ -370,7 +376,8 @@ def test_reference_pages_equal_the_code(name: str) -> None:
 def test_the_console_scripts_print_the_documented_help(program: str) -> None:
     """In a process of its own, through the entry that pyproject.toml names: nothing is imported that a user lacks."""
     module = PROGRAMS[program][1]
-    entry = f"import sys; from {module} import main; sys.argv = [{program!r}, '--help']; main()"
+    begin = program.replace("-", "_")
+    entry = f"import sys; from isocenter import {begin}; sys.argv = [{program!r}, '--help']; {begin}()"
     environment = {**os.environ, **SCREEN}
     ran = subprocess.run(
         [sys.executable, "-c", entry],
@@ -385,7 +392,8 @@ def test_the_console_scripts_print_the_documented_help(program: str) -> None:
     printed = "\n".join(line.rstrip() for line in ran.stdout.strip("\n").splitlines()).strip()
     assert fenced(printed) in (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
     scripts = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    assert f'{program} = "{module}:main"' in scripts
+    assert f'{program} = "isocenter:{begin}"' in scripts
+    assert f'_begin("{module}")' in (ROOT / "isocenter.py").read_text(encoding="utf-8")
 
 
 def test_every_command_and_argument_has_a_help_text() -> None:
@@ -399,11 +407,21 @@ def test_every_command_and_argument_has_a_help_text() -> None:
                     assert said, f"{program} {name}: {parameter.name} has no help"
 
 
-def test_readme_tree_equals_the_files() -> None:
-    listed, there = tree_in_readme(), files_of_the_house()
-    assert sorted(set(listed) - there) == [], "the README lists files that are not there"
-    assert sorted(there - set(listed)) == [], "files that the README does not list"
+def test_the_tree_equals_the_files() -> None:
+    listed, there = tree_of_the_house(), files_of_the_house()
+    assert sorted(set(listed) - there) == [], "docs/house.md lists files that are not there"
+    assert sorted(there - set(listed)) == [], "files that docs/house.md does not list"
     assert all(listed.values()), "each file is annotated"
+
+
+def test_the_readme_names_each_room_and_is_two_screens() -> None:
+    rooms = dict(line.split(maxsplit=1) for line in fence(ROOT / "README.md", "rooms").splitlines())
+    assert set(rooms) == {f"{folder}/" for folder in (*FOLDERS, "tests")}
+    heads = [line for line in fence(ROOT / "docs" / "house.md", "tree").splitlines() if not line.startswith(" ")]
+    assert {name: said for name, said in rooms.items() if name != "tests/"} == dict(
+        line.split(maxsplit=1) for line in heads
+    ), "the README says of a room what docs/house.md says"
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
 
 
 def test_the_error_tree_is_drawn_completely() -> None:
@@ -427,16 +445,34 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_commands_in_the_docs_exist_with_their_options(page: Path) -> None:
     for line in page.read_text(encoding="utf-8").splitlines():
         for program, name, rest in re.findall(r"\b(fl-(?:client|server|study)) ([a-z]+)([^`|#]*)", line):
-            app = PROGRAMS[program][0]
-            assert name in command_names(app), f"{page.name}: {program} {name}"
-            inner = getattr(command_of(app, name), "commands", {})
-            words = rest.split()
-            if inner and (not words or not words[0].isalpha()):
-                continue  # the group as such
-            command = inner[words[0]] if inner else command_of(app, name)
-            options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
-            for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", rest):
-                assert option in options, f"{page.name}: {program} {name} {option}"
+            assert unknown_in(program, name, rest) is None, f"{page.name}: {program} {name} {rest}"
+
+
+def unknown_in(program: str, name: str, rest: str) -> str | None:
+    """The command or option that there is not, in words that stand for a command line; None if all are there."""
+    app = PROGRAMS[program][0]
+    if name not in command_names(app):
+        return name
+    inner = getattr(command_of(app, name), "commands", {})
+    words = rest.split()
+    if inner and (not words or not words[0].isalpha()):
+        return None  # the group as such
+    command = inner.get(words[0]) if inner else command_of(app, name)
+    if command is None:
+        return words[0]
+    options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+    return next((option for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", rest) if option not in options), None)
+
+
+def test_commands_that_messages_name_exist_with_their_options() -> None:
+    """What a remedy, a help text, a template or a comment quotes in backticks."""
+    for folder in FOLDERS[:-1]:
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".yaml", ".html"):
+                text = path.read_text(encoding="utf-8")
+                for program, name, rest in re.findall(r"`(fl-(?:client|server|study)) ([a-z]+)([^`{]*)", text):
+                    assert unknown_in(program, name, rest) is None, f"{path.name}: {program} {name} {rest}"
+    assert unknown_in("fl-study", "run", "--watch") == "--watch" and unknown_in("fl-study", "obey", "") == "obey"
 
 
 def command_of(app: typer.Typer, name: str) -> Any:
