@@ -2,7 +2,7 @@
 
 dp_step_*: one private step beside the float32 step without privacy of the same network and batch, in turn, in processor time of
 one thread. dp_noise: discrete Gaussian noise. images: a node's round against its number of images. `python deploy/bench_dp.py`
-prints all of it, and with one of the words steps, noise, masks or images only that.
+prints all of it, and with one of the words steps, noise, masks or images only that; images also writes docs/benchmarks/images.*.
 """
 
 import json
@@ -31,6 +31,7 @@ CHUNKED = ("small", "3d_unet", "3d_resnet18", "3d_densenet121")  # on DenseNet12
 CHUNK = {"small": 32}
 MEMORY_BATCHES = (4, 16, 64)
 IMAGES = (250, 1000, 4000)
+OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "images.json"
 
 
 def main() -> None:
@@ -42,7 +43,11 @@ def main() -> None:
     elif wanted == ["round"]:
         print(json.dumps(round_of(Path(sys.argv[2]))))
     else:
-        print(json.dumps(measured(*wanted), indent=1))
+        made = measured(*wanted)
+        print(json.dumps(made, indent=1))
+        if wanted == ["images"]:
+            OUT.write_text(json.dumps(made["images"], indent=1) + "\n")
+            draw(made["images"])
 
 
 def measured(*wanted: str) -> dict[str, Any]:
@@ -180,13 +185,13 @@ class _Bench:
         from privacy import dpsgd
 
         gradient = torch.randn(self.parameters)
-        held = gradient.clone()
+        held, near = gradient.clone(), gradient.clone()
 
         class Given:
             name = "given"
 
-            def clipped_sum(self, units: Any, clip: dpsgd.Clip) -> dpsgd.ClippedSum:
-                found = dpsgd._Accumulator(len(gradient), clip)
+            def clipped_sum(self, units: Any, clip: dpsgd.Clip, out: Any = None) -> dpsgd.ClippedSum:
+                found = dpsgd._Accumulator(len(gradient), clip, near, out)
                 for _ in units:
                     found.add(held.copy_(gradient))
                 return found.result()
@@ -337,6 +342,26 @@ def round_of(folder: Path) -> dict[str, Any]:
         "memory_mib": _rss_mib("RssAnon") - before,
         "mapped_mib": _rss_mib("RssFile"),
     }
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Time and memory against images, both axes logarithmic for time."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    counts = [row["images"] for row in rows]
+    for field, label in (("ingest_s", "ingest, once"), ("train_s", "train, an epoch"), ("score_s", "score validation")):
+        left.plot(counts, [row[field] for row in rows], marker="o", label=label)
+    right.plot(counts, [row["memory_mib"] for row in rows], marker="o", label="own memory above the start")
+    left.set(xlabel="images", ylabel="processor seconds", xscale="log", yscale="log")
+    right.set(xlabel="images", ylabel="MiB", xscale="log", ylim=(0, None))
+    for side in (left, right):
+        side.grid(alpha=0.3)
+        side.legend()
+    figure.savefig(OUT.with_suffix(".svg"), metadata={"Date": None})
 
 
 def _child(*words: str) -> Any:

@@ -148,6 +148,15 @@ def test_more_units_than_float32_can_count_are_added_exactly() -> None:
         assert abs(accumulator.result().total[0] - 9 * first) <= 9 and accumulator.result().total[1] == 27
 
 
+def test_memory_that_is_used_again_holds_nothing_of_the_step_before() -> None:
+    net, losses, units = CASES["linear, 2 images"]()
+    engine, out = LoopEngine(net, losses), np.full(sum(p.numel() for p in net.parameters()), 2**40)
+    for chosen in (units, units[:1], []):
+        kept, _ = private_gradient(engine, chosen, Clip(0.5, 24), 1.0, Keystream(b"r" * 32), out)
+        fresh, _ = private_gradient(LoopEngine(net, losses), chosen, Clip(0.5, 24), 1.0, Keystream(b"r" * 32))
+        assert kept is out and np.array_equal(kept, fresh)
+
+
 # What one patient can do.
 
 
