@@ -15,7 +15,8 @@ import numpy as np
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fl_server import strategies, sums, weights
+from fl_server import strategies, sums
+from fl_server.first import first_model
 from fl_server.roster import Home
 from fl_server.run import (
     ENDED,
@@ -81,7 +82,7 @@ def carry_on(home: Home, run: Run, grid: Grid) -> None:
         return
     strategy = strategies.build(run.study)
     if run.model is None:
-        run.model = first_model(home, run)
+        run.model = first_model(home.root, run.study)
     for number in run.remaining():
         began = time.monotonic()
         with tracing.span("round", round=number, attempt=run.attempt):
@@ -280,16 +281,3 @@ class Desk:
             scale=before,
             asked=asked if sampled else [],
         )
-
-
-def first_model(home: Home, run: Run) -> Float32:
-    """The weights to start from: the study's seed, or the file that it names. Sites get them with the first order.
-
-    Imported late: only the first round of a run needs torch.
-    """
-    from models import weights as files
-
-    model, fit = files.start(run.study, weights.file_of(home.root, run.study))
-    if fit is not None:
-        log.info("run %s starts from given weights: %s", run.run_id, fit.sentence)
-    return model

@@ -26,7 +26,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fl_client.node import Connection
-from fl_server import executor, link
+from fl_server import control, executor, link
 from fl_server import parcels as server
 from fl_server.door import listen
 from fl_server.mailbox import Mailbox
@@ -95,8 +95,8 @@ def post(superlink: tuple[int, bytes, list[tuple[str, int]]], tmp_path: Path) ->
     for number in range(2):
         key = keys.make_key(tmp_path / f"{number}.key")
         public = keys.public_pem(key)
-        with link.control(port) as control:
-            control.RegisterNode(RegisterNodeRequest(public_key=public, name=f"{tmp_path.name[-8:]}-{number}"))
+        with control.control(port) as caller:
+            caller.RegisterNode(RegisterNodeRequest(public_key=public, name=f"{tmp_path.name[-8:]}-{number}"))
         identity = NodeAuthHttpInterceptor(key, key.public_key())
         client = FleetHttpClient(f"http://127.0.0.1:{port}", interceptors=(identity,))
         node = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30.0)).node_id
