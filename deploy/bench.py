@@ -1,7 +1,8 @@
 """`make bench`: what the federation costs beside the same work without it. Writes bench.json.
 
 round_small: a round beside the same training in one plain process. mask_keystream: masks over a large update beside their
-cipher alone; `python deploy/bench.py masks` prints only that, in seconds. indexing, decode, loader: see deploy/bench_data.py.
+cipher alone; `python deploy/bench.py masks` prints only that, in seconds. indexing, decode, loader: see deploy/bench_data.py;
+bytes: deploy/bench_bytes.py.
 
 Both sides of a ratio are measured on this machine in one run, pinned to one core, in turn; the ratio of their medians is what
 counts, because machines differ and are noisy. docs/benchmarks.md has the figures and how they were got.
@@ -30,6 +31,7 @@ KEYSTREAM_BLOCK = 256 * 1024  # bytes a call: AES is no faster with more or less
 
 
 def main() -> None:
+    import bench_bytes
     from bench_data import measured
 
     data = measured()  # on all cores, which is how a hospital indexes
@@ -41,6 +43,7 @@ def main() -> None:
             report = measure(stage) | {"mask_keystream": keystream} | data
         finally:
             stage.stop()
+    report["bytes"] = bench_bytes.measured()
     Path("bench.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
 

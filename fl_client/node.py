@@ -36,7 +36,6 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -114,16 +113,15 @@ class Connection:
 
     def send(self, reply: Message) -> None:
         """Send a reply and its objects. One that Flower no longer wants, because its run has ended, is dropped."""
-        reply.metadata.__dict__["_message_id"] = reply.object_id
-        tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
+        trees, contents = parcels.flat([reply])
+        reply.metadata.__dict__["_message_id"] = trees[0].object_id
         request = PushMessagesRequest(
             node=self.node,
             messages_list=[message_to_proto(remove_content_from_message(reply))],
-            message_object_trees=[tree],
+            message_object_trees=trees,
             clientapp_runtime_list=[0.0],
         )
         try:
-            contents = [objects[name].deflate() for name in parcels.names([tree])]
             parcels.post(self.client, parcels.SEND_REPORT, request, contents)
         except httpx.HTTPStatusError as error:
             unwanted = error.response.status_code in (httpx.codes.FORBIDDEN, httpx.codes.BAD_REQUEST)

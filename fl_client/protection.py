@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from fl_client.site import Site
-from models.contributions import Contribution, Kind, count_of, values_of
+from models.contributions import Contribution, Kind, bits_of, count_of, values_of
 from models.study import Study
 from privacy import keys
 from privacy.errors import MaskKeysLost, MessageMalformed, SignatureRefused, StepRefused
@@ -68,11 +68,11 @@ class Vault:
     def begin(self, site: Site, study: Study, order: WorkOrder, parameters: int) -> "Sending":
         """Get ready to send one contribution. Masks are added up in the background while the site works on it."""
         kind = kind_of(order)
-        named = study.participation.sites if kind == "train" else study.all_sites
+        named = study.asked(order.round) if kind == "train" else study.all_sites
         encoding = Encoding(
             values=values_of(study, kind, parameters),
             counts=count_of(study, kind),
-            bits=study.encoding_bits,
+            bits=bits_of(study, kind, order.round),
             scale=order.scale,
             sites=len(order.participants or named),
         )

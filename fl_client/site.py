@@ -39,9 +39,10 @@ from pydantic import Field, StringConstraints
 from fl_client.archive import ArchiveSettings
 from fl_client.consent import approved
 from fl_client.policy import Pause, Policy, Rule, broken
+from models.documents import parse, text_of
 from models.labels import LabelMap
 from models.sections import LONGEST_SIDE_PX, LONGEST_SIDE_RANGE, STRUCTURES_MAX
-from models.study import Document, Name, Study, read
+from models.study import Document, Name, Study
 from privacy import disk, keys
 from privacy.errors import (
     DataError,
@@ -234,7 +235,8 @@ class Site:
 
     @staticmethod
     def settings_of(home: Path) -> SiteFile:
-        return read(SiteFile, SiteFile.path(home))
+        path = SiteFile.path(home)
+        return _settings(text_of(path), str(path))
 
     @staticmethod
     def state_of(home: Path) -> Path:
@@ -272,9 +274,8 @@ class Site:
         order.verify(self.coordinator)
         study = approved(self.home, order.study, self.coordinator)
         self.check_policy(study)
-        part = study.participation
-        if self.name not in (part.sites if isinstance(order, TrainOrder) else study.all_sites):
-            raise StudyNotApproved(f"the study does not name {self.name} for {order.kind}")
+        if self.name not in (study.asked(order.round) if isinstance(order, TrainOrder) else study.all_sites):
+            raise StudyNotApproved(f"the study does not name {self.name} for {order.kind} in round {order.round}")
         # Where nothing is trained, what is evaluated is called round 1.
         if order.round > max(1, study.training.rounds) or (isinstance(order, TrainOrder) and not study.training.rounds):
             raise PolicyForbids(f"round {order.round} of a study of {study.training.rounds} rounds")
@@ -513,6 +514,12 @@ def _bring_orders_forward(path: Path, memory: sqlite3.Connection, version: int) 
             memory.execute(table)
         memory.execute(f"PRAGMA user_version = {ORDERS_VERSION}")
     disk.flush_folder(path.parent)
+
+
+@functools.lru_cache(maxsize=4)
+def _settings(text: str, name: str) -> SiteFile:
+    """site.yaml is read at each order and seldom another one; to parse it takes longer than the rest of an order's way in."""
+    return parse(SiteFile, text, name)
 
 
 @functools.cache

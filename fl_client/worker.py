@@ -319,13 +319,9 @@ def _end_with_parent(parent: int) -> None:
 
 def _warm(line: Line) -> Work:
     """Import what orders need, once, and have the privacy mechanism test itself; raises AuditFailed."""
-    import torch
-
     from fl_client.app import Desk, carry_out
     from privacy import selftest
 
-    # The first optimizer of a process imports a second's worth of modules; better now than in the first round.
-    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()
     selftest.require()
 
     def ask(label: bytes, body: bytes) -> bytes:

@@ -15,7 +15,8 @@ import numpy as np
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fl_server import strategies, sums, weights
+from fl_server import strategies, sums
+from fl_server.first import first_model
 from fl_server.roster import Home
 from fl_server.run import (
     ENDED,
@@ -81,15 +82,16 @@ def carry_on(home: Home, run: Run, grid: Grid) -> None:
         return
     strategy = strategies.build(run.study)
     if run.model is None:
-        run.model = first_model(home, run)
+        run.model = first_model(home.root, run.study)
     for number in run.remaining():
         began = time.monotonic()
         with tracing.span("round", round=number, attempt=run.attempt):
             total = desk.train(strategies.sent(run.study, run.model, run.state), number)
-            desk.score(total)
+            desk.score(total, number)
             model, state = strategy.step(run.model, desk.combine(total), run.state)
             run.commit(desk.summary(number, began, total), model, state)
-    desk.score(desk.evaluate(run.model, max(1, len(run.history)), "validation"))
+    rounds = len(run.history)
+    desk.score(desk.evaluate(run.model, max(1, rounds), "validation"), rounds + 1)
     run.save()
     run.finish(desk.test(run.best if run.best is not None else run.model))
 
@@ -138,13 +140,13 @@ class Desk:
     def __init__(self, home: Home, run: Run, grid: Grid) -> None:
         self.run, self.summing, self.roster = run, sums.build(grid, run, home), home.roster
 
-    @property
-    def trainers(self) -> Nodes:
-        return self._consenting(self.run.study.participation.sites)
+    def trainers(self, number: int) -> Nodes:
+        """Who is asked in round `number`; after the last round, for the validation of its model."""
+        return self._consenting(self.run.study.asked(number))
 
     @property
-    def evaluators(self) -> Nodes:
-        return self._consenting(self.run.study.all_sites)
+    def testers(self) -> Nodes:
+        return self._consenting(self.run.study.tested)
 
     def _consenting(self, named: Sequence[str]) -> Nodes:
         """Who approved, at the launch or since, and holds to it. Asked before each sum: who withdrew, was revoked, or has another
@@ -170,8 +172,8 @@ class Desk:
         if self.run.scale is None:
             self.run.scale = sums.first_scale(self.run.study)
         quorum = self.run.study.participation.quorum
-        trainers = self.trainers
-        return self.summing.carry_out(Task(TrainOrder, model, number, self.run.scale, trainers, quorum, trainers))
+        trainers, afterwards = self.trainers(number), self.trainers(number + 1)
+        return self.summing.carry_out(Task(TrainOrder, model, number, self.run.scale, trainers, quorum, afterwards))
 
     def combine(self, total: Total) -> Float32:
         """The update that the next model is made of: the mean, or what a robust strategy makes of each site's own."""
@@ -185,8 +187,8 @@ class Desk:
 
     def evaluate(self, model: Float32, number: int, split: str) -> Total:
         """The summed scores of `model` on one split: the training sites' validation, or everybody's test."""
-        last = split == "test"
-        sites, afterwards = (self.evaluators, None) if last else (self.trainers, self.evaluators)
+        last, number_after = split == "test", len(self.run.history) + 1
+        sites, afterwards = (self.testers, None) if last else (self.trainers(number_after), self.testers)
         # Under masks no sum of fewer sites than the quorum is opened; unmasked, one site's scores are better than none.
         least = self.run.study.participation.quorum if self.run.study.protection == "masked" else 1
         task = Task(EvaluateOrder, model, number, 0, sites, least, afterwards, {"split": split})
@@ -197,16 +199,15 @@ class Desk:
         began, study = time.monotonic(), self.run.study
         blank, quorum = np.zeros(1, np.float32), study.participation.quorum
         total = self.summing.carry_out(
-            Task(EvaluateOrder, blank, 1, 0, self.evaluators, quorum, None, {"split": COHORT})
+            Task(EvaluateOrder, blank, 1, 0, self._consenting(study.all_sites), quorum, None, {"split": COHORT})
         )
         answers = questions.read(task, total.mean.answers)
         missing = self.absent(total, study.all_sites)
         return Counted(total.contributors, missing, answers, time.monotonic() - began)
 
-    def score(self, total: Total) -> None:
-        """Note the validation of the model that the sites were sent."""
-        named = self.run.study.participation.sites
-        self.run.score(self._sheet(total), self.absent(total, named))
+    def score(self, total: Total, number: int) -> None:
+        """Note the validation of the model that the sites of round `number` were sent."""
+        self.run.score(self._sheet(total), self.absent(total, self.run.study.asked(number)))
 
     def test(self, model: Float32) -> Test:
         """The test evaluation of the selected model: everybody's sum, and what each site releases of its own."""
@@ -215,7 +216,7 @@ class Desk:
         sheet, study = self._sheet(total), self.run.study
         groups = total.mean.groups.kept(study).to_json(study) if total.mean.groups is not None else []
         table: list[list[int]] = total.mean.grades.tolist() if total.mean.grades is not None else []
-        absent = self.absent(total, study.all_sites)
+        absent = self.absent(total, study.tested)
         return Test(sheet, absent, released, groups, table, total.mean.ingested, self._number(total))
 
     def _number(self, total: Total) -> dict[str, Any] | None:
@@ -264,6 +265,7 @@ class Desk:
     def summary(self, number: int, began: float, total: Total) -> Round:
         before = self.run.scale or 0
         self.run.scale = sums.next_scale(self.run.study, total, before)
+        asked, sampled = self.run.study.asked(number), self.run.study.participation.sample is not None
         # How long a private step takes says how many patients were drawn, and the loss is a figure about them.
         public = self.run.study.privacy == "none"
         return Round(
@@ -271,23 +273,11 @@ class Desk:
             attempt=self.run.attempt,
             seconds=time.monotonic() - began,
             contributors=total.contributors,
-            missing=self.absent(total, self.run.study.participation.sites),
+            missing=self.absent(total, asked),
             cases=total.mean.cases,
             train_loss=total.mean.loss if public else None,
             site_seconds=total.seconds if public else {},
             clipped=total.clipped,
             scale=before,
+            asked=asked if sampled else [],
         )
-
-
-def first_model(home: Home, run: Run) -> Float32:
-    """The weights to start from: the study's seed, or the file that it names. Sites get them with the first order.
-
-    Imported late: only the first round of a run needs torch.
-    """
-    from models import weights as files
-
-    model, fit = files.start(run.study, weights.file_of(home.root, run.study))
-    if fit is not None:
-        log.info("run %s starts from given weights: %s", run.run_id, fit.sentence)
-    return model

@@ -84,6 +84,11 @@ def check(study: Study) -> None:
             "models are compared by their AUROC, and this study's target is a number",
             remedy="Leave --compare out, and simulate a study of one site to see what it does alone.",
         )
+    if study.participation.sample is not None:
+        raise StudyConflict(
+            "with participation.sample each model would be tested at other sites than the one beside it",
+            remedy="Leave --compare out, or compare the study without `sample`.",
+        )
     if study.strategy.local_norms:
         raise StudyConflict(
             "with strategy: fedbn there is no common model to compare",

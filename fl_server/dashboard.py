@@ -243,8 +243,9 @@ def run_page(home: Home, run: Progress, now: Snapshot) -> dict[str, Any]:
     study = study_of(home.runs / run_id, str(run.facts.get("digest")))
     sites = {}
     for name, part in sorted(run.sites.items()):
-        took = [name in each.contributors for each in run.rounds]
-        missed = [each.round for each, inside in zip(run.rounds, took, strict=True) if not inside]
+        due = [each for each in run.rounds if not each.asked or name in each.asked]
+        took = [name in each.contributors for each in due]
+        missed = [each.round for each, inside in zip(due, took, strict=True) if not inside]
         sites[name] = {
             "part": part,
             "trains": study is None or name in study.participation.sites,

@@ -48,7 +48,7 @@ def attack(study: Study, outcome: Outcome, out: Path, tell: Tell) -> dict[str, A
     """Attack the finished rehearsal `outcome` of `study`; what was found, also written to `out`/attack.json with its pictures."""
     cohorts = {
         (name, split): pkgutil.resolve_name(COHORT)(outcome.folder / "sites" / name, _rehearsed(outcome), split)
-        for name in study.participation.sites
+        for name in _trained(study, outcome)
         for split in ("train", "test")
     }
     found: dict[str, Any] = {"version": VERSION, "study": study.name, "learned": study.learned, "audit": None}
@@ -56,7 +56,7 @@ def attack(study: Study, outcome: Outcome, out: Path, tell: Tell) -> dict[str, A
     found["privacy"] = [statement.to_json() for statement in study.statements()]
     if study.privacy != "none":
         tell("canaries: one run of the mechanism with patients that cannot be missed")
-        audit = _canaries(study, cohorts[study.participation.sites[0], "train"])
+        audit = _canaries(study, cohorts[next(iter(cohorts))])
         found["audit"] = _audit_facts(audit)
         seen = audit.estimate
         caption = f"estimate of ε {seen.epsilon:.2f} ({seen.low:.2f} to {seen.high:.2f}), claim {audit.claim:.2f}"
@@ -70,6 +70,12 @@ def attack(study: Study, outcome: Outcome, out: Path, tell: Tell) -> dict[str, A
     found["sentences"] = _sentences(study, found)
     (out / "attack.json").write_text(json.dumps(found, indent=1, allow_nan=False), encoding="utf-8")
     return found
+
+
+def _trained(study: Study, outcome: Outcome) -> list[str]:
+    """Sites that the model learned from: the patients of others are no members, and would hide those who are."""
+    gave = {site for entry in outcome.results["rounds"] for site in entry["contributors"]}
+    return [name for name in study.participation.sites if name in gave]
 
 
 def _rehearsed(outcome: Outcome) -> Study:
@@ -197,7 +203,7 @@ def _preys(study: Study, cohorts: dict[tuple[str, str], Any]) -> list[_Prey]:
     """The network that is easiest to look into and, unless it is large, the study's own."""
     one: list[Batch] = []
     losses = learning.losses_of(study)
-    for name in study.participation.sites:
+    for name in dict.fromkeys(site for site, _ in cohorts):
         cohort = cohorts[name, "train"]
         one.append(_unit(cohort, learning.labelled_patients(cohort)[0][:1]))
     easy = attacks.SmoothNet(PICTURE_PX, len(study.task.targets))
@@ -256,7 +262,7 @@ def _views(study: Study, prey: _Prey) -> Iterator[tuple[str, Tensor, int]]:
 def _average_db(prey: _Prey, cohorts: dict[tuple[str, str], Any], study: Study) -> float:
     """How near the average picture of the first site's other patients is: what is known without looking at anything."""
     truth = prey.units[0][0][0]
-    cohort = cohorts[study.participation.sites[0], "train"]
+    cohort = cohorts[next(iter(cohorts))]  # the training split of the first site
     others = cohort.images[cohort.patients != cohort.patients[learning.labelled_patients(cohort)[0][0]]]
     return attacks.psnr(functional.adaptive_avg_pool2d(others.float().mean(0, keepdim=True), truth.shape[-1]), truth)
 

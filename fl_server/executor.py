@@ -33,7 +33,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from fl_server.app import app, note_end, note_missing_ends
-from fl_server.link import LOOPBACK, control
+from fl_server.control import LOOPBACK, control
 from fl_server.mailbox import Mailbox
 from fl_server.roster import Home
 from fl_server.run import heed_stop, holding, list_runs, mark_stopped, read_facts, stop_asked

@@ -155,7 +155,7 @@ def gateway_context(home: Home) -> ssl.SSLContext:
     return context
 
 
-def read_head(head: bytes) -> Head:
+def read_head(head: bytes, body_bytes_max: int = BODY_BYTES_MAX) -> Head:
     """What a request head, up to and including its empty line, asks for; raises Refused unless it is exactly as we want it."""
     first, *lines = head.removesuffix(_END).split(b"\r\n")
     line, fields = _LINE.fullmatch(first), dict[bytes, bytes]()
@@ -172,7 +172,7 @@ def read_head(head: bytes) -> Head:
         raise Refused(UNKNOWN_PATH)
     if length is None:
         raise Refused(UNMEASURED)
-    if int(length) > (BODY_BYTES_MAX if path == parcels.SEND_REPORT else SMALL_BYTES_MAX):
+    if int(length) > (body_bytes_max if path == parcels.SEND_REPORT else SMALL_BYTES_MAX):
         raise Refused(TOO_LARGE)
     told = Versions.read(fields.get(HEADER.encode(), b"").decode("ascii"))
     return Head(path, int(length), fields.get(KEY_HEADER, b""), told)
@@ -230,6 +230,8 @@ class Gateway:
     ) -> None:
         """`roster`, `note` (Journal.append) and `told` (Roster.tell) may block: each is called in a thread."""
         self.app, self.limits, self.refusals = app, limits, Refusals(note)
+        self.body_bytes_max: Callable[[], int] = lambda: BODY_BYTES_MAX
+        """Of a report, and of all open requests of a site."""
         self.config = uvicorn.Config(
             app,
             http="h11",
@@ -500,10 +502,11 @@ class _Connection(H11Protocol):
             return b""
         head, rest = bytes(self._head[:end]), bytes(self._head[end:])
         self._head.clear()
-        asked = read_head(head)
+        most = self._gateway.body_bytes_max()
+        asked = read_head(head, most)
         if self.identity.fault is None and asked.shown != self.identity.shown:
             raise Refused(TrustError.code)  # a node that shows Flower another key than its certificate has
-        if self._gateway.announced(self.identity) + asked.length > BODY_BYTES_MAX:
+        if self._gateway.announced(self.identity) + asked.length > most:
             raise Refused(TOO_MANY)
         self.announced = self._left = asked.length
         self._versions = asked.versions

@@ -29,14 +29,13 @@ import httpx
 import uvicorn
 from flwr.proto.control_pb2 import RegisterNodeRequest, UnregisterNodeRequest
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
-from flwr.supercore.control.control_http_client import ControlHttpClient
-from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
 from fl_server import consortium, notify
+from fl_server.control import LOOPBACK, control
 from fl_server.door import listen
 from fl_server.doorbell import Doorbell
 from fl_server.gateway import Gateway, Limits, Refusals, Standing, gateway_context
@@ -49,7 +48,6 @@ from privacy import keys
 from privacy.errors import IsocenterError, RunError, RunStopped
 from privacy.syslog import Forwarder
 
-LOOPBACK = "127.0.0.1"
 RESTART_PAUSE_S = 1.0  # before a dead executor is started again, so that a crash at start does not spin
 STOP_S = 5.0
 REVOKED_LOOK_S = 1.0
@@ -76,6 +74,7 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
     superlink = Doorbell(Parcels(flower))
     server = _Server(uvicorn.Config(superlink, log_config=None, access_log=False))
     gateway = Gateway(superlink, ca, roster_of(home), home.journal.append, limits, home.roster.tell)
+    gateway.body_bytes_max = superlink.body_bytes_max
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -223,7 +222,7 @@ def hooks(home: Home, port: int) -> consortium.Hooks:
             if facts["digest"] == digest and facts["state"] in ("queued", "running"):
                 raise RunError(
                     f"run {facts['run_id']} of this study is {facts['label']}",
-                    remedy="Watch it with `fl-study run --watch`.",
+                    remedy="Watch it with `fl-study watch RUN`.",
                 )
             if facts["digest"] == digest and facts["state"] == "stopped":
                 raise RunStopped(f"run {facts['run_id']} of this study was stopped by the coordinator")
@@ -247,20 +246,6 @@ def ending_certificates(home: Home) -> dict[str, str]:
         for name, end in ends.items()
         if end.timestamp() - now < period / ENDING_SHARE
     }
-
-
-@contextlib.contextmanager
-def control(port: int) -> Any:
-    """Flower's Control API on loopback, its failures as our errors."""
-    client = ControlHttpClient.from_server_address(
-        f"{LOOPBACK}:{port}", True, None, [RuntimeVersionHttpInterceptor(component_name="isocenter")]
-    )
-    try:
-        yield client
-    except httpx.HTTPError as error:
-        raise RunError(f"Flower's SuperLink did not do what was asked ({type(error).__name__})") from error
-    finally:
-        client.close()
 
 
 def unregister_revoked(home: Home, port: int) -> None:

@@ -18,7 +18,6 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import InflatableObject, get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.superlink.grid.http_grid import HttpGrid
 
@@ -35,13 +34,15 @@ class Mailbox(HttpGrid):
         super().__init__(address, insecure=True, token=token)  # loopback: the SuperLink listens nowhere else
         self.heed = heed
 
-    def _try_push_messages(self, run_id: int, messages: Iterable[Message]) -> list[str]:
-        objects, request = dict[str, InflatableObject](), PushAppMessagesRequest()
-        for message in messages:
-            request.messages_list.append(message_to_proto(remove_content_from_message(message)))
-            request.message_object_trees.append(get_object_tree(message))
-            objects |= get_all_nested_objects(message)
-        contents = [objects[name].deflate() for name in parcels.names(request.message_object_trees)]
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send all messages in one request; the name of each at the SuperLink, empty for one that it does not take."""
+        given = list(messages)
+        trees, contents = parcels.flat(given)
+        for message, tree in zip(given, trees, strict=True):
+            message.metadata.__dict__["_message_id"] = tree.object_id
+            self._check_message(message)
+        envelopes = [message_to_proto(remove_content_from_message(message)) for message in given]
+        request = PushAppMessagesRequest(messages_list=envelopes, message_object_trees=trees)
         answer = parcels.post(self._runtime_client, parcels.SEND_ORDERS, request, contents)
         return list(PushAppMessagesResponse.FromString(answer).message_ids)
 

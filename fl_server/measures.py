@@ -285,7 +285,7 @@ def _released(figure: Figure | OutlineFigure | None, absent: str) -> dict[str, A
 
 
 def _history(entry: Round, validation: Sample | None) -> dict[str, Any]:
-    facts = ("round", "attempt", "seconds", "contributors", "missing", "cases", "train_loss", "site_seconds")
+    facts = ("round", "attempt", "seconds", "contributors", "missing", "cases", "train_loss", "site_seconds", "asked")
     return {
         **{name: getattr(entry, name) for name in (*facts, "clipped", "scale")},
         "validation": _brief(validation),

@@ -6,7 +6,7 @@ between are gone. A message is stored with everything that belongs to it or not 
 
 import asyncio
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
@@ -27,7 +27,8 @@ from privacy import parcels
 from privacy.errors import MessageMalformed
 
 ANSWER_BYTES = 64 * 1024 * 1024  # reports are handed out until an answer has so many; the others wait for the next look
-Work = Callable[[LinkState, Request, bytes], bytes]
+PIECE_BYTES = 256 * 1024  # of an answer, handed over at a time: what a slow site holds here beside the one model of all
+Work = Callable[[LinkState, Request, bytes], Sequence[bytes]]
 
 
 class Parcels:
@@ -50,39 +51,53 @@ class Parcels:
         request = Request({**scope, "app": self.app}, receive)
         body, state = await request.body(), self.app.state.linkstate_factory.state()
         try:
-            content = await asyncio.to_thread(self._alone, work, state, request, body)
-            answer = Response(content, media_type="application/octet-stream")
+            pieces = await asyncio.to_thread(self._alone, work, state, request, body)
         except HTTPException as error:
             answer = Response(status_code=error.status_code)
         except FlowerError:  # the run has ended, or the token is nobody's
             answer = Response(status_code=403)
         except (MessageMalformed, DecodeError, ValueError):
             answer = Response(status_code=400)
+        else:
+            await _answer(send, pieces)
+            return
         await answer(scope, receive, send)
 
-    def _alone(self, work: Work, state: LinkState, request: Request, body: bytes) -> bytes:
+    def _alone(self, work: Work, state: LinkState, request: Request, body: bytes) -> Sequence[bytes]:
         """One at a time: Flower lists a message before its objects are there, and nobody may look in between."""
         with self.lock:
             return work(state, request, body)
 
 
-def receive_order(state: LinkState, request: Request, body: bytes) -> bytes:
+async def _answer(send: Any, pieces: Sequence[bytes]) -> None:
+    """Answer with `pieces`, joined. Each is only looked at: the model's bytes are the same for all sites, and never copied."""
+    length = str(sum(map(len, pieces))).encode()
+    headers = [(b"content-length", length), (b"content-type", b"application/octet-stream")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for piece in pieces:
+        for start in range(0, len(piece), PIECE_BYTES):
+            part = memoryview(piece)[start : start + PIECE_BYTES]
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def receive_order(state: LinkState, request: Request, body: bytes) -> Sequence[bytes]:
     """A site's next order as a parcel; nothing if there is none. An order whose content is gone is passed over."""
     asked = request.state.protobuf_request = PullMessagesRequest.FromString(body)
     authenticate_node(request)
     while True:
         answer = fleet_handlers.pull_messages(request=asked, state=state, store=state.object_store)
         if not answer.messages_list:
-            return b""
+            return []
         metadata = answer.messages_list[0].metadata
         objects = [state.get_object(metadata.run_id, name) for name in parcels.names(answer.message_object_trees)]
         state.object_store.delete(metadata.message_id)
         whole = [content for content in objects if content]
         if len(whole) == len(objects):
-            return parcels.pack([answer.SerializeToString(), *whole])
+            return parcels.pieces([answer.SerializeToString(), *whole])
 
 
-def send_report(state: LinkState, request: Request, body: bytes) -> bytes:
+def send_report(state: LinkState, request: Request, body: bytes) -> Sequence[bytes]:
     """Keep a site's report, which answers an order of its own. Raises MessageMalformed for anything but one whole message."""
     head, *objects = parcels.unpack(body)
     pushed = request.state.protobuf_request = PushMessagesRequest.FromString(head)
@@ -98,10 +113,10 @@ def send_report(state: LinkState, request: Request, body: bytes) -> bytes:
         raise MessageMalformed("a report comes with each of its objects, and no other")
     answer = fleet_handlers.push_messages(request=pushed, state=state)
     _keep(state, metadata.run_id, answer, dict(zip(wanted, objects, strict=True)))
-    return b""
+    return []
 
 
-def send_orders(state: LinkState, request: Request, body: bytes) -> bytes:
+def send_orders(state: LinkState, request: Request, body: bytes) -> Sequence[bytes]:
     """Keep orders of a run; Flower's answer, with the names of those that were kept."""
     task = authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), state)
     head, *objects = parcels.unpack(body)
@@ -111,10 +126,10 @@ def send_orders(state: LinkState, request: Request, body: bytes) -> bytes:
         raise MessageMalformed("orders come with each of their objects, and no other")
     answer = runtime_handlers.push_messages(pushed, state, task)
     _keep(state, task.run_id, answer, dict(zip(wanted, objects, strict=True)))
-    return answer.SerializeToString()
+    return [answer.SerializeToString()]
 
 
-def receive_reports(state: LinkState, request: Request, body: bytes) -> bytes:
+def receive_reports(state: LinkState, request: Request, body: bytes) -> Sequence[bytes]:
     """Reports to the orders asked for, as far as they are here, as a parcel; an object that is gone is empty in it."""
     task = authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), state)
     asked, whole, objects = PullAppMessagesRequest.FromString(body), None, list[bytes]()
@@ -129,7 +144,7 @@ def receive_reports(state: LinkState, request: Request, body: bytes) -> bytes:
                 whole.MergeFrom(answer)
         if sum(map(len, objects)) > ANSWER_BYTES:
             break
-    return b"" if whole is None else parcels.pack([whole.SerializeToString(), *objects])
+    return [] if whole is None else parcels.pieces([whole.SerializeToString(), *objects])
 
 
 def _keep(state: LinkState, run_id: int, answer: Any, objects: dict[str, bytes]) -> None:

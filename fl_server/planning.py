@@ -85,7 +85,8 @@ def _changes(study: Study, privacy: Privacy) -> Iterator[tuple[str, Study]]:
     yield "half the ε", _with(study, fresh | {"epsilon": privacy.epsilon / 2})
     part = study.participation
     doubled = [*part.sites, *(f"another-{number}" for number in range(len(part.sites)))]
-    more = part.model_copy(update={"sites": doubled, "quorum": 2 * part.quorum})
+    sample = None if part.sample is None else 2 * part.sample
+    more = part.model_copy(update={"sites": doubled, "quorum": 2 * part.quorum, "sample": sample})
     yield "twice the sites", _with(study, fresh).model_copy(update={"participation": more, "roster": {}})
     if privacy.mode == "local":
         steps = privacy.steps * rounds

@@ -83,6 +83,7 @@ class RoundPart:
     loss: float | None = None
     auroc: float | None = None
     dice: float | None = None
+    asked: list[str] = field(default_factory=list)  # training sites that were drawn for it; empty: all
 
     @property
     def score(self) -> float | None:
@@ -142,6 +143,10 @@ class Progress:
     def done(self) -> int:
         """Committed rounds."""
         return max(int(self.facts.get("round", 0)), self.rounds[-1].round if self.rounds else 0)
+
+    def due(self, name: str) -> int:
+        """Committed rounds that asked `name`."""
+        return self.done - sum(bool(each.asked) and name not in each.asked for each in self.rounds)
 
     @property
     def planned(self) -> int:
@@ -222,6 +227,7 @@ class Progress:
         done = RoundPart(
             int(event["round"]), float(event["seconds"]), [printable(name, 64) for name in contributors], missing,
             _number(event["train_loss"]), int(event["clipped"]), str(event["at"]),
+            asked=[printable(name, 64) for name in event.get("asked", [])],
         )  # fmt: skip
         if any(each.round == done.round for each in self.rounds):
             return

@@ -104,13 +104,21 @@ def _draw_rounds(evaluation: Evaluation, metrics: dict[str, Any]) -> dict[str, P
     training = [(e.round, math.nan if e.train_loss is None else e.train_loss) for e in results.rounds]
     loss = [_curve(metrics, "loss")]
     loss += [figures.Curve("training", training)] if study.privacy == "none" else []
-    states = {site: [_state(entry, site) for entry in results.rounds] for site in study.participation.sites}
+    states = {site: [_state(entry, site) for entry in results.rounds] for site in _drawn(evaluation)}
     course = figures.per_round([_curve(metrics, key)], f"{word}, validation split", selected)
     drawn = {} if metrics["number"] else {name.lower(): course}
     return drawn | {
         "loss": figures.per_round(loss, "loss", selected),
         "participation": figures.participation(states, [entry.round for entry in results.rounds]),
     }
+
+
+def _drawn(evaluation: Evaluation) -> list[str]:
+    """Training sites that any round asked: a row each in the grid of who took part."""
+    asked = {
+        site for entry in evaluation.results.rounds for site in entry.asked or evaluation.study.participation.sites
+    }
+    return [site for site in evaluation.study.participation.sites if site in asked]
 
 
 def _error_panels(evaluation: Evaluation, number: dict[str, Any]) -> dict[str, list[figures.Estimate]]:
@@ -253,10 +261,11 @@ def _rate(found: dict[str, Any] | None, decimals: int = 2) -> str:
 
 
 def _work(site: str, rounds: Sequence[Round]) -> dict[str, Any]:
-    """What `site` did in the rounds it contributed to: how many, and the median of its seconds in one."""
+    """What `site` did in the rounds it contributed to: how many, of how many, and the median of its seconds in one."""
     given = [entry for entry in rounds if site in entry.contributors]
     seconds = [entry.site_seconds[site] for entry in given if site in entry.site_seconds]
-    return {"rounds": len(given), "seconds": float(np.median(seconds)) if seconds else None}
+    due = sum(not entry.asked or site in entry.asked for entry in rounds)
+    return {"rounds": len(given), "asked": due, "seconds": float(np.median(seconds)) if seconds else None}
 
 
 def _gaps(results: Results) -> list[str]:

@@ -2,14 +2,13 @@
 
 import importlib.resources
 import json
-import logging
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from fl_server import doctor_cli, next_step, release_cli, researcher, summary, weights_cli
+from fl_server import cost_cli, doctor_cli, next_step, rehearsal_cli, release_cli, researcher, summary, weights_cli
 from fl_server.telling import follow, progress
 from models.questions import Counting
 from models.study import Study, read
@@ -18,9 +17,6 @@ from privacy.console import ProxyPassword, ProxyUrl, ProxyUser, begin, proxy_of,
 from privacy.console import run as run_command
 from privacy.errors import DocumentError, RunUnknown, StudyConflict
 from privacy.screen import Screen
-
-if TYPE_CHECKING:
-    from fl_server.matrix import Comparison
 
 app = typer.Typer(
     help="Write, rehearse, submit and evaluate a federated study.",
@@ -37,16 +33,10 @@ SEEN = {
     "plain": "the coordinator sees each site's update",
 }
 
+NAMES_SHOWN = 20
+
 Home = Annotated[Path, typer.Option("--home", "-H", help="Folder with your keys; made by `fl-study join`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
-StartingWeights = Annotated[
-    Path | None, typer.Option("--weights", metavar="FILE", help="The file that network.initial names.")
-]
-SiteHomes = Annotated[
-    list[str] | None,
-    typer.Option("--site", help="NAME=FOLDER of a site's home (site.yaml, ingested); repeat. Default: phantoms."),
-]
-Phantoms = Annotated[int, typer.Option(min=30, max=2000, help="Patients of each phantom hospital.")]
 StudyFile = Annotated[Path, typer.Argument(help="The study, a YAML file.")]
 
 
@@ -139,15 +129,22 @@ def _questions(study: Study) -> list[tuple[str, str]]:
     ]
 
 
+def _named(sites: list[str]) -> str:
+    """The sites by name, as far as a screen holds them."""
+    more = f" and {len(sites) - NAMES_SHOWN} more" if len(sites) > NAMES_SHOWN else ""
+    return ", ".join(sites[:NAMES_SHOWN]) + more
+
+
 def _settings(study: Study) -> list[tuple[str, str]]:
     """What a study trains, where, and what is promised."""
     plan, part = study.training, study.participation
+    drawn = "" if part.sample is None else f"each round asks {part.sample} of the {len(part.sites)}, drawn anew; "
     rows = [
         ("predicts", study.predicts),
         ("from", study.learns_from),
         ("network", f"{study.network.words}, {plan.rounds} rounds of {plan.local_epochs} epoch(s), {plan.optimizer}"),
-        ("sites", f"{', '.join(part.sites)}; a round needs {part.quorum}"),
-        ("evaluates", ", ".join(study.all_sites)),
+        ("sites", f"{_named(part.sites)}; {drawn}a round needs {part.quorum}"),
+        ("evaluates", "sites drawn once more" if part.sample else _named(study.all_sites)),
         ("protection", f"{study.protection}: {SEEN[study.protection]}"),
         ("privacy", "none: no differential privacy; the policy of a site has to permit that")
         if study.privacy == "none"
@@ -225,6 +222,7 @@ def join(
 
 
 app.command("doctor", rich_help_panel=TOGETHER)(doctor_cli.researcher)
+app.command("cost", rich_help_panel=WRITE)(cost_cli.cost)
 
 
 @app.command(rich_help_panel=TOGETHER)
@@ -395,119 +393,7 @@ def cohort(
             _line(f"Written: {page} and {page.with_suffix('.csv').name}")
 
 
-@app.command(rich_help_panel=WRITE)
-def simulate(  # noqa: PLR0913, PLR0917  each parameter is one option
-    file: StudyFile,
-    site: SiteHomes = None,
-    patients: Phantoms = 120,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report.")] = Path("simulation"),
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare",
-            help="Also train at each site alone, on all images together, and on at each site; draw the matrix.",
-        ),
-    ] = False,
-    weights: StartingWeights = None,
-    as_json: AsJson = False,
-) -> None:
-    """Run the same coordinator and site programs in this one process, on phantoms or on given site folders."""
-    from fl_server import simulation
-
-    study = _read_study(file)
-    homes = dict(_pair(text) for text in site or [])
-    if compare:
-        from fl_server import comparison, matrix, report
-
-        comparison.check(study)
-    out.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(filename=out / "simulate.log", level=logging.WARNING)
-    with progress() as tell:
-        tell({"event": "preparing"})
-        outcome = simulation.simulate(study, homes, patients, out, tell, weights)
-    if isinstance(study.task, Counting):
-        from fl_server import counting
-
-        counting.say(counting.Found.of(outcome.results), None, as_json)
-        return
-    found = None
-    if compare:
-        found = comparison.compare(study, outcome, progress)
-        matrix.write(found, out)
-        report.write(outcome.results, out, found, outcome.saliency)
-    summary.say(outcome.page, as_json)
-    if found is not None and not as_json:
-        _say_matrix(found, out / "comparison.png")
-
-
-def _say_matrix(found: "Comparison", picture: Path) -> None:
-    """The AUROC of each model at each site that released one, and pooled."""
-    from fl_server import matrix
-
-    for target in found.targets:
-        table = screen.table("model", *(f"on {name}" for name in found.sites), "all sites")
-        for line in matrix.lines(found, target):
-            table.add_row(*line)
-        console.print(f"Test AUROC of {target} by model and by where it is tested:", highlight=False)
-        screen.show(table, console)
-    for model in found.models:
-        if model.kind in ("centralised", "personalised"):
-            _line(f"{model.kind}: {model.note}")
-    _line(f"Written: {picture} and comparison.json")
-
-
-@app.command(rich_help_panel=WRITE)
-def attack(
-    file: StudyFile,
-    site: SiteHomes = None,
-    patients: Phantoms = 120,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for attack.json and the plots.")] = Path("attack"),
-    weights: StartingWeights = None,
-    as_json: AsJson = False,
-) -> None:
-    """Rehearse a study and attack it: canaries against its ε, membership inference, reconstruction of pictures."""
-    from fl_server import evidence, simulation
-
-    study = _read_study(file)
-    if isinstance(study.task, Counting):
-        raise StudyConflict("a study that counts trains nothing to attack", remedy="Attack a study that trains.")
-    if study.segments:
-        raise StudyConflict(
-            "attacks are made on scores of images, and this study outlines structures",
-            remedy="There is no attack on outlines yet, so such a model with differential privacy cannot be released.",
-        )
-    if study.images.volume is not None:
-        raise StudyConflict(
-            "attacks are made on pictures, and this study is of volumes",
-            remedy="There is no attack on volumes yet, so a model of volumes with differential privacy cannot be released.",
-        )
-    if study.strategy.local_norms:
-        raise StudyConflict(
-            "with strategy: fedbn there is no common model to attack",
-            remedy="Attack the study with fedavg: its updates hold all that those of fedbn do.",
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(filename=out / "attack.log", level=logging.WARNING)
-    with progress() as tell:
-        tell({"event": "preparing"})
-        outcome = simulation.simulate(study, dict(_pair(text) for text in site or []), patients, out, tell, weights)
-    with screen.busy("attacking") as now:
-        found = evidence.attack(study, outcome, out, now)
-    if as_json:
-        print(json.dumps(found))
-    else:
-        for sentence in found["sentences"]:
-            _line(sentence)
-        _line(f"Plots and figures: {out}")
-    if found["audit"] is not None and found["audit"]["faults"]:
-        raise typer.Exit(1)
-
-
-def _pair(text: str) -> tuple[str, Path]:
-    name, _, folder = text.partition("=")
-    if not name or not folder:
-        raise DocumentError(f"--site {text!r} is not NAME=FOLDER", remedy="For example: --site north=/data/north")
-    return name, Path(folder)
+rehearsal_cli.add_to(app, _read_study, progress, WRITE)
 
 
 def _digest(caller: calls.Caller, text: str) -> str:

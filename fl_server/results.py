@@ -122,7 +122,8 @@ class Round(Document):
     """One round as it was committed: who contributed, who did not and why, and the sums over those who did.
 
     `scale`: update values were multiplied by two to this power before rounding. `validation` is of the model after it. `late`:
-    whose report came after the site was waited for no longer, and by how many seconds; it is in no sum.
+    whose report came after the site was waited for no longer, and by how many seconds; it is in no sum. `asked`: the training
+    sites that were drawn for the round, of a study that draws them; empty otherwise.
     """
 
     round: Annotated[int, Field(ge=1, le=10_000)]
@@ -138,6 +139,7 @@ class Round(Document):
     validation: Scores | None
     validation_missing: dict[Name, Reason]
     late: dict[Name, Seconds | None] = Field(default={})
+    asked: list[Name] = Field(default=[], max_length=1000)
 
 
 class Restart(Document):
@@ -231,7 +233,7 @@ def check(results: dict[str, Any]) -> Evaluation:
 def _contradictions(document: Results, study: Study) -> Iterable[str]:
     """One sentence for each statement of the document that another statement of it denies."""
     numbers, attempts = ([getattr(entry, name) for entry in document.rounds] for name in ("round", "attempt"))
-    trainers, everyone = set(study.participation.sites), set(study.all_sites)
+    trainers = set(study.participation.sites)
     if study.digest != document.digest:
         yield "the digest is not that of the study"
     if numbers != sorted(set(numbers)):
@@ -248,9 +250,11 @@ def _contradictions(document: Results, study: Study) -> Iterable[str]:
     yield from _contradictions_of("test", document.test, document.test_missing, study)
     if document.test is None and document.ingested:
         yield "ingested counts the images of a test that gave no result"
-    absent = everyone - set(document.test.sites if document.test else ())
+    absent = set(study.tested) - set(document.test.sites if document.test else ())
+    if document.test is not None and not set(document.test.sites) <= set(study.tested):
+        yield "the test is of sites that were not drawn for it"
     for entry in document.rounds:
-        absent |= trainers - set(entry.contributors)
+        absent |= (set(entry.asked) or trainers) - set(entry.contributors)
     if document.label == "complete" and absent:
         yield f"labelled complete, but not in every round and in the test: {', '.join(sorted(absent))}"
     if (document.started.tzinfo is None) != (document.finished.tzinfo is None) or document.finished < document.started:
@@ -259,6 +263,10 @@ def _contradictions(document: Results, study: Study) -> Iterable[str]:
 
 def _contradictions_in(entry: Round, study: Study) -> Iterable[str]:
     trainers, everyone, given = set(study.participation.sites), set(study.all_sites), set(entry.contributors)
+    if entry.asked != ([] if study.participation.sample is None else study.asked(entry.round)):
+        yield "the sites that were asked are not those that the study draws for the round"
+    if not given <= (set(entry.asked) or trainers):
+        yield "a site contributed that was not asked"
     if len(given) != len(entry.contributors) or not given <= trainers:
         yield "contributors are not distinct training sites of the study"
     if len(given) < study.participation.quorum:

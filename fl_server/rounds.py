@@ -49,6 +49,12 @@ class Roll(Protocol):
         """Ids of the nodes that are online now."""
 
 
+def clock_of(grid: object) -> Callable[[], float]:
+    """What a stage is timed by: time that passes; in a simulation the grid's own clock (`fl_server.crew`)."""
+    clock: Callable[[], float] = getattr(grid, "clock", time.monotonic)
+    return clock
+
+
 def choose(
     grid: Roll, nodes: dict[str, int], quorum: int, timeout_s: float, tell: Tell, away: frozenset[str] = frozenset()
 ) -> dict[str, int]:
@@ -162,13 +168,15 @@ class Gathering:
                 tracing.stage(order.kind, order.round, began_ns, self.took, self.missing)
 
     def _reports(self) -> Iterator[tuple[str, Report]]:
-        began, pause = time.monotonic(), PAUSE_FIRST_S
+        clock, pause = clock_of(self.grid), PAUSE_FIRST_S
+        began = clock()
         look = began + GONE_LOOK_S
         ends = {site: began + min(self.timeout_s, call.limit_s) for site, call in self.calls.items()}
         waiting = self._send()
         while waiting:
             arrived = list(self.grid.pull_messages([*waiting, *self.overdue.message_ids]))
-            pause = PAUSE_FIRST_S if arrived else min(pause * 1.3, PAUSE_MOST_S)
+            came = bool(arrived)
+            pause = PAUSE_FIRST_S if came else min(pause * 1.3, PAUSE_MOST_S)
             while arrived:
                 message = arrived.pop()
                 site = waiting.pop(message.metadata.reply_to_message_id, None)
@@ -176,9 +184,9 @@ class Gathering:
                     self.overdue.take(message)
                     continue
                 if (report := self._accept(site, message)) is not None:
-                    self.took[site] = time.monotonic() - began
+                    self.took[site] = clock() - began
                     yield site, report
-            now = time.monotonic()
+            now = clock()
             if self.enough is not None and self.enough():
                 quick = {site: min(end, now + LINGER_S) for site, end in ends.items() if not self.calls[site].busy}
                 ends, self.enough = ends | quick, None
@@ -190,7 +198,7 @@ class Gathering:
                 if isinstance(order := self.calls[site].order, WorkOrder):
                     self.overdue.give_up(message_id, Due(site, order, began, now))
             waiting = self._without(waiting, dict.fromkeys(late.values(), "timeout"))
-            if waiting:
+            if waiting and not came:  # the next report may be here already
                 time.sleep(pause)
 
     def _without(self, waiting: dict[str, str], gone: Mapping[str, str]) -> dict[str, str]:

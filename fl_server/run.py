@@ -56,7 +56,7 @@ class Round:
     """What one committed round has to say. `missing`: site -> enumerated reason. `validation` comes with the next sum.
 
     `late`: site -> seconds by which its report, in some attempt at this round, came too late; it is in no sum. None under
-    differential privacy, where times tell of patients.
+    differential privacy, where times tell of patients. `asked`: the training sites that were drawn for it; empty: all.
     """
 
     round: int
@@ -72,6 +72,7 @@ class Round:
     validation: dict[str, Any] | None = None
     validation_missing: dict[str, str] = field(default_factory=dict)
     late: dict[str, float | None] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
 
 
 def score_sheet(sites: list[str], sheet: Sheet) -> dict[str, Any]:
@@ -241,6 +242,7 @@ class Run:
             missing=done.missing,
             train_loss=done.train_loss,
             clipped=done.clipped,
+            asked=done.asked,
         )
 
     def save(self) -> None:
@@ -505,26 +507,24 @@ def list_runs(runs: Path) -> list[dict[str, Any]]:
 
 
 def participation_label(study: Study, history: list[Round], test_missing: dict[str, str]) -> str:
-    """ "complete", or "partial (3 of 4, west missing since round 6: timeout)": a subset is never reported as the whole."""
-    sites = study.participation.sites
-    last: dict[str, int] = dict.fromkeys(sites, 0)
-    full = 0
-    for done in history:
-        full += all(site in done.contributors for site in sites)
-        for site in done.contributors:
-            last[site] = done.round
-    absent = []
+    """ "complete", or "partial (3 of 4, west missing since round 6: timeout)": a subset is never reported as the whole.
+
+    Where rounds draw their sites, what counts is whether those came that were asked.
+    """
+    trainers, absent = {*study.participation.sites}, []
     for site in study.all_sites:
-        rounds_missed = site in last and any(site not in done.contributors for done in history)
-        if rounds_missed and last[site] < len(history):
-            since = f"missing since round {last[site] + 1}" if last[site] else "never took part"
-            why = history[-1].missing.get(site)
+        due = [done for done in history if site in (done.asked or trainers)]
+        missed = [done for done in due if site not in done.contributors]
+        if missed and missed[-1] is due[-1]:
+            came = [done.round for done in due if done not in missed]
+            after = [done.round for done in missed if not came or done.round > came[-1]]
+            since = f"missing since round {after[0]}" if came else "never took part"
+            why = due[-1].missing.get(site)
             absent.append(f"{site} {since}: {why}" if why else f"{site} {since}")
-        elif rounds_missed:
-            missed = [done for done in history if site not in done.contributors]
+        elif missed:
             reasons = dict.fromkeys(done.missing[site] for done in missed if site in done.missing)
             why = f": {' and '.join(reasons)}" if reasons else ""
-            absent.append(f"{site} missed {len(missed)} of {len(history)} rounds{why}")
+            absent.append(f"{site} missed {len(missed)} of {len(due)} rounds{why}")
         elif site in test_missing:
             absent.append(f"{site} not in the test evaluation ({test_missing[site]})")
     if not absent:

@@ -290,7 +290,7 @@ def _sites_table(progress: Progress) -> Table:
         stage = STAGES.get(part.stage, part.stage)
         now = {"working": stage, "done": f"done: {stage}", "missing": f"missing: {part.reason}"}.get(part.doing, "-")
         was = ", ".join(f"{reason} ({count}x)" for reason, count in sorted(part.refusals.items()))
-        rounds = f"{part.rounds} of {progress.done}" if part.trains else "evaluates only"
+        rounds = f"{part.rounds} of {progress.due(name)}" if part.trains else "evaluates only"
         table.add_row(name, now, rounds, f"{part.seconds:.1f}" if part.seconds else "", was)
     return table
 

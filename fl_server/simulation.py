@@ -1,28 +1,26 @@
-"""`fl-study simulate`: the coordinator's ServerApp and the sites' ClientApp of this installation in one process.
+"""`fl-study simulate`: the coordinator's ServerApp and the sites' ClientApp of this installation on one machine, or on Ray.
 
-Everything is the real thing (keys, signed orders, approvals, gate, cache, splits) but the network between the two halves:
-a Grid in memory hands messages over. Nothing is trained or merged by other code than in a federation.
+Everything is the real thing (keys, signed orders, approvals, gate, cache, splits) but the network between the two halves: a
+grid hands messages over (`fl_server.crew`). Nothing is trained or merged by other code than in a federation.
 """
 
 import contextlib
 import json
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.proto.node_pb2 import NodeInfo
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run as FlowerRun
+from flwr.app import Context, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 
 from fl_server import app as coordinator
 from fl_server import authority, counting, report, saliency, weights
+from fl_server.crew import Crew, CrewGrid, LocalGrid, MemoryGrid, Processes
+from fl_server.means import Means
 from fl_server.roster import Home
 from fl_server.run import Run, read_facts
 from fl_server.settings import ServerFile
@@ -32,9 +30,12 @@ from privacy.errors import RunError, StudyConflict
 
 # The doors of the house forbid the two halves to import each other. A simulation stands for both machines, so it takes the
 # site's half the way Flower takes an app: by name.
-CLIENT_APP = "fl_client.app:make_app"
-PREPARE = "fl_client.rehearsal:prepare"
-APPROVE = "fl_client.rehearsal:approve"
+CLIENT_APP = "fl_client.rehearsal:make_app"
+FOUND = "fl_client.rehearsal:found"
+BORROW = "fl_client.rehearsal:borrow"
+OFFER = "fl_client.rehearsal:offer"
+USUAL, HERE = Means(), Means(processes=1)
+ORDER_S = 3600.0  # that one order may take at least, phantoms to be made included, before its process counts as stuck
 
 Tell = Callable[[dict[str, Any]], None]
 
@@ -51,12 +52,18 @@ class Outcome:
 
 
 def simulate(
-    study: Study, homes: dict[str, Path], patients: int, out: Path, tell: Tell, start: Path | None = None
+    study: Study,
+    homes: dict[str, Path],
+    patients: int,
+    out: Path,
+    tell: Tell,
+    means: Means = USUAL,
 ) -> Outcome:
     """Carry out `study` over the given site homes, or over phantoms of `patients` each, and write the report into `out`.
 
-    `tell` gets the run's events as they happen; `start` is the file of weights that the study starts from. Raises StudyConflict
-    if `homes` does not fit the study's sites, or if the study names weights and `start` is not their file.
+    `tell` gets the run's events as they happen. With any number of processes the result is the same, up to the rounding of
+    another number of threads. Raises StudyConflict
+    if `homes` does not fit the study's sites, or if the study names weights that `means` do not give.
     """
     missing, unknown = set(study.all_sites) - set(homes), set(homes) - set(study.all_sites)
     if homes and (missing or unknown):
@@ -65,18 +72,21 @@ def simulate(
         raise StudyConflict("; ".join(parts), remedy="Give one --site NAME=FOLDER for each site of the study.")
     folder = _fresh(out)
     home = Home.found(folder / "coordinator", ServerFile(version=1, name="simulation", host="127.0.0.1"))
-    if start is not None:
-        weights.add(home.root, start)
+    if means.weights is not None:
+        weights.add(home.root, means.weights)
     weights.file_of(home.root, study)
     for number, name in enumerate(study.all_sites):
         site = folder / "sites" / name
         public, wanted = home.coordinator_key.public_key(), {"volumes": study.images.volume, "masks": study.segments}
-        made = [kind for kind, asked in wanted.items() if asked]
-        pkgutil.resolve_name(PREPARE)(site, name, homes.get(name), (patients, number), public, made=made)
+        if name in homes:
+            pkgutil.resolve_name(BORROW)(site, name, homes[name], public)
+        else:
+            made = [kind for kind, asked in wanted.items() if asked]
+            pkgutil.resolve_name(FOUND)(site, name, (patients, number), public, made=made)
         line = home.invite(name, "site")
         authority.enrol(home, line.token, name, "site", keys.make_csr(keys.load_key(site / "keys" / "site.key"), name))
         home.roster.set_node(name, number + 1)
-    results = _carry_out(study, home, folder, tell)
+    results = _carry_out(study, home, folder, tell, means)
     if study.task.kind == "counting":
         return Outcome(folder, results, counting.write(counting.Found.of(results), None, out))
     drawn = None if homes else saliency.panel(folder, results)
@@ -92,7 +102,7 @@ def alone(study: Study, name: str, outcome: Outcome, tell: Tell) -> dict[str, An
         )
     part = study.participation
     others = [site for site in study.all_sites if site != name]
-    part = part.model_copy(update={"sites": [name], "evaluate_only": others, "quorum": 1})
+    part = part.model_copy(update={"sites": [name], "evaluate_only": others, "quorum": 1, "sample": None})
     # A masked sum of one site does not exist; what this process sees of itself is no secret.
     single = study.model_copy(update={"participation": part, "protection": "plain"})
     return _carry_out(single, Home.open(outcome.folder / "coordinator"), outcome.folder, tell)
@@ -104,36 +114,54 @@ def evaluated(study: Study, model: NDArray[np.float32], outcome: Outcome) -> dic
     As in every run, sites test and release what they release; QuorumLost and others say why there is no test.
     """
     home = Home.open(outcome.folder / "coordinator")
-    run, grid = _prepared(study, home, outcome.folder, lambda event: None)
-    run.start()
-    run.model = model
-    run.finish(coordinator.Desk(home, run, grid).test(model))
+    run = _prepared(study, home, outcome.folder)
+    with _grid(run, home, outcome.folder, lambda event: None, HERE) as grid:
+        run.start()
+        run.model = model
+        run.finish(coordinator.Desk(home, run, grid).test(model))
     return _results(run)
 
 
-def _carry_out(study: Study, home: Home, folder: Path, tell: Tell) -> dict[str, Any]:
+def _carry_out(study: Study, home: Home, folder: Path, tell: Tell, means: Means = HERE) -> dict[str, Any]:
     """One run from beginning to end; its results document. Raises RunError if the run failed."""
-    run, grid = _prepared(study, home, folder, tell)
+    run = _prepared(study, home, folder)
     context = Context(0, 0, {}, RecordDict(), {"home": str(home.root), "run": run.run_id})
-    coordinator.main(grid, context)
-    grid.look()
+    with _grid(run, home, folder, tell, means) as grid:
+        coordinator.main(grid, context)
+        grid.look()
     facts = read_facts(run.folder)
     if facts["state"] == "failed":
         raise RunError(f"the simulated run failed: {facts['label']}", remedy="See events.jsonl of the run above.")
     return _results(run)
 
 
-def _prepared(study: Study, home: Home, folder: Path, tell: Tell) -> "tuple[Run, MemoryGrid]":
-    """A run of `study` that all its sites approved, and the grid that reaches them."""
+def _prepared(study: Study, home: Home, folder: Path) -> Run:
+    """A run of `study` that all its sites will approve."""
     study = home.with_keys(study)
-    signature = keys.sign(home.coordinator_key, keys.STUDY_OFFER, study.canonical())
-    for name in study.all_sites:
-        pkgutil.resolve_name(APPROVE)(folder / "sites" / name, study, signature)
-    run = Run.create(home.runs, study, "simulation", study.all_sites)
-    sites = {node: folder / "sites" / name for name, node in _nodes(home).items() if name in study.all_sites}
+    pkgutil.resolve_name(OFFER)(folder, study, keys.sign(home.coordinator_key, keys.STUDY_OFFER, study.canonical()))
+    return Run.create(home.runs, study, "simulation", study.all_sites)
+
+
+@contextlib.contextmanager
+def _grid(run: Run, home: Home, folder: Path, tell: Tell, means: Means) -> Iterator[LocalGrid]:
+    """The grid that reaches the sites of `run`; whatever happens, no process of it is left when this ends."""
+    sites = {node: folder / "sites" / name for name, node in _nodes(home).items() if name in run.study.all_sites}
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # Message() refuses to be made without
-    events = _EventReader(run.folder / "events.jsonl", tell)
-    return run, MemoryGrid(sites, pkgutil.resolve_name(CLIENT_APP)(), events.look)
+    look, size = _EventReader(run.folder / "events.jsonl", tell).look, means.size(run.study)
+    if means.backend == "local" and size == 1:
+        yield MemoryGrid(sites, look, pkgutil.resolve_name(CLIENT_APP)())
+        return
+    with contextlib.closing(_crew(size, run.study, means)) as crew:
+        yield CrewGrid(sites, look, crew)
+
+
+def _crew(size: int, study: Study, means: Means) -> Crew:
+    most_s = max(ORDER_S, study.participation.round_timeout_s)
+    if means.backend == "local":
+        return Processes(size, most_s)
+    from fl_server.cluster import Actors
+
+    return Actors(size if means.processes or not means.address else 0, most_s, means.address)
 
 
 def _results(run: Run) -> dict[str, Any]:
@@ -152,57 +180,6 @@ def _fresh(out: Path) -> Path:
         number += 1
     folder.mkdir(parents=True)
     return folder
-
-
-class MemoryGrid(Grid):
-    """Flower's Grid without a network: a pushed message is answered when its reply is asked for, one at a time."""
-
-    def __init__(self, sites: dict[int, Path], client: ClientApp, look: Callable[[], None]) -> None:
-        self.sites, self.client, self.look = sites, client, look
-        self.pending: dict[str, Message] = {}
-        self.sent = 0
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.sites)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        names = []
-        for message in messages:
-            self.sent += 1
-            name = f"message-{self.sent}"
-            message.metadata.__dict__["_message_id"] = name
-            self.pending[name] = message
-            names.append(name)
-        return names
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        self.look()
-        for name in message_ids:
-            if (message := self.pending.pop(name, None)) is not None:
-                return [self.answer(message)]
-        return []
-
-    def answer(self, message: Message) -> Message:
-        node = message.metadata.dst_node_id
-        config: dict[str, bool | float | int | str] = {"site": str(self.sites[node])}
-        return self.client(message, Context(1, node, config, RecordDict(), {}))
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        names = list(self.push_messages(messages))
-        return [reply for name in names for reply in self.pull_messages([name])]
-
-    def set_run(self, run: FlowerRun) -> None:
-        raise NotImplementedError("a grid in memory has one run")
-
-    @property
-    def run(self) -> FlowerRun:
-        raise NotImplementedError("a grid in memory has one run")
-
-    def create_message(self, *_: Any, **__: Any) -> Message:
-        raise NotImplementedError("deprecated in Flower")
-
-    def get_nodes(self) -> Iterable[NodeInfo]:
-        return [NodeInfo(node_id=node) for node in self.sites]
 
 
 class _EventReader:

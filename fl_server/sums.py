@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -56,6 +56,7 @@ from privacy.wire import (
 
 Kinds = TypeVar("Kinds", bound=Order)
 ROBUST_ROOM = 8  # times the largest value of the middle site, which others may reach: sites differ in their cases
+CLIPPED_PART = 100  # one of so many values clipped is little for words of 16 bits
 ATTEMPTS_MAX = 3  # at one sum, before the run ends by name; each is a whole training
 COMES_BACK = {"timeout", "offline", "unavailable", "joining", MaskKeysLost.code, WorkerDied.code}
 """Reasons for which a site is missing that may be over in a minute; a refusal of the site's own is not."""
@@ -151,7 +152,8 @@ class Summing:
         self.parties, self.runs = home.roster, home.runs
         self.signing, self.aggregator = home.coordinator_key, home.aggregator_key
         self.number = 0  # of the last sum; counted anew in each attempt
-        self.offline: dict[str, str] = {}
+        self.offline: dict[str, str] = {}  # of the sites of this sum
+        self.away: dict[str, str] = {}  # of all sites, when they were asked last
         self.timeout_s = timeout_of(run.study)
         self.pace = Pace(self.timeout_s)
         self.exchange: Gathering | None = None  # the last one
@@ -191,10 +193,12 @@ class Summing:
 
     def _choose(self, task: Task, without: Iterable[str] = ()) -> Nodes:
         usable = {site: node for site, node in task.sites.items() if site not in without}
+        before = {site: why for site, why in self.away.items() if site not in usable}
         ready = choose(
-            Heeding(self.grid, self.run), usable, task.least, self.timeout_s, self.tell, frozenset(self.offline)
+            Heeding(self.grid, self.run), usable, task.least, self.timeout_s, self.tell, frozenset(self.away)
         )
         self.offline = {name: "offline" for name in usable if name not in ready}
+        self.away = before | self.offline
         for name in self.offline:
             self.pace.forget(name)
         return ready
@@ -258,7 +262,8 @@ class Summing:
     def _encoding(self, task: Task, sites: int) -> Encoding:
         values = contributions.values_of(self.study, task.name, task.model.size)
         counts = contributions.count_of(self.study, task.name)
-        return Encoding(values=values, counts=counts, bits=self.study.encoding_bits, scale=task.scale, sites=sites)
+        bits = contributions.bits_of(self.study, task.name, task.round)
+        return Encoding(values=values, counts=counts, bits=bits, scale=task.scale, sites=sites)
 
     def _require(self, here: Collection[str], least: int, missing: Mapping[str, str]) -> None:
         """Raise SitesAway, or QuorumLost where waiting is no use, if fewer than `least` sites are `here`."""
@@ -293,8 +298,8 @@ class OpenSumming(Summing):
         ready, arrivals = self._choose(task), Arrivals()
         self.number += 1
         order = self._work_order(task, (), b"")
-        named = self.study.participation.sites if task.name == "train" else self.study.all_sites
-        encoding = self._encoding(task, len(named))
+        most = self.study.sum_sites if task.name == "train" else len(self.study.all_sites)
+        encoding = self._encoding(task, most)
         total, alone = encoding.zeros(), dict[str, Contribution]()
         gathering = self._gather({site: Call(order, node) for site, node in ready.items()}, order.kind)
         for site, report in gathering.reports():
@@ -358,7 +363,7 @@ class MaskedSumming(Summing):
         following = None if task.afterwards is None else self._aggregator(self.number + 1)
         calls |= self._invitations(task, calls)
         absent = {site: self.refused.get(site, "joining") for site in ready if site not in participants}
-        gathering, arrivals = self._collect(calls, current, following, encoding)
+        gathering, arrivals = self._collect(task, calls, current, following, encoding)
         current.close_vectors()
         opened = self._unmask(task, current, following, {site: call.node for site, call in calls.items()})
         missing = self.offline | absent | gathering.missing | self.expelled
@@ -406,7 +411,12 @@ class MaskedSumming(Summing):
         }
 
     def _collect(
-        self, calls: dict[str, Call], current: Aggregator, following: Aggregator | None, encoding: Encoding
+        self,
+        task: Task,
+        calls: dict[str, Call],
+        current: Aggregator,
+        following: Aggregator | None,
+        encoding: Encoding,
     ) -> tuple[Gathering, Arrivals]:
         """The first exchange: masked vectors, and keys of the next sum."""
         arrivals, stage, self.refused = Arrivals(), next(iter(calls.values())).order.kind, {}
@@ -417,7 +427,8 @@ class MaskedSumming(Summing):
                 if isinstance(report, WorkReport):
                     current.add_vector(site, encoding.vector_of(report.vector), report.vouch)
                     arrivals.add(site, report, self.tell)
-            if following is not None and isinstance(report, WorkReport | KeysReport):
+            wanted = task.afterwards is not None and site in task.afterwards  # others were asked by the same order
+            if following is not None and wanted and isinstance(report, WorkReport | KeysReport):
                 try:
                     following.add_keys(site, report.keys)
                 except (ProtectionError, MessageMalformed) as error:
@@ -485,11 +496,12 @@ def first_scale(study: Study) -> int:
     """The power of two of a run's first encoding, before anything is known of the values.
 
     A sum of private gradients has whole numbers in it from the beginning: they are carried as they are.
-    Leaves room for cases times change of one weight up to 2**(bits/2 - 2): 64 with 16 bits, 16,384 with 32.
+    Leaves room for cases times change of one weight up to 2**(bits/2 - 2): 16,384 with 32, which are the fewest in a first round.
     """
     if study.strategy.name == "fedsgd":
         return GRID_BITS
-    return _fitting(study, 2.0 ** (study.encoding_bits // 2 - 2))
+    bits = contributions.bits_of(study, "train", 1)
+    return _fitting(study, 2.0 ** (bits // 2 - 2), bits)
 
 
 def next_scale(study: Study, total: Total, scale: int) -> int:
@@ -497,6 +509,7 @@ def next_scale(study: Study, total: Total, scale: int) -> int:
 
     It fits if one site alone made twice that value; then nothing is clipped unless sites pull against each other more than
     that, which the count of clipped values shows. Raised or lowered by one site's lies, it costs precision, never secrecy.
+    Words of 16 bits have none to spare for that (`_narrow`).
     A robust strategy promises more: there it follows the middle site, with room for others that have more cases, and what a site
     says of its clipped values moves nothing.
     """
@@ -504,14 +517,32 @@ def next_scale(study: Study, total: Total, scale: int) -> int:
         return scale
     if study.strategy.robust:
         return _fitting(study, ROBUST_ROOM * total.peak) if total.peak else min(SCALE_MAX, scale + 4)
+    if study.encoding_bits == 16 and total.peak:
+        return _narrow(study, total, scale)
     if total.clipped:
         return max(-SCALE_MAX, scale - 4)
     return _fitting(study, 2 * total.peak) if total.peak else min(SCALE_MAX, scale + 4)
 
 
-def _fitting(study: Study, largest: float) -> int:
+def _narrow(study: Study, total: Total, scale: int) -> int:
+    """`next_scale` of words of 16 bits, where room for what no site makes costs precision.
+
+    At once: room for twice the peak, halved for each four times as many sites from 16 on, since sites that differ by chance
+    alone add up to a sum that is larger than the part of one by the root of their number. Then one bit finer after each round in
+    which nothing was clipped, to room for eight even shares of the peak, and one bit coarser after one with a little clipped.
+    """
+    if total.clipped:
+        little = total.clipped * CLIPPED_PART <= len(total.contributors) * total.mean.update.size
+        return max(-SCALE_MAX, scale - (1 if little else 4))
+    sites = study.sum_sites
+    safe = _fitting(study, math.ldexp(total.peak, 1 - max(0, (sites.bit_length() - 3) // 2)))
+    finest = _fitting(study, min(2.0, 8 / sites) * total.peak)
+    return max(safe, min(finest, scale + 1))
+
+
+def _fitting(study: Study, largest: float, bits: Literal[16, 24, 32, 64] | None = None) -> int:
     """The largest power of two that `largest`, times two to it, fits with: found without a rounding."""
-    limit = Encoding(values=0, counts=0, bits=study.encoding_bits, scale=0, sites=len(study.participation.sites)).limit
+    limit = Encoding(values=0, counts=0, bits=bits or study.encoding_bits, scale=0, sites=study.sum_sites).limit
     scale = limit.bit_length() - math.frexp(largest)[1]
     if math.ldexp(largest, scale) > limit:
         scale -= 1

@@ -65,7 +65,7 @@ class Settings(Protocol):
 
 def of(study: Settings) -> list[str]:
     """One sentence for each contradiction."""
-    parts = (_of_covariates, _of_network, _of_strategy, _of_evaluation, _of_segmentation)
+    parts = (_of_covariates, _of_network, _of_strategy, _of_evaluation, _of_segmentation, _of_sampling)
     return [sentence for part in parts for sentence in part(study)]
 
 
@@ -116,6 +116,24 @@ def _of_segmentation(study: Settings) -> list[str]:
         found.append(
             "privacy.figures: noised puts noise on histograms of scores; say suppressed for task.kind: segmentation"
         )
+    return found
+
+
+def _of_sampling(study: Settings) -> list[str]:
+    """What each round has to ask every site for. The accounting of privacy credits nothing for the draw, which is public."""
+    part, found = study.participation, []
+    if part.sample is None:
+        return []
+    if part.sample > len(part.sites):
+        found.append(f"participation.sample: {part.sample} of {len(part.sites)} training sites cannot be drawn")
+    if part.quorum > part.sample:
+        found.append(f"quorum {part.quorum} is more than the {part.sample} sites that a round asks")
+    if isinstance(study.task, Counting) or study.training.rounds == 0:
+        found.append("participation.sample draws sites for rounds of training, and the study has none; leave it out")
+    if study.strategy.steered:
+        found.append("strategy: scaffold and participation.sample: the common control variate is a mean over all sites")
+    if study.strategy.local_norms:
+        found.append("strategy: fedbn and participation.sample: a site that was never drawn has no norm layers to test")
     return found
 
 

@@ -146,6 +146,11 @@ def values_of(study: Study, kind: Kind, parameters: int) -> int:
     return 2 * len(study.task.targets) * study.evaluation.bins if noises_figures(study) else 0
 
 
+def bits_of(study: Study, kind: Kind, round_number: int) -> Literal[16, 24, 32, 64]:
+    """Bits of a value on its way up. A first round knows nothing of its values, and narrow words might make all of them 0."""
+    return max(study.encoding_bits, 32) if kind == "train" and round_number == 1 else study.encoding_bits
+
+
 def noises_figures(study: Study) -> bool:
     """Whether nothing of an evaluation leaves but the noisy counts of the test split."""
     return study.privacy != "none" and study.privacy.figures == "noised"

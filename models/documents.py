@@ -30,15 +30,19 @@ D = TypeVar("D", bound=Document)
 
 def read(kind: type[D], path: Path) -> D:
     """Read one YAML document strictly. Errors name the file, the line and, for an unknown key, the nearest known one."""
+    return parse(kind, text_of(path), str(path))
+
+
+def text_of(path: Path) -> str:
+    """What stands in a document; raises DocumentError if there is none, or none of ours."""
     if not path.is_file():
         raise DocumentError(f"{path}: there is no such file", remedy="Check the path.")
     if path.stat().st_size > YAML_BYTES_MAX:
         raise DocumentError(f"{path}: larger than {YAML_BYTES_MAX // 1024} KiB; this is not one of our documents")
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DocumentError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    return parse(kind, text, str(path))
 
 
 def parse(kind: type[D], text: str, name: str) -> D:

@@ -21,6 +21,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from models import networks, tasks
+from models.descent import Descent, Rule
 from models.study import Privacy, Study, Training
 from privacy import dpsgd, noise
 from privacy.errors import CohortTooSmall, MessageMalformed, PrivacyError, TrainingDiverged, TrainingStopped
@@ -209,13 +210,13 @@ def learn_privately(
             log.debug("step %d: %d patients, %d clipped, %d not finite", step, seen.units, seen.clipped, seen.nonfinite)
             if seen.nonfinite:
                 log.warning("%d patients gave a gradient that is not finite; they count as zero", seen.nonfinite)
-            scaled = noisy * 2.0**-clip.bits
             if plan.mode == "distributed":
                 # In float64, which holds these numbers exactly: rounding each site's before the sum is not rounding the sum.
+                scaled = noisy * 2.0**-clip.bits
                 return Update(networks.placed(scaled, moved), turn.public_size, 1, 0.0, summed=True)
             # The public size, never the number that was drawn or is there: a denominator says who takes part.
-            factor = plan.clip_norm / (plan.sampling_rate * turn.public_size)
-            descend(net, optimizer, (scaled * factor).astype(np.float32))
+            factor = 2.0**-clip.bits * plan.clip_norm / (plan.sampling_rate * turn.public_size)
+            descend(net, optimizer, (noisy * factor).astype(np.float32))
     delta = networks.to_vector(net) - before
     if not np.isfinite(delta).all():
         raise TrainingDiverged(f"a weight is not a finite number after {plan.steps} steps of round {turn.round}")
@@ -387,7 +388,7 @@ def patient_losses(net: nn.Module, batch: dpsgd.Batch, each: tasks.Each = tasks.
     return tasks.unit_losses(logits.reshape(targets.shape), targets, known, each)
 
 
-def descend(net: nn.Module, optimizer: torch.optim.Optimizer, gradient: NDArray[np.float32]) -> None:
+def descend(net: nn.Module, optimizer: Descent, gradient: NDArray[np.float32]) -> None:
     """One step of `optimizer` along `gradient`, one value for each trained weight in the order of the network's parameters."""
     start = 0
     for parameter in net.parameters():
@@ -396,7 +397,7 @@ def descend(net: nn.Module, optimizer: torch.optim.Optimizer, gradient: NDArray[
             parameter.grad = torch.from_numpy(gradient[start : start + size]).reshape(parameter.shape)
             start += size
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
 
 
 @dataclass(frozen=True, eq=False)
@@ -457,7 +458,7 @@ class Control:
 
 def _step(
     net: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Descent,
     given: tuple[Tensor, ...],
     truth: tuple[Tensor, Tensor, Tensor, tasks.Each],
     pull: Proximal | None = None,
@@ -470,7 +471,7 @@ def _step(
     mean = float(value.detach())
     if not math.isfinite(mean):
         raise TrainingDiverged("the training loss is not a finite number")
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     torch.autograd.backward(value)
     if pull is not None:
         pull.add_to_gradients(net)
@@ -488,17 +489,14 @@ def _batches(labelled: Tensor, plan: Training, generator: Generator) -> Iterator
         yield from torch.split(order, plan.batch_size)
 
 
-def _optimizer(net: nn.Module, plan: Training, rate: float, momentum: float = MOMENTUM) -> torch.optim.Optimizer:
+def _optimizer(net: nn.Module, plan: Training, rate: float, momentum: float = MOMENTUM) -> Descent:
     """The study's optimizer of the weights that are trained; others are not even decayed.
 
     Nor are gains and biases: a norm's gain near 0 switches channels off.
     """
     trained = [p for p in net.parameters() if p.requires_grad]
     kernels, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    groups = [{"params": kernels, "weight_decay": plan.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if plan.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=momentum > 0)
-    return torch.optim.AdamW(groups, lr=rate)
+    return Descent([(kernels, plan.weight_decay), (others, 0.0)], Rule(plan.optimizer, rate, momentum))
 
 
 def _randomness(study: Study, round_number: int, repeat: int) -> tuple[Generator, int]:

@@ -508,6 +508,13 @@ class Participation(Document):
     sites: list[Name] = Field(min_length=1, max_length=1000, description="sites that train and evaluate")
     evaluate_only: list[Name] = Field(default=[], max_length=1000, description="sites that evaluate and do not train")
     quorum: int = Field(ge=1, description="training sites whose reports a round needs")
+    sample: int | None = Field(
+        default=None,
+        ge=1,
+        le=1000,
+        exclude_if=lambda value: value is None,
+        description="training sites that each round asks, and the test; drawn anew by public randomness; all unless given",
+    )
     minimum_patients: int = Field(default=10, ge=1, description="least patients in each split of a site")
     round_timeout_s: int = Field(
         default=3600,

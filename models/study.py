@@ -51,6 +51,7 @@ __all__ = [
 ]  # fmt: skip
 
 LABEL = b"isocenter/v1/study"
+DRAW = "isocenter/v1/sample"
 COUNTING_SECTIONS: dict[str, Any] = {"training": {"rounds": 1}, "evaluation": {"site_figures": False}}
 SEGMENTATION_TRAINING: dict[str, Any] = {"balance": False}  # the loss of masks has no classes to balance
 
@@ -216,6 +217,31 @@ class Study(Document):
     @property
     def all_sites(self) -> list[str]:
         return [*self.participation.sites, *self.participation.evaluate_only]
+
+    @property
+    def sum_sites(self) -> int:
+        """The most training sites that one sum has."""
+        return min(self.participation.sample or len(self.participation.sites), len(self.participation.sites))
+
+    def asked(self, occasion: int) -> list[str]:
+        """Training sites that round `occasion` (from 1) asks: all, or `participation.sample` of them, in the study's order.
+
+        0 is the test, and one more than the rounds the validation of the last model. Who is drawn follows from what the study
+        learns and from the occasion alone, so a resumed run, a masked one and a rehearsal ask the same sites, and each site
+        can check it. The draw is public: nothing of a study's privacy rests on it.
+        """
+        part = self.participation
+        if part.sample is None or part.sample >= len(part.sites):
+            return list(part.sites)
+        seed = f"{DRAW}\n{self.learned}\n{occasion}\n"
+        ranked = sorted(part.sites, key=lambda site: hashlib.sha256(f"{seed}{site}".encode()).digest())
+        drawn = {*ranked[: part.sample]}
+        return [site for site in part.sites if site in drawn]
+
+    @property
+    def tested(self) -> list[str]:
+        """Sites that the test asks: the training sites drawn for it, and all that only evaluate."""
+        return [*self.asked(0), *self.participation.evaluate_only]
 
     def check(self) -> None:
         """Raise StudyConflict with one sentence for each contradiction between settings."""

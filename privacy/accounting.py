@@ -22,16 +22,16 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from typing import Any, Literal
-
-import dp_accounting
-from dp_accounting import dp_event
-from dp_accounting.pld import privacy_loss_distribution as pld
-from dp_accounting.rdp import RdpAccountant
+from typing import TYPE_CHECKING, Any, Literal
 
 from privacy.errors import MessageMalformed, PrivacyError, SamplingRefused
 from privacy.noise import GRID_BITS
 from privacy.sharing import FULL_GRAPH_SITES, HOLDERS_MAX, degree, threshold
+
+# The library takes a second and 40 MB to load: functions that compute an ε do so, and whoever only names an event does not.
+if TYPE_CHECKING:
+    from dp_accounting.dp_event import DpEvent
+    from dp_accounting.rdp import RdpAccountant
 
 COARSE, FINE = 1e-3, 1e-4
 """Width of the grid of privacy losses: for every order, and for what is printed."""
@@ -51,7 +51,6 @@ ROOM = 1e-4
 """Part of a target that `noise_for` leaves. What only a site knows, the cut of its batches at eight standard deviations and the
 error of its sampler, takes 2e-7 of the target (measured for targets of 0.5 to 10, 20 to 3000 steps, 50 to 5000 patients)."""
 NOISE_STEP = 1e-4  # relative, to which a noise is found: more would not show in two decimals of ε
-RELATION = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
 
 Tier = Literal["everybody", "coordinator", "lying-coordinator", "test-figures"]
 
@@ -183,6 +182,8 @@ def selection_epsilon(event: PrivacyEvent, delta: float, mean_tries: float) -> f
     """
     if isinstance(mean_tries, bool) or not 1 < mean_tries < math.inf:
         raise PrivacyError(f"a selection among {mean_tries} tries on average; there have to be more than one")
+    from dp_accounting import dp_event
+
     whole, accountant = _uncapped(event), _renyi()
     composed = dp_event.SelfComposedDpEvent(_step(whole), whole.steps)
     accountant.compose(dp_event.RepeatAndSelectDpEvent(composed, mean=mean_tries, shape=1.0))
@@ -376,6 +377,8 @@ def _width(events: tuple[PrivacyEvent, ...], interval: float) -> float | None:
 
 def _losses(event: PrivacyEvent, width: float) -> Any:
     """The privacy loss distribution of all steps of `event`. Coarse ones are kept, about a megabyte each: orders repeat them."""
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
     if event.sampling_rate == 1 and not event.capped:
         noise = _accounted(event.noise_multiplier) / math.sqrt(event.steps)
         return pld.from_gaussian_mechanism(noise, value_discretization_interval=width)
@@ -390,6 +393,8 @@ def _composed(event: PrivacyEvent, width: float) -> Any:
 
 @lru_cache(maxsize=64)
 def _one_step(event: PrivacyEvent, width: float) -> Any:
+    from dp_accounting.pld import privacy_loss_distribution as pld
+
     noise = _accounted(event.noise_multiplier)
     if event.batch_max is None or event.patients is None:
         return pld.from_gaussian_mechanism(
@@ -406,7 +411,9 @@ def _accounted(noise: float) -> float:
     return math.sqrt(noise**2 - ROUNDING**2)
 
 
-def _step(event: PrivacyEvent) -> dp_event.DpEvent:
+def _step(event: PrivacyEvent) -> "DpEvent":
+    from dp_accounting import dp_event
+
     gaussian = dp_event.GaussianDpEvent(_accounted(event.noise_multiplier))
     return gaussian if event.sampling_rate == 1 else dp_event.PoissonSampledDpEvent(event.sampling_rate, gaussian)
 
@@ -444,9 +451,12 @@ def _limit_noise(target: float, delta: float, event: PrivacyEvent) -> float:
     return 1 / math.sqrt(math.log1p((low / event.sampling_rate) ** 2 / event.steps))
 
 
-def _renyi() -> RdpAccountant:
+def _renyi() -> "RdpAccountant":
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.rdp import RdpAccountant
+
     logging.getLogger("absl").addFilter(_matters)
-    return RdpAccountant(neighboring_relation=RELATION)
+    return RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
 
 
 def _matters(record: logging.LogRecord) -> bool:

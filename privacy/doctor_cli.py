@@ -12,6 +12,12 @@ COLOURS = {"ok": "green", "advice": "yellow", "trouble": "red"}
 
 def report(checks: Sequence[Check], as_json: bool) -> None:
     """Look, and show what was found. Raises typer.Exit with code 1 if something is trouble."""
+    if show(checks, as_json):
+        raise typer.Exit(1)
+
+
+def show(checks: Sequence[Check], as_json: bool) -> int:
+    """Look, and show what was found; how much of it is trouble."""
     with screen.busy("looking") as now:
 
         def tell(done: int, left: list[str]) -> None:
@@ -28,5 +34,4 @@ def report(checks: Sequence[Check], as_json: bool) -> None:
         advice = sum(each.state == "advice" for each in findings)
         said = f"{trouble} in trouble, {advice} to look at." if trouble or advice else "Nothing is in the way."
         screen.say(said, COLOURS["trouble" if trouble else "advice" if advice else "ok"])
-    if trouble:
-        raise typer.Exit(1)
+    return trouble

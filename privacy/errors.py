@@ -446,9 +446,18 @@ class LimitExceeded(IsocenterError):
 
 def public_codes() -> frozenset[str]:
     """Every code that a Refusal may carry; anything else is malformed."""
-    found, todo = set(), [IsocenterError]
+    return frozenset(_kinds())
+
+
+def named(code: str) -> type[IsocenterError]:
+    """The error with this code, for what another process of ours tells; IsocenterError if there is none."""
+    return _kinds().get(code, IsocenterError)
+
+
+def _kinds() -> dict[str, type[IsocenterError]]:
+    found, todo = dict[str, type[IsocenterError]](), [IsocenterError]
     while todo:
         kind = todo.pop()
-        found.add(kind.code)
+        found.setdefault(kind.code, kind)
         todo += kind.__subclasses__()
-    return frozenset(found)
+    return found

@@ -9,8 +9,15 @@ import struct
 from collections.abc import Iterable, Sequence
 
 import httpx
+from flwr.app import Message, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
+    _get_computed_object_ids,
+    get_object_id,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
 from flwr.supercore.protobuf.client import ProtobufClient, ProtobufRequestContext
 from google.protobuf.message import Message as Call
 
@@ -24,7 +31,12 @@ _MEDIA = "application/octet-stream"
 
 def pack(parts: Sequence[bytes]) -> bytes:
     """One body that holds `parts`."""
-    return b"".join([struct.pack(f">I{len(parts)}Q", len(parts), *map(len, parts)), *parts])
+    return b"".join(pieces(parts))
+
+
+def pieces(parts: Sequence[bytes]) -> list[bytes]:
+    """What joined is the body that holds `parts`, without a copy of any of them."""
+    return [struct.pack(f">I{len(parts)}Q", len(parts), *map(len, parts)), *parts]
 
 
 def unpack(body: bytes) -> list[bytes]:
@@ -48,6 +60,36 @@ def unpack(body: bytes) -> list[bytes]:
 def names(trees: Iterable[ObjectTree]) -> list[str]:
     """The objects of messages, each once, parts before wholes: the order in which a parcel holds them."""
     return list(dict.fromkeys(part.object_id for tree in trees for part in iterate_object_tree(tree)))
+
+
+def flat(messages: Iterable[Message]) -> tuple[list[ObjectTree], list[bytes]]:
+    """The trees of messages and all their objects, in the order of `names`; each is made into bytes and hashed once.
+
+    Flower does both again at each look at a name, ten times for a message; that of 28 MB took 0.7 s of processor time.
+    """
+    contents, trees = dict[str, bytes](), dict[int, ObjectTree]()
+    with no_object_id_recompute():
+        return [_flat(message, contents, trees) for message in messages], list(contents.values())
+
+
+def _flat(whole: InflatableObject, contents: dict[str, bytes], trees: dict[int, ObjectTree]) -> ObjectTree:
+    """The tree of `whole`. `trees`: those of objects that were met before, by identity: one record may be in many messages."""
+    if id(whole) not in trees:
+        parts = [_flat(part, contents, trees) for part in _parts(whole)]
+        content = whole.deflate()
+        name = get_object_id(content)
+        whole.__dict__["_object_id"] = name  # where Flower looks for it, if it is among those that it takes as known
+        _get_computed_object_ids().add(name)
+        contents.setdefault(name, content)
+        trees[id(whole)] = ObjectTree(object_id=name, children=parts)
+    return trees[id(whole)]
+
+
+def _parts(whole: InflatableObject) -> Iterable[InflatableObject]:
+    """What Flower's `children` gives, without the names that it would have to make first."""
+    if isinstance(whole, Message):
+        return [whole.content] if whole.has_content() else []
+    return list(whole.values()) if isinstance(whole, RecordDict) else (whole.children or {}).values()
 
 
 def post(client: ProtobufClient, path: str, call: Call, objects: Sequence[bytes] | None = None) -> bytes:

@@ -48,8 +48,8 @@ def _ingested(name: str) -> Path:
     folder = tempfile.mkdtemp(prefix="isocenter-hospital-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     home = Path(folder) / name
-    prepare(home, name, None, (16, len(name)), COORDINATOR.public_key())
-    text = (home / "site.yaml").read_text().replace("minimum_patients: 10", "minimum_patients: 2")
+    prepare(home, name, (16, len(name)), COORDINATOR.public_key())
+    text = (home / "site.yaml").read_text().replace("minimum_patients: 1\n", "minimum_patients: 2\n")
     (home / "site.yaml").write_text(text)
     return home
 
@@ -104,7 +104,7 @@ class Hospital:
         return Encoding(
             values=first_model(self.study).size if train else 0,
             counts=contributions.count_of(self.study, "train" if train else "evaluate"),
-            bits=self.study.encoding_bits,
+            bits=contributions.bits_of(self.study, "train" if train else "evaluate", 1),
             scale=scale,
             sites=len(self.study.participation.sites if train else self.study.all_sites),
         )

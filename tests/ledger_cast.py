@@ -8,10 +8,10 @@ from contextlib import closing
 from functools import lru_cache
 from pathlib import Path
 
-from dp_accounting import dp_event
+from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 
-from privacy.accounting import COARSE, RELATION, PrivacyEvent
+from privacy.accounting import COARSE, PrivacyEvent
 from privacy.journal import Journal
 from privacy.ledger import Caps, Charge, Ledger
 
@@ -58,7 +58,7 @@ def epsilon_of(events: Iterable[PrivacyEvent]) -> float:
 
 @lru_cache(maxsize=4096)
 def _composed(events: tuple[tuple[float, float, int], ...]) -> float:
-    accountant = PLDAccountant(RELATION, COARSE)
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, COARSE)
     for noise, rate, steps in events:
         accountant.compose(dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(noise)), steps)
     return float(accountant.get_epsilon(DELTA))

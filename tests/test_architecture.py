@@ -45,9 +45,12 @@ FLWR_DOORS = {
     "fl_server/mailbox.py",  # Flower's grid, over parcels
     "fl_server/executor.py",  # takes the ServerApp task that link.py's SuperLink hands out
     "fl_server/link.py",
+    "fl_server/control.py",  # its Control API, for all processes of the coordinator
     "fl_server/rounds.py",
     "fl_server/sums.py",  # hands rounds.py the Grid, and asks it who is online
     "fl_server/simulation.py",
+    "fl_server/crew.py",  # its grids
+    "fl_client/rehearsal.py",  # the ClientApp of a simulation, and its messages as bytes
     "fl_client/app.py",
     "fl_client/node.py",
     "fl_client/orders.py",
@@ -68,6 +71,7 @@ PYDICOM_DOORS = {
 # These are loaded where no network is trained: on the way to a first sentence on the screen, or to check a signature.
 TORCH_FREE = {
     "fl_client/cli.py",
+    "fl_client/doctor.py",
     "fl_client/egress.py",
     "fl_client/enrol.py",
     "fl_client/node.py",
@@ -78,6 +82,8 @@ TORCH_FREE = {
     "fl_client/worker.py",
     "fl_server/cli.py",
     "fl_server/consortium.py",
+    "fl_server/executor.py",
+    "fl_server/first.py",
     "fl_server/figures.py",
     "fl_server/matrix.py",
     "fl_server/published.py",
@@ -88,6 +94,8 @@ TORCH_FREE = {
     "fl_server/results.py",
     "fl_server/progress.py",
     "fl_server/research.py",
+    "fl_server/researcher.py",
+    "fl_server/doctor.py",
     "fl_server/roster.py",
     "fl_server/rounds.py",
     "fl_server/run.py",
@@ -111,6 +119,9 @@ TORCH_FREE = {
     "models/conflicts.py",
     "models/study.py",
     "privacy/calls.py",
+    "privacy/doctor.py",
+    "privacy/doctor_cli.py",
+    "privacy/reach.py",
     "privacy/console.py",
     "privacy/errors.py",
     "privacy/journal.py",
@@ -144,6 +155,8 @@ SPEAKS_TO_PEOPLE = {
     "fl_server/cli.py",
     "fl_server/counting.py",
     "fl_server/research.py",
+    "fl_server/researcher.py",
+    "fl_server/doctor.py",
     "fl_server/release_cli.py",
     "fl_server/runs_cli.py",
     "models/catalogue_cli.py",

@@ -77,7 +77,7 @@ def nothing(*_: object) -> None: ...
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ingested hospital, each of whose files names the patient in many places."""
     home = tmp_path_factory.mktemp("export") / "north"
-    prepare(home, "north", None, (PATIENTS, 5), keys.load_public(public_key()))
+    prepare(home, "north", (PATIENTS, 5), keys.load_public(public_key()))
     for number, path in enumerate(sorted(p for p in (home / "hospital" / "dicom").rglob("*") if p.is_file())):
         try:
             with annex_e.silent():

@@ -54,8 +54,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A home of radiographs and one of CT, ingested with their masks."""
     folder = tmp_path_factory.mktemp("masks")
     public = COORDINATOR.public_key()
-    prepare(folder / "dx", "north", None, (8, 3), public, made=["masks"])
-    prepare(folder / "ct", "north", None, (3, 0), public, made=["masks", "volumes"])
+    prepare(folder / "dx", "north", (8, 3), public, made=["masks"])
+    prepare(folder / "ct", "north", (3, 0), public, made=["masks", "volumes"])
     return {"dx": folder / "dx", "ct": folder / "ct"}
 
 

@@ -28,7 +28,7 @@ from flwr.proto.control_pb2 import ListNodesRequest
 from flwr.proto.fleet_pb2 import PullMessagesRequest
 from gate import BEAT, LIMITS, PATIENCE_S, Gate, code, flowers, opened, request, status, whole
 
-from fl_server.link import control
+from fl_server.control import control
 from privacy import journal, keys, parcels
 from privacy.calls import join
 

@@ -189,8 +189,9 @@ EXTRA_ONLY = """
     opentelemetry-exporter-otlp-proto-common opentelemetry-exporter-otlp-proto-http opentelemetry-proto opentelemetry-sdk
     opentelemetry-semantic-conventions
     flatbuffers ml-dtypes onnx onnx-ir onnxruntime onnxscript
+    msgpack ray
 """
-"""The pins of the extras `otel` and `onnx`, which `make env` does not install and the bill of materials does not list."""
+"""The pins of the extras `otel`, `onnx` and `ray`, which `make env` does not install and the bill of materials does not list."""
 
 
 # The tests that the papers name --------------------------------------------------------------------------------------

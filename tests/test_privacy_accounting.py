@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dp_accounting import dp_event
+from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.rdp import RdpAccountant
@@ -28,7 +28,6 @@ from privacy.accounting import (
     COARSE,
     FINE,
     FLOAT_ERROR,
-    RELATION,
     PrivacyEvent,
     epsilon,
     epsilon_rdp,
@@ -116,7 +115,7 @@ def integrated(events: list[tuple[float, float, int]], delta: float, width: floa
 
 
 def direct(events: list[dp_event.DpEvent], delta: float = DELTA, interval: float = COARSE) -> float:
-    accountant = PLDAccountant(RELATION, interval)
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
     for event in events:
         accountant.compose(event)
     return float(accountant.get_epsilon(delta))
@@ -627,7 +626,7 @@ def test_where_no_noise_is_enough_or_the_least_is_that_is_said() -> None:
 
 
 def test_a_selection_costs_what_dp_accounting_says_and_far_less_than_ten_runs() -> None:
-    accountant = RdpAccountant(neighboring_relation=RELATION)
+    accountant = RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
     accountant.compose(dp_event.RepeatAndSelectDpEvent(as_dp_event(USUAL), mean=10, shape=1.0))
     selected = selection_epsilon(USUAL, DELTA, 10)
     assert selected == pytest.approx(accountant.get_epsilon(DELTA), abs=1e-6)
@@ -642,7 +641,7 @@ def test_a_selection_among_more_costs_more_and_multiplies_the_errors_of_a_try() 
     # Of ten tries on average, one is off with ten times the probability: 1e-13 is as much as 1e-12 would be for one try.
     answer = {error: selection_epsilon(replace(USUAL, delta_extra=error), DELTA, 10) for error in (1e-15, 1e-14, 1e-13)}
     for error, found in answer.items():
-        alone = RdpAccountant(neighboring_relation=RELATION)
+        alone = RdpAccountant(neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE)
         alone.compose(dp_event.RepeatAndSelectDpEvent(as_dp_event(USUAL), mean=10, shape=1.0))
         assert found >= alone.get_epsilon(DELTA - (1 + math.exp(found)) * 10 * error) - 1e-6
     capped = replace(USUAL, batch_max=160, patients=2000)

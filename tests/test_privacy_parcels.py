@@ -2,8 +2,13 @@
 
 import struct
 
+import numpy as np
 import pytest
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app.error import Error
 from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.task_identity import TaskIdentity
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -50,3 +55,20 @@ def test_each_object_of_a_tree_is_named_once_and_before_what_holds_it() -> None:
     part = ObjectTree(object_id="part")
     trees = [ObjectTree(object_id=name, children=[ObjectTree(object_id="middle", children=[part])]) for name in "ab"]
     assert parcels.names(trees) == ["part", "middle", "a", "b"]
+
+
+def test_flat_messages_are_what_flower_makes_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    shared = RecordDict({"isocenter": ConfigRecord({"model": b"w" * 1000})})
+    alone = RecordDict({"isocenter": ConfigRecord({"model": b"v"}), "more": ArrayRecord([np.arange(3.0)])})
+    messages = [Message(shared, 1, "train"), Message(shared, 2, "train"), Message(alone, 3, "query")]
+    messages.append(Message(Error(1, "x"), reply_to=messages[0]))
+    made = list[bytes]()
+    deflate = ConfigRecord.deflate
+    monkeypatch.setattr(ConfigRecord, "deflate", lambda self: made.append(b"") or deflate(self))
+    trees, contents = parcels.flat(messages)
+    assert len(made) == 2  # records, and not looks at their names
+    # Oracle: Flower's own functions, one message after the other.
+    assert trees == [get_object_tree(message) for message in messages]
+    objects = {name: each for message in messages for name, each in get_all_nested_objects(message).items()}
+    assert contents == [objects[name].deflate() for name in parcels.names(trees)]

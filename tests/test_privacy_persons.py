@@ -8,13 +8,13 @@ import hashlib
 import math
 
 import pytest
-from dp_accounting import dp_event
+from dp_accounting import NeighboringRelation, dp_event
 from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy import accounting, persons
-from privacy.accounting import COARSE, RELATION, PrivacyEvent
+from privacy.accounting import COARSE, PrivacyEvent
 from privacy.errors import PrivacyError
 from privacy.persons import EVERYBODY, Cohort, Register, within, worst
 
@@ -33,7 +33,7 @@ def registered(*cohorts: list[set[str]]) -> tuple[Register, list[str]]:
 
 
 def direct(*events: dp_event.DpEvent) -> float:
-    accountant = PLDAccountant(RELATION, COARSE)
+    accountant = PLDAccountant(NeighboringRelation.ADD_OR_REMOVE_ONE, COARSE)
     for event in events:
         accountant.compose(event)
     return float(accountant.get_epsilon(DELTA))

@@ -340,7 +340,7 @@ def test_other_encodings_end_complete_and_stay_close(
     tmp_path: Path, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bound: each site rounds a value to half a step; the mean is off by at most sites times that, divided by the cases."""
-    rounds = 2 if bits == 16 else 1  # the first scale is a guess with room to spare: with 16 bits a coarse one
+    rounds = 2 if bits < 32 else 1  # the first scale is a guess with room to spare, so a first round's words are wide
     change = {"privacy__none": f"encoding_bits: {bits}\nprivacy: none", "rounds__2": f"rounds: {rounds}"}
     federation = Federation(tmp_path, of_four(**change))
     assert federation.plan.encoding_bits == bits
@@ -360,10 +360,10 @@ def test_other_encodings_end_complete_and_stay_close(
         bound = 4 * 0.5 * 2.0**-done.scale / cases + float(np.abs(after).max()) * 2.0**-23
         assert np.abs(before + mean - after).max() <= bound
         if done.round == rounds:
-            assert bound < np.abs(mean).max() / 5
+            assert bound < np.abs(mean).max() / 100
     counts = 6 + 2 * 50 + 1  # of which the last counts what was clipped
-    size = models[0][0].size * bits // 8 + 8 * counts
-    assert {line["facts"]["vector_bytes"] for line in journals(federation, run.run_id, "train-report")} == {size}
+    sizes = {models[0][0].size * width // 8 + 8 * counts for width in (max(bits, 32), bits)}
+    assert {line["facts"]["vector_bytes"] for line in journals(federation, run.run_id, "train-report")} == sizes
 
 
 def test_clipped_values_are_counted_into_the_record_and_the_next_scale_falls(

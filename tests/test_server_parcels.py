@@ -1,5 +1,6 @@
 """Orders and reports as parcels, through Flower's own SuperLink on loopback: whole or not at all, and only one's own."""
 
+import asyncio
 import base64
 import threading
 import time
@@ -25,7 +26,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fl_client.node import Connection
-from fl_server import executor, link
+from fl_server import control, executor, link
 from fl_server import parcels as server
 from fl_server.door import listen
 from fl_server.mailbox import Mailbox
@@ -94,8 +95,8 @@ def post(superlink: tuple[int, bytes, list[tuple[str, int]]], tmp_path: Path) ->
     for number in range(2):
         key = keys.make_key(tmp_path / f"{number}.key")
         public = keys.public_pem(key)
-        with link.control(port) as control:
-            control.RegisterNode(RegisterNodeRequest(public_key=public, name=f"{tmp_path.name[-8:]}-{number}"))
+        with control.control(port) as caller:
+            caller.RegisterNode(RegisterNodeRequest(public_key=public, name=f"{tmp_path.name[-8:]}-{number}"))
         identity = NodeAuthHttpInterceptor(key, key.public_key())
         client = FleetHttpClient(f"http://127.0.0.1:{port}", interceptors=(identity,))
         node = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30.0)).node_id
@@ -124,6 +125,24 @@ def test_a_model_for_several_sites_goes_to_the_superlink_once(post: Post) -> Non
     post.order(0, 1, content=b"m" * 100_000)
     assert 100_000 < post.asked[0][1] < 110_000
     assert [post.received(site).content["isocenter"]["model"] for site in (0, 1)] == [b"m" * 100_000] * 2
+
+
+def test_a_model_for_several_sites_is_in_memory_once(post: Post) -> None:
+    """What is kept of an answer until a slow site has taken it: views of the one copy that Flower's store has."""
+    stored = b"model" * 1000
+    heads = [server.parcels.pieces([b"call", stored]) for _ in range(8)]
+    held, order = list[Any](), list[bytes]()
+
+    async def send(event: Any) -> None:
+        held.append(event.get("body", b""))
+
+    for pieces in heads:
+        asyncio.run(server._answer(send, pieces))
+    views = [body for body in held if len(body) == len(stored)]
+    assert len(views) == 8 and all(body.obj is stored for body in views)
+    post.order(0, 1, content=stored * 200)  # more than one piece
+    order += [bytes(post.received(site).content["isocenter"]["model"]) for site in (0, 1)]
+    assert order == [stored * 200] * 2
 
 
 def test_reports_are_handed_out_as_they_come(post: Post) -> None:
