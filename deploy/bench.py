@@ -1,7 +1,7 @@
 """`make bench`: what the federation costs beside the same work without it. Writes bench.json.
 
 Rounds, memory, a waiting node: deploy/bench_round.py. Images: deploy/bench_data.py. dp_step_*, dp_noise: deploy/bench_dp.py.
-simulation: deploy/bench_sites.py. Bytes: deploy/bench_bytes.py. mask_keystream: masks over a large update beside their cipher alone;
+simulation: deploy/bench_sites.py. Bytes: deploy/bench_bytes.py. mask_keystream: masks over a large update beside their cipher;
 `python deploy/bench.py masks` prints only that, in seconds.
 
 Both sides of a ratio are measured on this machine in one run, pinned to one core, in turn; the ratio of their medians is what
