@@ -71,6 +71,9 @@ PAUSE_FIRST_S, PAUSE_GROWTH, PAUSE_MOST_S = 0.02, 1.5, 2.0
 an answer within HELD_S says that it was not held, and then looks become seldom by themselves."""
 RETRY_FIRST_S, RETRY_MOST_S = 0.5, 15.0
 CALL_TIMEOUT_S = 60.0
+REPORT_TIMEOUT = httpx.Timeout(CALL_TIMEOUT_S, write=24 * 3600.0)
+"""A report waits until the gateway has room for it, in the middle of being written; once it is, signs of life come every ten
+seconds. A coordinator that ends meanwhile is noticed at once, a line that is dead by the kernel, after a quarter of an hour."""
 Tell = Callable[[str], None]
 log = logging.getLogger("isocenter.node")
 
@@ -122,7 +125,7 @@ class Connection:
             clientapp_runtime_list=[0.0],
         )
         try:
-            parcels.post(self.client, parcels.SEND_REPORT, request, contents)
+            parcels.post(self.client, parcels.SEND_REPORT, request, contents, REPORT_TIMEOUT)
         except httpx.HTTPStatusError as error:
             unwanted = error.response.status_code in (httpx.codes.FORBIDDEN, httpx.codes.BAD_REQUEST)
             if not unwanted or error.response.content:  # a word is the gateway's, which speaks of this site

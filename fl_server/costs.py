@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from fl_server.doorbell import ORDERS_BYTES_MAX
+from fl_server.doorbell import ORDERS_BYTES_MAX, report_bytes_max
+from fl_server.room import room_bytes
 from privacy.sharing import HOLDERS_MAX, Encoding, degree
 from privacy.wire import VECTOR_MAX
 
@@ -87,7 +88,8 @@ def predict(setting: Setting, timeout_s: float = 3600.0, counts: int = 2006) -> 
     # Reports are taken in while others are under way, so line and coordinator's processor go on at the same time.
     slower = max(("line", "coordinator's processor"), key=lambda name: parts[name])
     total = parts["local work"] + parts[slower] + parts["site's processor"] + parts["latency"]
-    held = vector * max(0, sites - 1)  # reports that are under way at the same time, when all sites end together
+    # Reports that are under way at the same time, when all sites end together: as many as the gateway has room for.
+    held = min(vector * max(0, sites - 1), room_bytes(report_bytes_max(MODEL_BYTES * size)))
     memory = COORDINATOR_BASE + COORDINATOR_COPIES * MODEL_BYTES * size + held
     return Cost(
         round_s=total,
@@ -97,11 +99,11 @@ def predict(setting: Setting, timeout_s: float = 3600.0, counts: int = 2006) -> 
         coordinator_bytes=round(sites * (down + up + beside)),
         coordinator_memory=memory,
         site_memory=SITE_BASE + SITE_COPIES * MODEL_BYTES * size,
-        limits=_limits(setting, total, timeout_s, memory, held),
+        limits=_limits(setting, total, timeout_s),
     )
 
 
-def _limits(setting: Setting, total: float, timeout_s: float, memory: int, held: int) -> list[str]:
+def _limits(setting: Setting, total: float, timeout_s: float) -> list[str]:
     """What would break, the first first."""
     found = []
     order = MODEL_BYTES * setting.parameters
@@ -112,10 +114,5 @@ def _limits(setting: Setting, total: float, timeout_s: float, memory: int, held:
     if total > timeout_s:
         found.append(
             f"a round of {total:,.0f} s is longer than round_timeout_s, {timeout_s:,.0f} s: sites would be left out"
-        )
-    if held > 2**32:
-        found.append(
-            f"the coordinator needs {memory / 2**30:,.0f} GiB of memory, "
-            f"{held / 2**30:,.0f} GiB of it for reports that come at once"
         )
     return found

@@ -29,6 +29,11 @@ ORDERS_BYTES_MAX = (
 BESIDE_BYTES = 64 * 1024 * 1024  # of a report beside its values: counts are 8 MiB at most
 
 
+def report_bytes_max(orders: int) -> int:
+    """Bytes of a report that answers orders of so many; zero if there were none."""
+    return max(BODY_BYTES_MAX, 2 * orders + BESIDE_BYTES if orders else 0)
+
+
 class Bell:
     """Counts what was announced. `count` only grows."""
 
@@ -57,7 +62,7 @@ class Doorbell:
 
     def body_bytes_max(self) -> int:
         """Bytes of a request from outside: room for a report about the largest orders so far, 8 bytes for 4 of the model's."""
-        return max(BODY_BYTES_MAX, 2 * self.largest + BESIDE_BYTES if self.largest else 0)
+        return report_bytes_max(self.largest)
 
     async def __call__(self, scope: Scope, receive: Channel, send: Channel) -> None:
         """Pass a request on once all of it is here.

@@ -8,6 +8,8 @@ In the order in which a caller meets it:
    no chunked body, no upgrade and no second request before the answer, so nothing can be read in two ways.
 4. The certificate is a site's, valid now, over the key that the roster has for that name now, and the key that Flower is shown
    is the same. A site that is revoked, or whose certificate ends, loses its open connections within seconds as well.
+5. Reports, which alone may be large, come in only as far as there is room for them (`fl_server.room`): the others are left with
+   their senders, and a sign of life meanwhile. So memory does not grow with the number of sites.
 
 Everything else is refused before Flower sees a byte of it, and counted in the journal.
 """
@@ -32,6 +34,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from fl_server.doorbell import BODY_BYTES_MAX, Application, Channel, Scope
+from fl_server.room import BODIES_BYTES, Room, Turn, room_bytes
 from fl_server.roster import Home
 from privacy import keys, parcels
 from privacy.errors import CertificateExpired, CertificateRevoked, IsocenterError, NotEnrolled, TrustError
@@ -85,6 +88,8 @@ _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}):[\t ]*([\t\x20-\x7e]*)
 _LENGTH = re.compile(rb"0|[1-9][0-9]{0,9}")
 _NO_HEAD = re.compile(rb"(?<!\r)\n|\r[^\n]|[^\t\r\n\x20-\x7e]")  # a line that does not end in CR LF, or no text
 _END = b"\r\n\r\n"
+_ESTABLISHED = 1  # as Linux counts the states of TCP; after the other side's end it is another
+_PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
 _NEVER = dt.datetime(1, 1, 1, tzinfo=dt.UTC)
 log = logging.getLogger("isocenter.gateway")
 
@@ -103,6 +108,11 @@ class Limits:
     handshakes: int = 128  # unfinished at a time
     connections: int = 512  # with a finished handshake, at a time
     connections_per_site: int = 16  # a node uses up to four; those of a broken line are noticed after a while
+    bodies_bytes: int = BODIES_BYTES
+    """Of reports in memory at a time, over all sites; room for the two largest in any case."""
+    bodies_bytes_per_s: int = 1024 * 1024
+    """While others wait, a report that is not here after `body_s` and the time of a full room at this speed gives way."""
+    sign_s: float = 10.0  # between two signs of life to who waits: proxies may cut a connection silent for 30 s
 
 
 @dataclass(frozen=True)
@@ -232,6 +242,9 @@ class Gateway:
         self.app, self.limits, self.refusals = app, limits, Refusals(note)
         self.body_bytes_max: Callable[[], int] = lambda: BODY_BYTES_MAX
         """Of a report, and of all open requests of a site."""
+        self.unfetched: Callable[[], int] = lambda: 0
+        """Bytes of reports that came, and that no run has fetched yet."""
+        self.room = Room(self.room_bytes, lambda: self.unfetched())  # noqa: PLW0108  it is set later
         self.config = uvicorn.Config(
             app,
             http="h11",
@@ -318,6 +331,14 @@ class Gateway:
         """Bytes that the site's open requests hold, or may still send."""
         return sum(each.announced for each in self.connections if each.identity.point == identity.point)
 
+    def room_bytes(self) -> int:
+        """Bytes of reports that may be here at a time."""
+        return room_bytes(self.body_bytes_max(), self.limits.bodies_bytes)
+
+    def holds_up(self, turn: Turn) -> bool:
+        """Whether a body has kept others waiting for longer than any has to take."""
+        return self.room.held_up_s(turn) > self.limits.body_s + self.room_bytes() / self.limits.bodies_bytes_per_s
+
     @property
     def connections(self) -> "list[_Connection]":
         return [each for each in self.state.connections if isinstance(each, _Connection)]
@@ -352,6 +373,9 @@ class Gateway:
                 code = self._fault(connection.identity)
                 if connection.admitted and code is not None:
                     connection.refuse(code)
+                else:
+                    connection.give_way()
+            self.room.look()  # what is fetched, or was kept for too long, gives room without a word
             await self.refusals.write(asyncio.get_running_loop().time())
 
     def _greet(self, accepted: socket.socket, address: str, context: ssl.SSLContext) -> None:
@@ -403,6 +427,14 @@ class Gateway:
         await self.refusals.write(asyncio.get_running_loop().time(), everything=True)
 
 
+def _hung_up(transport: asyncio.Transport) -> bool:
+    """Whether the other side has ended the connection, which asyncio does not see while it reads nothing."""
+    if transport.is_closing() or not hasattr(socket, "TCP_INFO"):
+        return transport.is_closing()
+    state = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+    return bool(state[0] != _ESTABLISHED)
+
+
 class _Connection(H11Protocol):
     """One client that has passed the handshake. It hands whole, acceptable requests to uvicorn, one at a time.
 
@@ -420,6 +452,7 @@ class _Connection(H11Protocol):
         self._head, self._left, self._sent = bytearray(), 0, 0
         self._versions: Versions | None = None
         self._began = 0.0
+        self._turn: Turn | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -434,6 +467,7 @@ class _Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stage = "over"
         self._wait()
+        self._go_away()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -461,8 +495,14 @@ class _Connection(H11Protocol):
             self._gateway.refusals.count(code)
             self._end(code)
 
+    def give_way(self) -> None:
+        """End a body that keeps others waiting for too long; its node sends it again, after them."""
+        if self._stage == "body" and self._turn is not None and self._gateway.holds_up(self._turn):
+            self._too_slow()
+
     def _end(self, code: str) -> None:
         self._stage, begun = "over", False
+        self._go_away()
         if self.cycle is not None and not self.cycle.response_complete:
             begun = self.cycle.response_started
             self.cycle.disconnected = True
@@ -528,10 +568,45 @@ class _Connection(H11Protocol):
             await send(event)
 
         try:
+            if self.announced > SMALL_BYTES_MAX:
+                await self._enter()
             await self._gateway.app(scope, receive, counted)
-        except asyncio.CancelledError:  # the coordinator stops while the request waits for something to happen
+        except asyncio.CancelledError:  # the caller has gone, or the coordinator stops, while the request waits
             if self._stage != "over":
                 self._end(UNAVAILABLE)
+        finally:
+            # Not before: what was read of a body is in memory until here, also if its caller has gone.
+            if self._turn is not None:
+                self._gateway.room.leave(self._turn)
+                self._turn = None
+
+    async def _enter(self) -> None:
+        """Wait until there is room for the body. Until somebody asks for it, uvicorn reads no further than its first 64 KiB."""
+        self._turn = self._gateway.room.ask(self.announced)
+        if self._stage == "over":
+            self._go_away()
+        if not self._turn.granted.done():
+            self._wait(self._limits.sign_s, self._give_sign)
+        await self._turn.granted
+        self._began = self.loop.time()
+        if self._stage == "body":
+            self._wait(self._limits.body_s, self._body_is_late)
+
+    def _go_away(self) -> None:
+        """Wait for room no longer. Who was let in already leaves when what was read is out of memory."""
+        if self._turn is not None:
+            self._turn.granted.cancel()
+
+    def _give_sign(self) -> None:
+        """Show a caller who waits, and whatever is between, that the connection is alive; notice if it is not.
+
+        Nothing is read of a caller who waits, so neither would an end be.
+        """
+        if _hung_up(self.transport):
+            self.transport.abort()
+        else:
+            self.transport.write(_PROCESSING)
+            self._wait(self._limits.sign_s, self._give_sign)
 
     def _wait(self, seconds: float = 0.0, then: Callable[[], None] | None = None) -> None:
         """Do `then` after `seconds`, unless something else is awaited before."""

@@ -71,10 +71,11 @@ async def _serve(home: Home, ready: Callable[[str], None], limits: Limits) -> No
     port = inner.getsockname()[1]
     outer = listen(settings.listen, settings.gateway_port)
     flower = superlink_app(port, secret)
-    superlink = Doorbell(Parcels(flower))
+    counter = Parcels(flower)
+    superlink = Doorbell(counter)
     server = _Server(uvicorn.Config(superlink, log_config=None, access_log=False))
     gateway = Gateway(superlink, ca, roster_of(home), home.journal.append, limits, home.roster.tell)
-    gateway.body_bytes_max = superlink.body_bytes_max
+    gateway.body_bytes_max, gateway.unfetched = superlink.body_bytes_max, counter.unfetched.bytes
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):

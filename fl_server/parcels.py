@@ -6,7 +6,9 @@ between are gone. A message is stored with everything that belongs to it or not 
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
@@ -28,19 +30,41 @@ from privacy.errors import MessageMalformed
 
 ANSWER_BYTES = 64 * 1024 * 1024  # reports are handed out until an answer has so many; the others wait for the next look
 PIECE_BYTES = 256 * 1024  # of an answer, handed over at a time: what a slow site holds here beside the one model of all
+UNFETCHED_S = 60.0  # for so long a report that no run fetches counts: a run that has ended, or died, never will
 Work = Callable[[LinkState, Request, bytes], Sequence[bytes]]
+
+
+class Unfetched:
+    """Reports that came, and that no run has fetched yet. Written by one thread at a time, read by any."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[int, float]] = {}
+        """Name of a report -> its bytes, and when it came."""
+
+    def put(self, name: str, size: int) -> None:
+        for old in [old for old, (_, came) in self._kept.items() if time.monotonic() - came > UNFETCHED_S]:
+            del self._kept[old]
+        self._kept[name] = size, time.monotonic()
+
+    def take(self, name: str) -> None:
+        self._kept.pop(name, None)
+
+    def bytes(self) -> int:
+        """Of those that came within UNFETCHED_S."""
+        now = time.monotonic()
+        return sum(size for size, came in tuple(self._kept.values()) if now - came <= UNFETCHED_S)
 
 
 class Parcels:
     """An ASGI application around Flower's: four paths are answered here, all others there."""
 
     def __init__(self, app: Any) -> None:
-        self.app, self.lock = app, threading.Lock()
+        self.app, self.lock, self.unfetched = app, threading.Lock(), Unfetched()
         self.works: dict[str, Work] = {
             parcels.RECEIVE_ORDER: receive_order,
-            parcels.SEND_REPORT: send_report,
+            parcels.SEND_REPORT: partial(send_report, self.unfetched),
             parcels.SEND_ORDERS: send_orders,
-            parcels.RECEIVE_REPORTS: receive_reports,
+            parcels.RECEIVE_REPORTS: partial(receive_reports, self.unfetched),
         }
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
@@ -97,7 +121,7 @@ def receive_order(state: LinkState, request: Request, body: bytes) -> Sequence[b
             return parcels.pieces([answer.SerializeToString(), *whole])
 
 
-def send_report(state: LinkState, request: Request, body: bytes) -> Sequence[bytes]:
+def send_report(unfetched: Unfetched, state: LinkState, request: Request, body: bytes) -> Sequence[bytes]:
     """Keep a site's report, which answers an order of its own. Raises MessageMalformed for anything but one whole message."""
     head, *objects = parcels.unpack(body)
     pushed = request.state.protobuf_request = PushMessagesRequest.FromString(head)
@@ -113,6 +137,7 @@ def send_report(state: LinkState, request: Request, body: bytes) -> Sequence[byt
         raise MessageMalformed("a report comes with each of its objects, and no other")
     answer = fleet_handlers.push_messages(request=pushed, state=state)
     _keep(state, metadata.run_id, answer, dict(zip(wanted, objects, strict=True)))
+    unfetched.put(metadata.message_id, len(body))
     return []
 
 
@@ -129,7 +154,7 @@ def send_orders(state: LinkState, request: Request, body: bytes) -> Sequence[byt
     return [answer.SerializeToString()]
 
 
-def receive_reports(state: LinkState, request: Request, body: bytes) -> Sequence[bytes]:
+def receive_reports(unfetched: Unfetched, state: LinkState, request: Request, body: bytes) -> Sequence[bytes]:
     """Reports to the orders asked for, as far as they are here, as a parcel; an object that is gone is empty in it."""
     task = authenticate_task(request, request.headers.get(TASK_TOKEN_HEADER), state)
     asked, whole, objects = PullAppMessagesRequest.FromString(body), None, list[bytes]()
@@ -138,6 +163,7 @@ def receive_reports(state: LinkState, request: Request, body: bytes) -> Sequence
         for message, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
             objects += [state.get_object(task.run_id, part) or b"" for part in parcels.names([tree])]
             state.object_store.delete(message.metadata.message_id)
+            unfetched.take(message.metadata.message_id)
         if answer.messages_list:
             whole = answer if whole is None else whole
             if whole is not answer:

@@ -92,10 +92,16 @@ def _parts(whole: InflatableObject) -> Iterable[InflatableObject]:
     return list(whole.values()) if isinstance(whole, RecordDict) else (whole.children or {}).values()
 
 
-def post(client: ProtobufClient, path: str, call: Call, objects: Sequence[bytes] | None = None) -> bytes:
+def post(
+    client: ProtobufClient,
+    path: str,
+    call: Call,
+    objects: Sequence[bytes] | None = None,
+    timeout: httpx.Timeout | None = None,
+) -> bytes:
     """What is answered to a call, sent as a parcel with `objects` if there are any; raises httpx errors.
 
-    Goes out like each of Flower's own calls, with the same headers and signatures.
+    Goes out like each of Flower's own calls, with the same headers and signatures. `timeout`: the client's own without one.
     """
     head = call.SerializeToString(deterministic=True)
     request = client._client.build_request(
@@ -103,6 +109,7 @@ def post(client: ProtobufClient, path: str, call: Call, objects: Sequence[bytes]
         f"{client._base_url}{path}",
         content=head if objects is None else pack([head, *objects]),
         headers={"content-type": _MEDIA, "accept": _MEDIA},
+        timeout=timeout or client._client.timeout,
     )
 
     def send() -> httpx.Response:

@@ -238,6 +238,24 @@ def test_a_connection_goes_on_over_another_client_as_the_same_node() -> None:
     assert happened == ["old beats for 7", "old closed", "new beats for 7"]
 
 
+def test_only_a_report_may_wait_for_room_while_it_is_written(tmp_path: Path) -> None:
+    """The gateway reads nothing of it meanwhile; everything else of a report, and every other call, ends after a minute."""
+    allowed: dict[str, Any] = {}
+
+    def gateway(asked: httpx.Request) -> httpx.Response:
+        allowed[asked.url.path] = asked.extensions["timeout"]
+        return httpx.Response(200)
+
+    key = keys.make_key(tmp_path / "key")
+    fleet = node._Fleet("127.0.0.1:1", ssl.create_default_context(), NodeAuthHttpInterceptor(key, key.public_key()))
+    fleet._client._transport = httpx.MockTransport(gateway)
+    connection, order = Connection(fleet, Node(node_id=5)), message(RecordDict({}), "train")
+    connection.send(Message(RecordDict({}), reply_to=order))
+    assert connection.receive() is None
+    minute = dict.fromkeys(("connect", "read", "write", "pool"), 60.0)
+    assert allowed == {parcels.SEND_REPORT: minute | {"write": 86_400.0}, parcels.RECEIVE_ORDER: minute}
+
+
 def as_parcel(order: Message) -> list[bytes]:
     """What the SuperLink would hand to the node."""
     nested, tree = get_all_nested_objects(order), get_object_tree(order)

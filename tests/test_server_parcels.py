@@ -42,6 +42,7 @@ class Post:
     mailbox: Mailbox
     sites: list[Connection]
     asked: list[tuple[str, int]]
+    unfetched: server.Unfetched
 
     def order(self, *sites: int, content: bytes = b"model" * 1000) -> list[str]:
         records = RecordDict({"isocenter": ConfigRecord({"kind": "x", "model": content})})
@@ -61,7 +62,7 @@ class Post:
 
 
 @pytest.fixture(scope="module")
-def superlink() -> Iterator[tuple[int, bytes, list[tuple[str, int]]]]:
+def superlink() -> Iterator[tuple[int, bytes, list[tuple[str, int]], server.Unfetched]]:
     secret, asked, listening = b"s" * 32, list[tuple[str, int]](), listen("127.0.0.1", 0)
     port = listening.getsockname()[1]
     app = Parcels(link.superlink_app(port, secret))
@@ -76,14 +77,14 @@ def superlink() -> Iterator[tuple[int, bytes, list[tuple[str, int]]]]:
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    yield port, secret, asked
+    yield port, secret, asked, app.unfetched
     server.should_exit = True
     thread.join(10)
 
 
 @pytest.fixture
-def post(superlink: tuple[int, bytes, list[tuple[str, int]]], tmp_path: Path) -> Iterator[Post]:
-    port, secret, asked = superlink
+def post(superlink: tuple[int, bytes, list[tuple[str, int]], server.Unfetched], tmp_path: Path) -> Iterator[Post]:
+    port, secret, asked, unfetched = superlink
     (tmp_path / "study.json").write_text("{}")
     run = executor._start_flower_run(tmp_path, port)
     mailbox = Mailbox(f"127.0.0.1:{port}", executor._acquire(run, port, secret))
@@ -102,7 +103,7 @@ def post(superlink: tuple[int, bytes, list[tuple[str, int]]], tmp_path: Path) ->
         node = client.ActivateNode(ActivateNodeRequest(public_key=public, heartbeat_interval=30.0)).node_id
         sites.append(Connection(client, Node(node_id=node)))
     asked.clear()
-    yield Post(mailbox, sites, asked)
+    yield Post(mailbox, sites, asked, unfetched)
     mailbox.close()
     for site in sites:
         site.client.close()
@@ -186,6 +187,23 @@ def test_many_large_reports_do_not_come_in_one_answer(post: Post, monkeypatch: p
     assert [len(list(post.mailbox.pull_messages(left))) for left in (names, names[1:])] == [1, 1]
 
 
+def test_what_no_run_has_fetched_yet_is_counted_for_a_minute(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that has ended, or whose executor died, never fetches: what it left must not take room for ever."""
+    names, before = post.order(0, 1), post.unfetched.bytes()
+    for site in (0, 1):
+        post.sites[site].send(post.reply(post.received(site), b"u" * 5000))
+    both = post.unfetched.bytes() - before
+    assert 2 * 5000 < both < 2 * 8000
+    assert len(list(post.mailbox.pull_messages(names[:1]))) == 1
+    assert post.unfetched.bytes() - before == pytest.approx(both / 2, abs=50)
+    monkeypatch.setattr(server, "UNFETCHED_S", 0.0)
+    time.sleep(0.01)
+    assert post.unfetched.bytes() == 0
+    post.unfetched.put("another", 1)
+    assert len(post.unfetched._kept) == 1  # nothing is remembered for longer than it counts
+    assert len(list(post.mailbox.pull_messages(names[1:]))) == 1
+
+
 def test_a_site_cannot_answer_an_order_of_another(post: Post) -> None:
     names = post.order(0)
     order = post.received(0)
@@ -217,7 +235,7 @@ def parts(post: Post, reply: Message) -> list[bytes]:
     kept: list[bytes] = []
     real = parcels.post
 
-    def keep(client: Any, path: str, call: PushMessagesRequest, objects: list[bytes]) -> bytes:
+    def keep(client: Any, path: str, call: PushMessagesRequest, objects: list[bytes], timeout: httpx.Timeout) -> bytes:
         kept.extend([call.SerializeToString(), *objects])
         return b""
 
