@@ -158,6 +158,7 @@ SPEAKS_TO_PEOPLE = {
     "fl_server/researcher.py",
     "fl_server/doctor.py",
     "fl_server/release_cli.py",
+    "fl_server/cost_cli.py",
     "fl_server/runs_cli.py",
     "models/catalogue_cli.py",
     "fl_server/summary.py",
