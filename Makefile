@@ -1,6 +1,6 @@
 # Isocenter. `make` alone lists what there is. Nothing is needed but make and Python 3.11 or 3.12.
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check bench acceptance docs sbom wheelhouse clean-room pictures clean
+.PHONY: help env demo test check bench profile acceptance docs sbom wheelhouse clean-room pictures clean
 
 PYTHON := .venv/bin/python
 STAMP := .venv/.installed
@@ -39,6 +39,9 @@ check: env ## everything that must hold before a commit: format, lint, types, te
 bench: env ## measure rounds, memory and start-up; writes bench.json
 	@$(PYTHON) deploy/bench.py
 
+profile: env ## flame graphs of both sides of a round, in profile/ (as root: py-spy looks into the process that trains)
+	@$(PYTHON) deploy/flames.py
+
 acceptance: env ## train on real radiographs, where they are present (OUT=folder, TEMPLATE=opacity_private)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" tests/acceptance/real_radiographs.sh $(or $(OUT),demo/acceptance) $(TEMPLATE)
 
@@ -58,5 +61,5 @@ pictures: env ## make the pictures of the guides anew (docs/pictures); needs chr
 	@$(PYTHON) deploy/pictures.py
 
 clean: ## remove what the other targets made, the environment too
-	@rm -rf .venv demo build dist bench.json bench_sites.json clean-room.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv demo profile build dist bench.json bench_sites.json clean-room.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -402,13 +402,12 @@ class MaskedSumming(Summing):
 
     def _invitations(self, task: Task, calls: dict[str, Call]) -> dict[str, Call]:
         """Orders to make keys of the next sum, for sites that will be wanted there and are not in this one."""
-        online, wanted = set(self.grid.get_node_ids()), task.afterwards or {}
-        order = self._order(KeysOrder, task, self.number + 1)
-        return {
-            site: Call(order, node)
-            for site, node in wanted.items()
-            if site not in calls and site not in self.expelled and node in online
-        }
+        after = task.afterwards or {}
+        wanted = {site: node for site, node in after.items() if site not in calls and site not in self.expelled}
+        if not wanted:
+            return {}
+        online, order = set(self.grid.get_node_ids()), self._order(KeysOrder, task, self.number + 1)
+        return {site: Call(order, node) for site, node in wanted.items() if node in online}
 
     def _collect(
         self,

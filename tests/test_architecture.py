@@ -160,6 +160,7 @@ SPEAKS_TO_PEOPLE = {
     "fl_server/doctor.py",
     "fl_server/release_cli.py",
     "fl_server/rehearsal_cli.py",
+    "fl_server/cost_cli.py",
     "fl_server/runs_cli.py",
     "models/catalogue_cli.py",
     "fl_server/summary.py",

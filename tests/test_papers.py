@@ -180,7 +180,7 @@ HOSTILE = {
 
 DEV_ONLY = """
     ast-serialize boolean-py cyclonedx-python-lib defusedxml dicomweb-client execnet grpcio-tools hypothesis iniconfig jsonschema
-    jsonschema-specifications librt license-expression mypy mypy-extensions packageurl-python pluggy psutil py-serializable
+    jsonschema-specifications librt license-expression mypy mypy-extensions packageurl-python pluggy psutil py-serializable py-spy
     pytest pytest-timeout pytest-xdist referencing retrying rpds-py ruff sortedcontainers types-protobuf types-psutil types-pyyaml
 """
 """The pins that nothing needs at run time, written down by hand: a new pin is one of these, or it belongs into the SBOM."""
