@@ -1,13 +1,13 @@
 # Isocenter. `make` alone lists what there is. Nothing is needed but make and Python 3.11 or 3.12.
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check bench profile acceptance docs sbom clean
+.PHONY: help env demo test check bench profile acceptance docs sbom wheelhouse clean-room pictures clean
 
 PYTHON := .venv/bin/python
 STAMP := .venv/.installed
 SOURCES := fl_server fl_client models privacy configs deploy tests
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 env: $(STAMP) ## create .venv with everything that is needed (minutes the first time, then nothing)
 
@@ -51,6 +51,15 @@ docs: env ## make the reference pages of docs/ from the code
 sbom: env ## list what Isocenter is made of, from constraints.txt, as CycloneDX (docs/sbom.cdx.json)
 	@$(PYTHON) deploy/sbom.py
 
+wheelhouse: env ## a release folder to install from without a package index: dist/isocenter-VERSION
+	@$(PYTHON) deploy/wheelhouse.py
+
+clean-room: env ## play the three guides as printed, away from the checkout; writes clean-room.json
+	@$(PYTHON) deploy/clean_room.py
+
+pictures: env ## make the pictures of the guides anew (docs/pictures); needs chromium
+	@$(PYTHON) deploy/pictures.py
+
 clean: ## remove what the other targets made, the environment too
-	@rm -rf .venv demo profile build dist bench.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv demo profile build dist bench.json clean-room.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

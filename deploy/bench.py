@@ -1,7 +1,7 @@
 """`make bench`: what the federation costs beside the same work without it. Writes bench.json.
 
-Rounds, memory, a waiting node: deploy/bench_round.py. Images: deploy/bench_data.py. mask_keystream: masks over a large update
-beside their cipher alone; `python deploy/bench.py masks` prints only that, in seconds.
+Rounds, memory, a waiting node: deploy/bench_round.py. Images: deploy/bench_data.py. Bytes: deploy/bench_bytes.py.
+mask_keystream: masks over a large update beside their cipher alone; `python deploy/bench.py masks` prints only that, in seconds.
 
 Both sides of a ratio are measured on this machine in one run, pinned to one core, in turn; the ratio of their medians is what
 counts, because machines differ and are noisy. docs/benchmarks.md has the figures and how they were got.
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_bytes
 import bench_data
 import bench_round
 from stage import BIN
@@ -27,7 +28,7 @@ KEYSTREAM_BLOCK = 256 * 1024  # bytes a call: AES is no faster with more or less
 def main() -> None:
     data = bench_data.measured()  # on all cores, which is how a hospital indexes
     with bench_round.on_core(0):
-        alone = {"mask_keystream": masks(), "start": start()}
+        alone = {"mask_keystream": masks(), "start": start(), "bytes": bench_bytes.measured()}
     report = alone | data | bench_round.measured()
     Path("bench.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))

@@ -1,11 +1,13 @@
 """Bytes of a masked round on the wire, beside the model down and the vector up alone.
 
-`python deploy/bench_bytes.py` measures only this. Everything is counted between the nodes and the gateway, below TLS: orders,
+`python deploy/bench_bytes.py` measures only this; with the word `line`, how much longer a round over a slow line takes than over
+loopback, beside what `fl_server.costs` says of it. Everything is counted between the nodes and the gateway, below TLS: orders,
 reports, keys, shares, heartbeats, looks for orders, heads, TLS records. The same study with few and with more rounds: their
 difference is what a round costs, without joining, the first keys, the last validation and the test.
 """
 
 import json
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -45,11 +47,11 @@ def measured() -> dict[str, Any]:
     }
 
 
-def opened(stage: Stage, mbit: float = 0.0, latency_ms: float = 0.0) -> Relay:
+def opened(stage: Stage) -> Relay:
     """A consortium whose nodes reach the gateway over one line."""
     stage.found()
     stage.serve()
-    line = Relay(stage.gateway_port, mbit, latency_ms)
+    line = Relay(stage.gateway_port)
     line.start()
     for name, vendor in SITES.items():
         stage.open_hospital(name, vendor, PATIENTS)
@@ -59,6 +61,33 @@ def opened(stage: Stage, mbit: float = 0.0, latency_ms: float = 0.0) -> Relay:
     for name in SITES:
         stage.node(name)
     return line
+
+
+def over_a_line(mbit: float = 100.0, latency_ms: float = 50.0, runs: int = 2) -> dict[str, Any]:
+    """Seconds that rounds of densenet121 take more over the line than on loopback, medians of runs in turn; and as predicted."""
+    from fl_server import costs
+
+    seconds: dict[float, list[float]] = {0.0: [], mbit: []}
+    with tempfile.TemporaryDirectory(prefix="isocenter-bench-") as folder:
+        stage = Stage(Path(folder) / "stage")
+        try:
+            line = opened(stage)
+            for number in range(2 * runs):
+                slow = number % 2 == 1
+                line.mbit, line.latency_ms = (mbit, latency_ms) if slow else (0.0, 0.0)
+                _, results = run(stage, "densenet121", 32, 4 + number)  # another number of rounds is another study
+                seconds[line.mbit] += [done["seconds"] for done in results["rounds"]][1:]
+        finally:
+            stage.stop()
+    parts = costs.predict(costs.Setting(len(SITES), 6_948_609, 0.0, mbit, latency_ms)).parts_s
+    loopback, over = statistics.median(seconds[0.0]), statistics.median(seconds[mbit])
+    return {
+        "loopback_s": round(loopback, 2),
+        "line_s": round(over, 2),
+        "added_s": round(over - loopback, 2),
+        "predicted_s": round(parts["line"] + parts["latency"], 2),
+        "note": f"{len(SITES)} sites over one line of {mbit:g} Mbit/s and {latency_ms:g} ms; masked, densenet121",
+    }
 
 
 def _case(stage: Stage, line: Relay, network: str, bits: int, rounds: tuple[int, int]) -> dict[str, Any]:
@@ -118,6 +147,9 @@ def study(network: str, bits: int, rounds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        raise SystemExit("usage: bench_bytes.py")
-    main()
+    if sys.argv[1:] == ["line"]:
+        print(json.dumps(over_a_line(), indent=1))
+    elif sys.argv[1:]:
+        raise SystemExit("usage: bench_bytes.py [line]")
+    else:
+        main()

@@ -5,21 +5,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
-from rich.table import Table
 
 from fl_client.archive import Dicomweb, Dimse, Reason
 from fl_client.site import Site, SiteFile
+from privacy import screen
 from privacy.deidentify import guarded
 from privacy.errors import DataError
 
 if TYPE_CHECKING:
     from fl_client.archive import Archive
     from fl_client.fetching import Counts, Progress, Result
-
-console = Console()
 
 Home = Annotated[Path, typer.Option("--home", "-H", help="The site's folder, with site.yaml and keys.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of sentences.")]
@@ -130,7 +127,8 @@ class _Bar:
             MofNCompleteColumn(),
             TextColumn("{task.fields[told]}"),
         )
-        self._bars = Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+        told = screen.Screen(stderr=True)
+        self._bars = Bars(*columns, TimeRemainingColumn(), console=told, disable=not told.is_terminal)
         self._tasks: dict[str, int] = {}
 
     def __enter__(self) -> "_Bar":
@@ -179,20 +177,20 @@ def _show(result: "Result", dry_run: bool) -> None:
 def _show_counts(counts: "Counts") -> None:
     _say(f"Of this selection {counts.done} studies ({counts.instances} images) are here, {counts.wanted} are wanted.")
     if counts.failed:
-        table = Table("not copied", "studies", "why", "what to do", box=None, header_style="bold")
+        table = screen.table("not copied", "studies", "why", "what to do")
         for reason, count in sorted(counts.failed.items(), key=lambda item: -item[1]):
             table.add_row(str(reason), str(count), reason.explanation, reason.remedy)
-        console.print(table)
+        screen.show(table)
         if any(reason is not Reason.NO_IMAGES for reason in counts.failed):
             _say("To try them again: fl-client fetch --retry-failed")
 
 
 def _show_modalities(found: dict[str, int]) -> None:
     if found:
-        table = Table("modalities", "studies", box=None, header_style="bold")
+        table = screen.table("modalities", "studies")
         for words, count in sorted(found.items(), key=lambda item: -item[1]):
             table.add_row(words, str(count))
-        console.print(table)
+        screen.show(table)
 
 
 def _show_status(home: Path, settings: Dicomweb | Dimse, show_not_found: bool, as_json: bool) -> None:
@@ -218,7 +216,7 @@ def _show_status(home: Path, settings: Dicomweb | Dimse, show_not_found: bool, a
 
 
 def _say(sentence: str) -> None:
-    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    screen.say(sentence)
 
 
 def _tell(sentence: str) -> None:

@@ -1,5 +1,6 @@
 """The hospital's command, `fl-client`: join, point at data, check, approve or decline studies, run the node."""
 
+import itertools
 import json
 import logging
 import signal
@@ -9,10 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from fl_client import archive_cli, data_cli, doctor_cli, enrol, evaluate_cli, export_cli, standing
+from fl_client import archive_cli, data_cli, doctor_cli, enrol, evaluate_cli, export_cli, next_step, standing
 from fl_client.consent import consents, find_consent
 from fl_client.policy import Pause
 from fl_client.site import Site
@@ -20,37 +19,42 @@ from models import catalogue_cli, covariates
 from models.catalogue import Notice
 from models.questions import Counting
 from models.study import Regression, Study
-from privacy import crash_cli, heads, journal_cli, keys, logs
+from privacy import crash_cli, heads, journal_cli, keys, logs, screen
 from privacy.calls import Enrolment
-from privacy.console import ProxyPassword, ProxyUrl, ProxyUser, proxy_of, show_version
+from privacy.console import ProxyPassword, ProxyUrl, ProxyUser, begin, proxy_of, show_version
 from privacy.console import run as run_command
 from privacy.deidentify import guarded
 from privacy.errors import DataError, TrustError
 from privacy.journal_cli import Book
+from privacy.screen import Screen
 
 app = typer.Typer(
     help="Run a hospital's node: images stay here, you decide what is learned from them.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Screen()
+
+JOIN, IMAGES, DECIDE, RUN = "Join", "Your images", "Studies", "At work"
+LEFT, MODELS, TRY = "What left, and what it cost", "Released models", "To try, and when something is wrong"
+"""Panels of the help, in the order of the work."""
 
 Home = Annotated[Path, typer.Option("--home", "-H", help="The site's folder, with site.yaml and keys.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Digest = Annotated[str, typer.Argument(help="Digest of a study (its beginning is enough); see `fl-client studies`.")]
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Run a hospital's node: images stay here, you decide what is learned from them."""
+    begin(context, next_step.steps)
 
 
-@app.command()
+@app.command(rich_help_panel=JOIN)
 def join(
     line: Annotated[str, typer.Argument(help="The line that the coordinator sent you.")],
     home: Home = Path(),
@@ -60,18 +64,18 @@ def join(
 ) -> None:
     """Join a consortium. The key is made here and never leaves; a commented site.yaml is written."""
     enrolment = enrol.join(line, home, proxy_of(proxy, proxy_user, proxy_password_file))
-    console.print(f"Joined as site [bold]{enrolment.name}[/bold].", highlight=False)
-    console.print(f"Next: describe your images in {home / 'site.yaml'}, then run: fl-client ingest", highlight=False)
+    console.print(f"Joined as site {enrolment.name}.")
+    console.print(f"Next: describe your images in {home / 'site.yaml'}, then run: fl-client ingest")
 
 
-app.command()(doctor_cli.doctor)
-app.command()(archive_cli.fetch)
-app.command()(data_cli.ingest)
-app.command()(data_cli.quarantine)
-app.add_typer(export_cli.app, name="export")
+app.command(rich_help_panel=TRY)(doctor_cli.doctor)
+app.command(rich_help_panel=IMAGES)(archive_cli.fetch)
+app.command(rich_help_panel=IMAGES)(data_cli.ingest)
+app.command(rich_help_panel=IMAGES)(data_cli.quarantine)
+app.add_typer(export_cli.app, name="export", rich_help_panel=IMAGES)
 
 
-@app.command()
+@app.command(rich_help_panel=IMAGES)
 def check(
     home: Home = Path(),
     page: Annotated[
@@ -97,31 +101,31 @@ def check(
             numbers = _own_numbers(asked, asked.task, Site.open(home))
             _tell(f"“{asked.title}” asks for numbers and trains nothing; {numbers}")
             asked = None
-    looked = Inspection(home, asked)
+    with screen.busy("looking at your images"):
+        looked = Inspection(home, asked)
     standing.note(home, [finding.subject for finding in looked.findings if not finding.good])
     if page is not None:
         from fl_client.readiness_page import check_place, write_page
 
         if warning := check_place(page):
             _tell(warning)
-        with guarded(home):
+        with guarded(home), screen.busy("drawing the page"):
             write_page(page, looked, thumbnails=not no_thumbnails)
     if as_json:
         print(json.dumps(looked.to_json()))
     else:
         for finding in looked.findings:
             mark, colour = ("LOOK", "yellow") if finding.look else ("ok", "green") if finding.good else ("FIX", "red")
-            console.print(f"[{colour}]{mark:<4}[/{colour}] {finding.subject:<12} ", end="", highlight=False)
-            console.print(finding.sentence, highlight=False, markup=False, soft_wrap=True)
+            screen.finding(mark, colour, finding.subject, finding.sentence)
         ready, colour = ("ready", "green") if looked.ready else ("not ready", "red")
         console.print(f"This site is {ready}.", style=colour)
         if page is not None:
-            console.print(f"Page: {page}. It stays at the hospital.", highlight=False, markup=False, soft_wrap=True)
+            screen.say(f"Page: {page}. It stays at the hospital.")
     if not looked.ready:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=DECIDE)
 def studies(home: Home = Path(), as_json: AsJson = False) -> None:
     """Fetch the studies offered to this site and list them with your decisions."""
     offers = enrol.fetch_offers(home)
@@ -132,17 +136,17 @@ def studies(home: Home = Path(), as_json: AsJson = False) -> None:
     if not offers:
         console.print("No study has been offered to this site yet.")
         return
-    table = Table("digest", "title", "rounds", "researcher", "your decision", box=None, header_style="bold")
+    table = screen.table("digest", "title", "rounds", "researcher", "your decision")
     for offer in offers:
         rounds = str(offer.study.training.rounds)
         paused = ", paused" if Pause.open(home, time.time(), offer.digest) else ""
         decision = f"{offer.decision or 'not yet'}{paused}"
         table.add_row(offer.digest[:12], offer.study.title, rounds, offer.researcher, decision)
-    console.print(table)
+    screen.show(table)
     console.print("Read and decide: fl-client approve DIGEST, or fl-client decline DIGEST")
 
 
-@app.command()
+@app.command(rich_help_panel=DECIDE)
 def approve(
     digest: Digest,
     home: Home = Path(),
@@ -153,7 +157,8 @@ def approve(
     peers = enrol.peers(home, offer.study)
     show_study(offer.study, site, offer.researcher, peers)
     site.check_policy(offer.study)
-    _check_budget(site, offer.study)
+    with screen.busy("adding up what it would spend of your patients' privacy"):
+        _check_budget(site, offer.study)
     _ask_about_changed([peer for peer in peers if peer.changed], yes)
     if not yes:
         typer.confirm("Do you approve this study for your site?", abort=True)
@@ -163,15 +168,15 @@ def approve(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=DECIDE)
 def decline(digest: Digest, home: Home = Path()) -> None:
     """Decline a study, or withdraw an approval; no further order of it is carried out."""
     offer = enrol.find_offer(home, digest)
     enrol.decide(home, offer, "declined")
-    console.print(f"Declined {offer.digest[:12]}.", highlight=False)
+    console.print(f"Declined {offer.digest[:12]}.")
 
 
-@app.command()
+@app.command(rich_help_panel=DECIDE)
 def rules(home: Home = Path(), as_json: AsJson = False) -> None:
     """Say for each study that waits here which rule of site.yaml approves it, or why none does; nothing is approved by this."""
     from fl_client.rules import approving
@@ -188,7 +193,7 @@ def rules(home: Home = Path(), as_json: AsJson = False) -> None:
         console.print("No study waits for an answer.")
     for row in rows:
         said = f"approved by rule {row['rule']}" if row["rule"] else f"waits for you: {'; '.join(row['why_not'])}"
-        console.print(f"{row['digest'][:12]} {row['title']}: {said}", highlight=False, markup=False, soft_wrap=True)
+        screen.say(f"{row['digest'][:12]} {row['title']}: {said}")
 
 
 PausedStudy = Annotated[
@@ -196,7 +201,7 @@ PausedStudy = Annotated[
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def pause(
     study: PausedStudy = None,
     home: Home = Path(),
@@ -211,24 +216,24 @@ def pause(
     held = Pause(now, None if hours is None else now + hours * 3600)
     held.store(home, digest)
     site.journal.append("paused", hours=hours or 0, **({"study": digest} if digest else {}))
-    console.print(f"{what or site.name} is {held}.", highlight=False)
+    console.print(f"{what or site.name} is {held}.")
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def resume(study: PausedStudy = None, home: Home = Path()) -> None:
     """Take orders again after `fl-client pause`; a study that was paused by itself is resumed by itself."""
     site, (digest, what) = Site.open(home), _paused(home, study)
     if not Pause.path(home, digest).exists():
-        console.print(f"{what or site.name} is not paused.", highlight=False)
+        console.print(f"{what or site.name} is not paused.")
     else:
         site.journal.append(
             "resumed", **({"study": digest} if digest else {})
         )  # first: never at work without this line
         Pause.path(home, digest).unlink()
-        console.print(f"{what or site.name} takes orders again.", highlight=False)
+        console.print(f"{what or site.name} takes orders again.")
     for consent in consents(home):
         if consent.offer.digest != digest and (left := Pause.open(home, time.time(), consent.offer.digest)):
-            console.print(f"The study {consent.offer.digest[:12]} is {left}.", highlight=False)
+            console.print(f"The study {consent.offer.digest[:12]} is {left}.")
 
 
 def _paused(home: Path, study: str | None) -> tuple[str, str]:
@@ -239,7 +244,7 @@ def _paused(home: Path, study: str | None) -> tuple[str, str]:
     return digest, f"The study {digest[:12]}"
 
 
-@app.command()
+@app.command(rich_help_panel=LEFT)
 def egress(
     home: Home = Path(),
     study: Annotated[str | None, typer.Option("--study", help="Only this study; the beginning of its digest.")] = None,
@@ -248,17 +253,19 @@ def egress(
     """List in words everything that left this building, by study and round, after the journal was checked."""
     from fl_client import egress as leaving
 
-    report = leaving.read(home, study)
+    with screen.busy("checking the journal"):
+        report = leaving.read(home, study)
     if as_json:
         print(json.dumps(report.to_json()))
         return
-    table = Table(*leaving.HEADINGS, box=None, pad_edge=False, header_style="bold")
-    for row in report.rows:
-        table.add_row(*row.row())
-    if report.rows:
-        console.print(table)
+    for (digest, run), rows in itertools.groupby(report.rows, lambda row: (row.study, row.run)):
+        table = screen.table(*leaving.HEADINGS, title=leaving.heading(digest, run))
+        for row in rows:
+            table.add_row(*row.row())
+        screen.show(table)
+        console.print()
     for sentence in report.sentences():
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        screen.say(sentence)
 
 
 def _ask_about_changed(changed: list[enrol.Peer], yes: bool) -> None:
@@ -300,17 +307,14 @@ def show_study(study: Study, site: Site, researcher: str, peers: list[enrol.Peer
     lines.append(("Yours", _own_data(study, site)))
     if isinstance(study.task, Counting):
         lines.append(("Numbers", _own_numbers(study, study.task, site)))
-    for name, text in lines:
-        console.print(f"[bold]{name:<8}[/bold] ", end="")
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    screen.facts(lines, console)
 
 
 def _asked(study: Study, task: Counting, peers: list[enrol.Peer]) -> list[tuple[str, str]]:
     """What a study that counts asks, and what leaves: everything about it, in the words that a person approves."""
-    margin = f"\n{' ' * 9}"
     groups = f", and of patients by {', '.join(task.breakdown)}" if task.breakdown else ""
     return [
-        ("Asked", margin.join(f"{name}: {task.questions[name].words}" for name in task.names)),
+        ("Asked", "\n".join(f"{name}: {task.questions[name].words}" for name in task.names)),
         ("Here", "your patients and images are counted; nothing is trained, and no image is opened"),
         ("Others", _others(study, peers)),
         ("Stays", "images, identifiers, dates, file names, labels; and the exact numbers, which nobody else ever has"),
@@ -343,7 +347,7 @@ def _own_numbers(study: Study, task: Counting, site: Site) -> str:
         f"{name}: {told[name].patients} patients, {told[name].images} images (here: {answer.patients}, {answer.images})"
         for name, answer in exact.items()
     ]
-    return f"\n{' ' * 9}".join(["as things stand, this would go under the mask:", *rows])
+    return "\n".join(["as things stand, this would go under the mask:", *rows])
 
 
 def _learned(study: Study, site: Site, peers: list[enrol.Peer]) -> list[tuple[str, str]]:
@@ -403,9 +407,8 @@ def _beside(study: Study) -> list[tuple[str, str]]:
     """Which facts of a patient are learned from beside the image."""
     if not study.covariates:
         return []
-    margin = f"\n{' ' * 9}"
-    shown = margin.join(covariates.words(study.covariates))
-    return [("Beside", f"of each patient, and it never leaves as it is:{margin}{shown}")]
+    shown = "\n".join(covariates.words(study.covariates))
+    return [("Beside", f"of each patient, and it never leaves as it is:\n{shown}")]
 
 
 def _single(study: Study) -> str:
@@ -459,7 +462,7 @@ def _others(study: Study, peers: list[enrol.Peer]) -> str:
     for peer in peers:
         note = "  evaluates only" if peer.name in study.participation.evaluate_only else ""
         rows.append(f"{peer.name:<{width}}  {peer.fingerprint}{note}")
-    return f"\n{' ' * 9}".join(rows)
+    return "\n".join(rows)
 
 
 def _seen_by(study: Study) -> str:
@@ -506,7 +509,7 @@ def _privacy_lines(study: Study, site: Site) -> list[tuple[str, str]]:
     spent = site.ledger.spendings(policy.delta).get("total")
     before = f"ε {spent.charged:.2f} of your most used patient" if spent else "nothing"
     return [
-        ("Privacy", f"\n{' ' * 9}".join([noise, *sentences])),
+        ("Privacy", "\n".join([noise, *sentences])),
         (
             "Not in ε",
             f"counts and {_kind_of_sum(study)} of your validation and test images; none of fewer than 10 leaves",
@@ -535,7 +538,7 @@ def _check_budget(site: Site, study: Study) -> None:
         patients = Cohort.identities_of(index, labels, study, "train", site.pins(study))
     except DataError as error:
         sentence = f"What this study would spend of your patients cannot be told yet: {error} {error.remedy}"
-        console.print(sentence, style="yellow", highlight=False, markup=False, soft_wrap=True)
+        screen.say(sentence, style="yellow")
         return
     if patients:
         site.check_budget(study, patients)
@@ -557,7 +560,7 @@ def _own_data(study: Study, site: Site) -> str:
     return f"{index.taken} images of {index.patients} patients are ready here{note}"
 
 
-@app.command()
+@app.command(rich_help_panel=LEFT)
 def budget(
     home: Home = Path(),
     plot: Annotated[Path | None, typer.Option(help="Also draw what was charged over time into this PNG file.")] = None,
@@ -582,25 +585,26 @@ def budget(
         )
     if accept_clock:
         Site.open(home).ledger.accept_clock()
-    found = spending.open_budget(home)
+    with screen.busy("adding up"):
+        found = spending.open_budget(home)
     if plot is not None:
         plot.write_bytes(spending.draw(home))
     if as_json:
         print(json.dumps(found.to_json()))
         return
     if found.rows:
-        table = Table("study", "title", "rounds", "held", "ε spent", "ε charged", box=None, header_style="bold")
+        table = screen.table("study", "title", "rounds", "held", "ε spent", "ε charged")
         for row in found.rows:
             rounds = f"{row.rounds} of {row.rounds_most}" if row.rounds_most else str(row.rounds)
             figures = (spending.shown(row.spent), f"{spending.shown(row.charged)} of {found.caps['study']:g}")
             table.add_row(row.digest[:12], row.title, rounds, str(row.open or "-"), *figures)
-        console.print(table)
+        screen.show(table)
     else:
         console.print("Nothing was charged yet: no study with differential privacy has trained here.")
     for sentence in found.sentences():
-        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+        screen.say(sentence)
     if plot is not None:
-        console.print(f"Plot: {plot}", highlight=False, markup=False, soft_wrap=True)
+        screen.say(f"Plot: {plot}")
 
 
 def _book(home: Path) -> Book:
@@ -611,16 +615,16 @@ def _book(home: Path) -> Book:
     return Book(home / "journal.jsonl", name, [own], {heads.COORDINATOR: [pinned]})
 
 
-app.add_typer(journal_cli.commands(_book), name="journal")
-app.add_typer(crash_cli.app, name="crash")
+app.add_typer(journal_cli.commands(_book), name="journal", rich_help_panel=LEFT)
+app.add_typer(crash_cli.app, name="crash", rich_help_panel=TRY)
 
 
 def _tell(sentence: str) -> None:
     """For a person, beside what a command prints for programs."""
-    Console(stderr=True).print(sentence, highlight=False, markup=False, soft_wrap=True)
+    screen.tell(sentence)
 
 
-@app.command()
+@app.command(rich_help_panel=RUN)
 def start(
     home: Home = Path(),
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also print the node's log.")] = False,
@@ -648,16 +652,16 @@ def start(
 
 def _say(sentence: str) -> None:
     stamp = datetime.now(UTC).strftime("%H:%M:%SZ")
-    console.print(f"{stamp} {sentence}", highlight=False, markup=False, soft_wrap=True)
+    screen.say(f"{stamp} {sentence}")
 
 
 def _note(home: Path, kind: str, notice: Notice) -> None:
     Site.open(home).journal.append(kind, model=notice.sha256, name=notice.name)
 
 
-catalogue_cli.add_to(app, enrol.open_caller, _note)
-app.command()(evaluate_cli.evaluate)
-app.command()(data_cli.phantom)
+catalogue_cli.add_to(app, enrol.open_caller, _note, MODELS)
+app.command(rich_help_panel=MODELS)(evaluate_cli.evaluate)
+app.command(rich_help_panel=TRY)(data_cli.phantom)
 
 
 def main() -> None:

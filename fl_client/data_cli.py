@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from fl_client.site import Site, SiteFile
 from models.study import read
+from privacy import screen
 from privacy.deidentify import guarded
 from privacy.errors import DataError, DocumentError
 
-console = Console()
+console = screen.Screen()
 
 Home = Annotated[Path, typer.Option("--home", "-H", help="The site's folder, with site.yaml and keys.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
@@ -54,7 +53,7 @@ def ingest(
     else:
         show_ingested(report)
         if freed is not None:
-            console.print(f"{freed / 2**20:.1f} MiB of prepared images removed.", highlight=False)
+            screen.say(f"{freed / 2**20:.1f} MiB of prepared images removed.")
     if report.unfit:
         raise DataError(report.unfit, remedy="See `fl-client quarantine`, mend the source, and ingest again.")
 
@@ -69,7 +68,8 @@ class _Bars:
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),
         )
-        self._bars = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+        told = screen.Screen(stderr=True)
+        self._bars = Progress(*columns, TimeRemainingColumn(), console=told, disable=not told.is_terminal)
         self._stages: dict[str, tuple[Any, int, float]] = {}
 
     def __enter__(self) -> "_Bars":
@@ -96,35 +96,35 @@ def show_ingested(report: Any) -> None:
         highlight=False,
     )
     if report.reasons:
-        table = Table("left out", "files", "why", box=None, header_style="bold")
+        table = screen.table("left out", "files", "why")
         for reason, count in sorted(report.reasons.items(), key=lambda item: (-item[1], item[0])):
             table.add_row(str(reason), str(count), reason.explanation)
-        console.print(table)
+        screen.show(table, console)
         if any(reason.remedy for reason in report.reasons):
-            console.print("Which files, and what to do: fl-client quarantine", highlight=False)
+            screen.say("Which files, and what to do: fl-client quarantine")
     if report.label_problem:
-        console.print(f"Labels: {report.label_problem}", style="red", highlight=False, markup=False, soft_wrap=True)
+        screen.say(f"Labels: {report.label_problem}", "red")
     if report.labels is not None:
         _show_labels(report.labels)
     if report.masks is not None:
         held = ", ".join(f"{name} in {count}" for name, count in sorted(report.masks.present.items()))
-        console.print(f"Masks: {report.masks.taken} of {report.masks.found} files taken; {held}.", highlight=False)
+        screen.say(f"Masks: {report.masks.taken} of {report.masks.found} files taken; {held}.")
         for reason, count in report.masks.reasons.items():
-            console.print(f"  {reason}: {_files(count)}: {reason.explanation}", highlight=False, soft_wrap=True)
+            screen.say(f"  {reason}: {_files(count)}: {reason.explanation}")
 
 
 def _show_labels(counted: Any) -> None:
-    console.print(f"Labels: {counted.labelled} of these images have one, {counted.unlabelled} do not.", highlight=False)
+    screen.say(f"Labels: {counted.labelled} of these images have one, {counted.unlabelled} do not.")
     for target, words in sorted(counted.unmapped.items()):
         # Where a wrong column is mapped these are names; a person at the screen may see them, a file that is kept may not.
         if not console.is_terminal:
             rows = f"{sum(words.values())} rows say {len(words)} words"
             text = f"  {target}: {rows} that site.yaml does not map; they count as missing. A terminal shows them."
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            screen.say(text)
             continue
         for word, count in sorted(words.items()):
             text = f"  {target}: {count} rows say {word!r}, which site.yaml does not map; they count as missing"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            screen.say(text)
 
 
 def quarantine(
@@ -167,15 +167,11 @@ def quarantine(
         console.print("Nothing is left out." if reason is None else "No file is left out for this reason.")
         return
     for why, count in counts:
-        console.print(
-            f"[bold]{why}[/bold]  {_files(count)}: {why.explanation}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        screen.say(f"{why}, {_files(count)}: {why.explanation}", "bold")
         if why.remedy:
-            console.print(f"  → {why.remedy}", highlight=False, markup=False, soft_wrap=True)
+            screen.say(f"  → {why.remedy}")
         for name in (name for name, other in found.items() if files and other is why):
-            console.print(f"  {name}", highlight=False, markup=False, soft_wrap=True)
+            screen.say(f"  {name}")
 
 
 def _files(count: int) -> str:
@@ -206,12 +202,13 @@ def phantom(  # noqa: PLR0913, PLR0917  each parameter is one option
         raise DocumentError(f"there is no vendor {vendor!r}; there are {', '.join(known)}", remedy="Use one of these.")
     if folder.exists() and any(folder.iterdir()):
         raise DocumentError(f"{folder} is not empty", remedy="Choose a new folder; nothing was written.")
-    if ct:
-        labels = make_ct_hospital(folder, name, patients, seed, scanners[vendor], outlined=outlined)
-    else:
-        labels = make_hospital(folder, name, patients, seed, VENDORS[vendor], outlined=outlined)
-    console.print(f"Made {patients} phantom patients in {folder}. For site.yaml:", highlight=False)
-    console.print(data_section(folder, labels, outlined=outlined), highlight=False, markup=False, soft_wrap=True)
+    with screen.busy("making patients"):
+        if ct:
+            labels = make_ct_hospital(folder, name, patients, seed, scanners[vendor], outlined=outlined)
+        else:
+            labels = make_hospital(folder, name, patients, seed, VENDORS[vendor], outlined=outlined)
+    screen.say(f"Made {patients} phantom patients in {folder}. For site.yaml:")
+    typer.echo(data_section(folder, labels, outlined=outlined))  # not broken between words: it is copied
 
 
 def data_section(folder: Path, labels: dict[str, Any], *, outlined: bool = False) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cryptography.x509 import Certificate
 
-from fl_client import readiness, standing
+from fl_client import standing
 from fl_client.site import Site, SiteFile
 from privacy import calls, doctor, keys, reach
 from privacy.doctor import Advice, Check
@@ -26,8 +26,8 @@ _LINE = re.compile(r", line [0-9]+")
 
 def checks(home: Path, line: str | None = None, proxy: Proxy | None = None) -> list[Check]:
     """All checks of the site in `home`. `line`: an invitation to try before joining; `proxy`: one instead of site.yaml's."""
-    settings = readiness.attempt(lambda: Site.settings_of(home))
-    enrolled = readiness.attempt(lambda: calls.Enrolment.open(home / "keys"))
+    settings = doctor.attempt(lambda: Site.settings_of(home))
+    enrolled = doctor.attempt(lambda: calls.Enrolment.open(home / "keys"))
     invitation = calls.InvitationLine.parse(line) if line else None
     found = doctor.of_machine(home, [home / "state"])
     if SiteFile.path(home).exists():
@@ -44,7 +44,7 @@ def checks(home: Path, line: str | None = None, proxy: Proxy | None = None) -> l
     if settings is not None and enrolled is not None:
         found += [
             ("data", partial(_data, home)),
-            ("policy", partial(readiness.policy, readiness.Inspection(home))),
+            ("policy", partial(standing.policy, home)),
             ("journal", partial(standing.journal, home)),
             ("pause", partial(_pause, home)),
         ]
@@ -124,7 +124,7 @@ def _not_joined(home: Path, invitation: calls.InvitationLine | None) -> str:
 
 def _confinement(home: Path) -> str:
     try:
-        return readiness.worker(readiness.Inspection(home))
+        return standing.worker(home)
     except IsocenterError as error:  # each gap says what does not hold, and then what helps
         gap, _, remedy = f"{error} {error.remedy}".strip().partition(". ")
         raise IsocenterError(gap, remedy=remedy) from None

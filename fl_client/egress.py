@@ -150,8 +150,6 @@ class Egress:
         """The cells of a table under HEADINGS."""
         return (
             self.time,
-            self.study[:12],
-            self.run,
             str(self.round or ""),
             self.words,
             f"{self.bytes:,}" if self.bytes else "",
@@ -160,7 +158,14 @@ class Egress:
         )
 
 
-HEADINGS = ("Time (UTC)", "Study", "Run", "Round", "What left", "Bytes", "Norm", "ε")
+HEADINGS = ("time (UTC)", "round", "what left", "bytes", "norm", "ε")
+
+
+def heading(study: str, run: str) -> str:
+    """What stands above the lines of one run, or of what belongs to none."""
+    if not study:
+        return "About no study"
+    return f"Study {study[:12]}, run {run}" if run else f"Study {study[:12]}, about no run"
 
 
 @dataclass

@@ -1,17 +1,16 @@
 """`fl-client evaluate`: a released model on this site's own test patients."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from fl_client.site import Site
 from models.catalogue_cli import Trust
 from models.registry import Package
+from privacy import screen
 from privacy.deidentify import guarded
 
 
@@ -36,12 +35,8 @@ def evaluate(
 
     site, found = Site.open(home), Package.open(package, trust)
     divided = study_of(home, study) if study is not None else None
-    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with guarded(home), Progress(*columns, console=Console(stderr=True)) as bars:
-        bar = bars.add_task("", total=None)
-        made = evaluating.evaluate(
-            site, found, divided, out, lambda done, total: bars.update(bar, completed=done, total=total)
-        )
+    with guarded(home), screen.bars() as tell:
+        made = evaluating.evaluate(site, found, divided, out, partial(tell, "scoring"))
     if as_json:
         typer.echo(json.dumps(made.figures, indent=1))
         return
@@ -55,9 +50,7 @@ def _show(figures: dict[str, Any]) -> None:
         f"{model['name']} {model['version']} on {figures['images']} images of {figures['patients']} {kind} patients here; "
         "intervals of 95 % count patients."
     )
-    table = Table(
-        "target", "figure", "value", "95 %", "positive", "negative", box=None, pad_edge=False, header_style="bold"
-    )
+    table = screen.table("target", "figure", "value", "95 %", "positive", "negative")
     for name, entry in figures["targets"].items():
         classes = (str(entry["positives"]), str(entry["negatives"]))
         if entry["auroc"] is None:
@@ -74,7 +67,7 @@ def _show(figures: dict[str, Any]) -> None:
         found = figures["grades"]
         table.add_row("grade", "weighted kappa", f"{found['kappa']:.3f}", _ends(found["interval"], 3), "", "")
         table.add_row("", "mean absolute error", f"{found['mae']:.2f}", "", "", "")
-    Console(markup=False, highlight=False).print(table)
+    screen.show(table)
 
 
 def _ends(interval: Any, decimals: int) -> str:

@@ -1,21 +1,18 @@
 """`fl-client export dicom` and `fl-client export bih`: a person hands something over, after reading what it is."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from fl_client.site import Site
+from privacy import screen
 from privacy.deidentify import guarded
 
 if TYPE_CHECKING:
     from fl_client.export import Exported
-    from fl_client.export import Progress as Report
 
 Home = Annotated[Path, typer.Option("--home", "-H", help="The site's folder, with site.yaml and keys.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of sentences.")]
@@ -57,8 +54,8 @@ def dicom(  # noqa: PLR0913, PLR0917  each parameter is one option
     _ask(yes)
     names = frozenset[str]() if reviewed is None else export.reviewed_in(reviewed)
     choice = export.Choice(retain_characteristics, dates, names, limit)
-    with guarded(home), _bar("copying images") as report:
-        result = export.export_dicom(site, out, choice, report)
+    with guarded(home), screen.bars() as tell:
+        result = export.export_dicom(site, out, choice, partial(tell, "copying images"))
     waiting = export.note_review(site, result.to_review)
     _show(result, f"{result.images} images of {result.patients} patients are in {out}.", as_json)
     if waiting is not None:
@@ -97,22 +94,14 @@ def bih(  # noqa: PLR0913, PLR0917  each parameter is one option
     _tell(f"Handed over: one row for each series of {site.name}, with {uids}, and pseudonyms of patients.")
     _tell("In it: modality, device maker, body part, age up to 89, sex; descriptions if said of 10 patients or more.")
     _ask(yes)
-    with guarded(home), _bar("reading headers") as report:
-        result = export.export_bih(site, out, facts, report)
+    with guarded(home), screen.bars() as tell:
+        result = export.export_bih(site, out, facts, partial(tell, "reading headers"))
     _show(result, f"{result.rows} series of {result.patients} patients are described in {out}.", as_json)
 
 
 def _ask(yes: bool) -> None:
     if not yes:
         typer.confirm("Do you want this to be written?", abort=True)
-
-
-@contextmanager
-def _bar(what: str) -> Iterator["Report"]:
-    bars = Progress(TextColumn(what), BarColumn(), MofNCompleteColumn(), console=Console(stderr=True))
-    with bars:
-        task = bars.add_task("", total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def _show(result: "Exported", sentence: str, as_json: bool) -> None:

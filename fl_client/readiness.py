@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fl_client import sandbox, standing
+from fl_client import standing
 from fl_client.consent import consents
 from fl_client.enrol import greet
 from fl_client.facts import Facts, facts_of
@@ -14,7 +14,7 @@ from fl_client.index import Index
 from fl_client.site import Site
 from fl_client.sources import Reason
 from models.labels import LabelTable
-from models.study import Protection, Study
+from models.study import Study
 from privacy import reach
 from privacy.errors import DataError, IsocenterError, VersionSkew
 from privacy.greeting import own, skew
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from fl_client.preview import Preview
 
 CONNECT_S = 5.0
-_AT_LEAST: dict[Protection, str] = {
-    "masked": "masked",
-    "sealed": "masked or sealed",
-    "plain": "masked, sealed or plain (unprotected)",
-}
-
-
 DAMAGED_SHARE_MOST = 0.02  # a disk or a copy that works loses none ...
 DAMAGED_MOST = 3  # ... but an archive has a few of its own
 # Shares from which somebody should look: where a column or a device does not fit, far more is missing.
@@ -180,20 +173,6 @@ def _labels(looked: Inspection) -> str:
     unmapped = sum(sum(words.values()) for words in table.unmapped.values())
     note = f"; {unmapped} label words are not mapped and count as missing" if unmapped else ""
     return f"{len(table)} rows for {', '.join(table.mapping.targets)}{note}"
-
-
-def worker(looked: Inspection) -> str:
-    sandbox.require(looked.home / "keys")
-    return "the process that trains is confined by the kernel: no network, no other program, no key"
-
-
-def policy(looked: Inspection) -> str:
-    asked = Site.settings_of(looked.home).policy
-    return (
-        f"studies must be {_AT_LEAST[asked.least_protection]}; at least {asked.minimum_patients} patients, "
-        f"at most {asked.maximum_rounds} rounds; an ε of at most {asked.epsilon_per_study:g} a study"
-        f"{', or none' if asked.permit_without_privacy else ''}"
-    )
 
 
 def _budget(looked: Inspection) -> str:
@@ -348,8 +327,8 @@ _LOOKS: list[tuple[str, Callable[[Inspection], str]]] = [
     ("images", _images),
     ("labels", _labels),
     ("disk", lambda looked: standing.disk(looked.home)),
-    ("worker", worker),
-    ("policy", policy),
+    ("worker", lambda looked: standing.worker(looked.home)),
+    ("policy", lambda looked: standing.policy(looked.home)),
     ("budget", _budget),
     ("journal", lambda looked: standing.journal(looked.home)),
 ]

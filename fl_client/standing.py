@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from fl_client import sandbox
 from fl_client.enrol import fingerprint
 from fl_client.policy import Pause
 from fl_client.site import Site
+from models.study import Protection
 from privacy import disk as files
 from privacy import keys
 from privacy.errors import IsocenterError
@@ -25,6 +27,13 @@ VERSION = 1  # of readiness.json
 BYTES_MAX = 4096
 CHECKED = ("images", "labels", "worker", "policy", "budget")
 """Subjects of `fl-client check` that only it looks at."""
+
+
+_AT_LEAST: dict[Protection, str] = {
+    "masked": "masked",
+    "sealed": "masked or sealed",
+    "plain": "masked, sealed or plain (unprotected)",
+}
 
 
 def told(home: Path) -> Readiness:
@@ -91,6 +100,21 @@ def disk(home: Path) -> str:
     if free < FREE_BYTES_LEAST:
         raise IsocenterError(f"{free / 1024**3:.1f} GiB free.", remedy="Free at least 2 GiB on this disk.")
     return f"{free / 1024**3:.0f} GiB free"
+
+
+def worker(home: Path) -> str:
+    """About a process that is started for it."""
+    sandbox.require(home / "keys")
+    return "the process that trains is confined by the kernel: no network, no other program, no key"
+
+
+def policy(home: Path) -> str:
+    asked = Site.settings_of(home).policy
+    return (
+        f"studies must be {_AT_LEAST[asked.least_protection]}; at least {asked.minimum_patients} patients, "
+        f"at most {asked.maximum_rounds} rounds; an ε of at most {asked.epsilon_per_study:g} a study"
+        f"{', or none' if asked.permit_without_privacy else ''}"
+    )
 
 
 def journal(home: Path) -> str:

@@ -1,20 +1,20 @@
 """`fl-server`: the coordinator's commands."""
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from fl_server import doctor_cli, published_cli, runs_cli, weights_cli
+from fl_server import doctor_cli, next_step, published_cli, runs_cli, weights_cli
 from fl_server.roster import Home, Party
 from fl_server.settings import ServerFile
 from fl_server.standings import Told
 from models.study import parse
-from privacy import console, crash_cli, heads, journal_cli, keys, logs
+from privacy import console, crash_cli, heads, journal_cli, keys, logs, screen
 from privacy.deidentify import guarded
 from privacy.errors import RunError
 from privacy.greeting import Versions, own
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="fl-server",
     help="Found and run a consortium: invite hospitals and researchers, serve their training runs.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+FOUND, SERVE, WATCH = "Found and invite", "Serve and run", "Watch over it"
+MODELS, OFFLINE = "Models", "With the authority's key offline"
+"""Panels of the help, in the order of the work."""
 
 HomeOption = Annotated[
     Path,
@@ -40,17 +42,19 @@ HomeOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=console.show_version, is_eager=True, help="Print the version and stop."),
     ] = False,
 ) -> None:
     """Found and run a consortium: invite hospitals and researchers, serve their training runs."""
+    console.begin(context, next_step.coordinator)
 
 
-@app.command()
+@app.command(rich_help_panel=FOUND)
 def init(
     home: Annotated[Path, typer.Argument(help="New or empty folder for the consortium's settings, keys and runs.")],
     name: Annotated[str, typer.Option(help="Name of the consortium: lower case, short, for ever.")] = "consortium",
@@ -76,7 +80,7 @@ def init(
     typer.echo(f"Next: fl-server invite NAME --home {home}, then fl-server start --home {home}")
 
 
-@app.command()
+@app.command(rich_help_panel=FOUND)
 def invite(
     name: Annotated[str, typer.Argument(help="Name of the hospital or researcher: lower case, short, for ever.")],
     researcher: Annotated[
@@ -97,7 +101,7 @@ def invite(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=FOUND)
 def sites(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
     """List the enrolled hospitals and researchers, the open invitations, and the authority's fingerprint."""
     opened = Home.open(home)
@@ -114,14 +118,14 @@ def sites(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
         }
         typer.echo(json.dumps(document, indent=2))
         return
-    table = _table("name", "role", "joined", "last seen", "certificate until", "version", "ready")
+    table = screen.table("name", "role", "last seen", "certificate until", "version", "ready")
     for party in parties:
         until = f"revoked {party.revoked[:10]}" if party.revoked else _until(party)
         each, site = told.get(party.name, Told()), party.role == "site"
         said = (each.versions.release if each.versions else "not told", each.ready_words() if site else "")
-        table.add_row(party.name, party.role, party.joined[:10], _minute(party.last_seen), until, *said)
+        table.add_row(party.name, party.role, _minute(party.last_seen), until, *said)
     for open_one in waiting:
-        table.add_row(open_one.name, open_one.role, "invited", "", f"(invitation) {open_one.expires[:10]}", "", "")
+        table.add_row(open_one.name, open_one.role, "invited", f"(invitation) {open_one.expires[:10]}", "", "")
     _show(table, "Nobody is enrolled or invited yet: fl-server invite NAME")
     for party in parties:
         if not party.revoked and (skew := told.get(party.name, Told()).skew(party.name)):
@@ -131,7 +135,7 @@ def sites(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
     typer.echo(f"  {grouped[:39]}\n  {grouped[40:]}")
 
 
-@app.command()
+@app.command(rich_help_panel=FOUND)
 def revoke(
     name: Annotated[str, typer.Argument(help="Name of the hospital or researcher.")],
     home: HomeOption = Path(),
@@ -146,7 +150,7 @@ def revoke(
     typer.echo(f"Revoked {name}. Runs go on without it. A new key for the same name: fl-server invite {name}")
 
 
-@app.command()
+@app.command(rich_help_panel=OFFLINE)
 def offline(
     folder: Annotated[Path, typer.Argument(help="New folder, for example on a USB stick.")], home: HomeOption = Path()
 ) -> None:
@@ -162,7 +166,7 @@ def offline(
     )
 
 
-@app.command()
+@app.command(rich_help_panel=OFFLINE)
 def requests(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Also write them to this file, for `fl-server sign`.")
@@ -188,7 +192,7 @@ def requests(
         typer.echo(f"Written to {out}. On the authority's machine: fl-server sign {out.name} --authority FOLDER")
 
 
-@app.command()
+@app.command(rich_help_panel=OFFLINE)
 def sign(
     listed: Annotated[Path, typer.Argument(help="File of `fl-server requests --out`.")],
     authority_folder: Annotated[Path, typer.Option("--authority", "-a", help="Folder made by `fl-server offline`.")],
@@ -208,7 +212,7 @@ def sign(
     typer.echo(f"Signed {len(wanted)}. Carry {out} back, and there: fl-server accept {out.name}")
 
 
-@app.command()
+@app.command(rich_help_panel=OFFLINE)
 def accept(
     signed: Annotated[Path, typer.Argument(help="File of `fl-server sign`.")], home: HomeOption = Path()
 ) -> None:
@@ -224,22 +228,26 @@ def accept(
         raise typer.Exit(1)
 
 
-app.command("doctor")(doctor_cli.coordinator)
-runs_cli.add_to(app)
-published_cli.add_to(app)
+runs_cli.add_to(app, SERVE)
+app.command("doctor", rich_help_panel=WATCH)(doctor_cli.coordinator)
+published_cli.add_to(app, MODELS)
 
 
-@app.command()
-def start(home: HomeOption = Path()) -> None:
+@app.command(rich_help_panel=SERVE)
+def start(
+    home: HomeOption = Path(),
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also print the coordinator's log.")] = False,
+) -> None:
     """Serve the consortium until interrupted: the training gateway, the consortium service, and the runs."""
     opened = Home.open(home)
     from fl_server import link
 
-    with guarded(opened.root, file=logs.handler(opened.root, "coordinator", opened.settings.log)):
+    file = logs.handler(opened.root, "coordinator", opened.settings.log)
+    with guarded(opened.root, level=logging.INFO if verbose else logging.WARNING, file=file):
         link.serve(opened)
 
 
-@app.command()
+@app.command(rich_help_panel=WATCH)
 def notify(home: HomeOption = Path()) -> None:
     """Send a test notification to every target that server.yaml names; exit code 1 if one did not take it."""
     from fl_server.notify import trial
@@ -258,7 +266,7 @@ def notify(home: HomeOption = Path()) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=WATCH)
 def dashboard(  # noqa: PLR0913, PLR0917  each parameter is one option
     home: HomeOption = Path(),
     listen: Annotated[
@@ -301,9 +309,9 @@ def _book(home: Path) -> Book:
     return Book(home / "journal.jsonl", heads.COORDINATOR, own, opened.roster.known_keys())
 
 
-app.add_typer(journal_cli.commands(_book), name="journal")
-app.add_typer(crash_cli.app, name="crash")
-app.add_typer(weights_cli.app, name="weights")
+app.add_typer(journal_cli.commands(_book), name="journal", rich_help_panel=WATCH)
+app.add_typer(crash_cli.app, name="crash", rich_help_panel=WATCH)
+app.add_typer(weights_cli.app, name="weights", rich_help_panel=MODELS)
 
 
 def _versions_json(versions: Versions | None) -> dict[str, Any] | None:
@@ -333,7 +341,7 @@ def _until(party: Party) -> str:
 
 
 def _requests_table(waiting: "list[Request]") -> Table:
-    table = _table("name", "role", "asked", "days", "key (compare over the telephone)")
+    table = screen.table("name", "role", "asked", "days", "key (compare over the telephone)")
     for each in waiting:
         table.add_row(each.name, each.role, _minute(each.asked), str(each.days), each.fingerprint)
     return table
@@ -343,16 +351,9 @@ def _minute(moment: str | None) -> str:
     return moment[:16].replace("T", " ") if moment else "never"
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
-
-
 def _show(table: Table, empty: str) -> None:
     if table.row_count:
-        Console(markup=False, highlight=False).print(table)
+        screen.show(table)
     else:
         typer.echo(empty)
 

@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 import typer
 from pydantic import ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from fl_server.census import Census, Comparison, compare
 from fl_server.run import counted_label
 from models import questions
 from models.questions import CELLS, TEN, Answer, Counting
 from models.study import Study
+from privacy import screen
 from privacy.errors import DocumentError, MessageMalformed
+from privacy.screen import Screen
 
 FILE_BYTES_MAX = 16 * 1024 * 1024
-console = Console()
+console = Screen()
 
 
 @dataclass(frozen=True)
@@ -126,18 +126,18 @@ def say(found: Found, census: Census | None, as_json: bool) -> None:
         return
     for sentence in sentences(found):
         _line(sentence)
-    table = Table("question", "who", "patients", "images", "undetermined", box=None, header_style="bold")
+    table = screen.table("question", "who", "patients", "images", "undetermined")
     for name, answer in found.answers.items():
         words = found.task.questions[name].words
         table.add_row(name, words, *map(shown, (answer.patients, answer.images, answer.undetermined)))
-    console.print(table)
+    screen.show(table, console)
     if found.task.breakdown:
-        broken = Table("patients by", "", *found.answers, box=None, header_style="bold")
+        broken = screen.table("patients by", "", *found.answers)
         for attribute in found.task.breakdown:
             rows = [(cell, [a.breakdown[attribute][cell] for a in found.answers.values()]) for cell in CELLS[attribute]]
             for number, (cell, values) in enumerate(row for row in rows if any(row[1])):
                 broken.add_row("" if number else attribute, cell, *map(shown, values))
-        console.print(broken)
+        screen.show(broken, console)
     if census is not None:
         _say_census(found, census)
 
@@ -172,12 +172,12 @@ def _say_census(found: Found, census: Census) -> None:
             left = ", ".join(f"{number} {cell}" for cell, number in comparison.left_out.items() if number)
             note = f"; left out: {left}" if left else ""
             _line(f"{name}, {attribute}: {told} ({comparison.low:.3f} to {comparison.high:.3f}){note}")
-            table = Table("", "here", "census", "patients", box=None, header_style="bold")
+            table = screen.table("", "here", "census", "patients")
             shares = zip(comparison.groups, comparison.shares, comparison.least, comparison.most, strict=True)
             for group, share, least, most in shares:
                 own = "-" if share is None else f"{100 * share:.1f} %"
                 table.add_row(group.name, own, f"{100 * group.share:.1f} %", f"{least} to {most}")
-            console.print(table)
+            screen.show(table, console)
     if other := [name for name in census if name not in found.task.breakdown]:
         _line(f"Not compared, because the study is not broken down by it: {', '.join(other)}")
 

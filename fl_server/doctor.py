@@ -27,9 +27,8 @@ def of_coordinator(home: Path) -> list[Check]:
     found = doctor.of_machine(home, [home / "runs"])
     path = home / "server.yaml"
     found.append(("server.yaml", partial(_settings, path)))
-    try:
-        settings = read(ServerFile, path)
-    except (IsocenterError, OSError):  # the finding above says why; the rest needs to know where to look
+    settings = doctor.attempt(lambda: read(ServerFile, path))
+    if settings is None:  # the finding above says why; the rest needs to know where to look
         return found
     gateway, service = (f"{settings.host}:{port}" for port in (settings.gateway_port, settings.service_port))
     return [
@@ -50,10 +49,7 @@ def of_researcher(home: Path, line: str | None = None, proxy: Proxy | None = Non
     """All checks of a researcher's folder. `line`: an invitation to try before joining; `proxy`: one instead of the file's."""
     found = doctor.of_machine(home)
     invitation = calls.InvitationLine.parse(line) if line else None
-    try:
-        enrolled = calls.Enrolment.open(home / "keys")
-    except (IsocenterError, OSError):
-        enrolled = None
+    enrolled = doctor.attempt(lambda: calls.Enrolment.open(home / "keys"))
 
     def way() -> Way | None:
         return proxy.way(home) if proxy else researcher.way_of(home)

@@ -222,7 +222,7 @@ def hooks(home: Home, port: int) -> consortium.Hooks:
             if facts["digest"] == digest and facts["state"] in ("queued", "running"):
                 raise RunError(
                     f"run {facts['run_id']} of this study is {facts['label']}",
-                    remedy="Watch it with `fl-study run --watch`.",
+                    remedy="Watch it with `fl-study watch RUN`.",
                 )
             if facts["digest"] == digest and facts["state"] == "stopped":
                 raise RunStopped(f"run {facts['run_id']} of this study was stopped by the coordinator")

@@ -182,7 +182,7 @@ class Overview:
         """Whether this machine's coordinator answers at both of its doors."""
         at, answer = self._served
         if time.monotonic() - at > PROBE_FRESH_S:
-            answer = _serving(self.home)
+            answer = serving(self.home)
             self._served = (time.monotonic(), answer)
         return answer
 
@@ -332,7 +332,7 @@ def _model_row(home: Home, run: Progress) -> ModelRow | None:
     return ModelRow(folder.name, name, label, finished, size, run.test_auroc, private)
 
 
-def _serving(home: Home) -> bool:
+def serving(home: Home) -> bool:
     """Whether gateway and consortium service answer on this machine; the service by its health check over TLS."""
     settings, host = home.settings, home.settings.listen
     if host == "0.0.0.0":  # noqa: S104  compared, not bound

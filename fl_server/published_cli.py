@@ -6,21 +6,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from fl_server import published
 from fl_server.roster import Home
+from privacy import screen
 
 HomeOption = Annotated[
     Path, typer.Option("--home", "-H", help="Folder of the consortium. Default: the current folder.")
 ]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Give `app` the commands."""
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Give `app` the commands, in the panel of its help."""
     for command in (publish, models, withdraw):
-        app.command()(command)
+        app.command(rich_help_panel=panel)(command)
 
 
 def publish(
@@ -28,7 +27,8 @@ def publish(
     home: HomeOption = Path(),
 ) -> None:
     """Check a released model, and let every enrolled site and researcher pull it."""
-    notice = published.publish(Home.open(home), package)
+    with screen.busy("checking the model"):
+        notice = published.publish(Home.open(home), package)
     typer.echo(f"Published {notice.name} {notice.version}, released by {notice.researcher}, SHA-256 {notice.sha256}")
     typer.echo(f"Sites get it with: fl-client pull {notice.name}@{notice.version}; researchers with fl-study pull.")
 
@@ -43,14 +43,14 @@ def models(
         rows = [{**asdict(entry.notice), "withdrawn": entry.withdrawn} for entry in found]
         typer.echo(json.dumps({"models": rows}, indent=2))
         return
-    table = Table("model", "version", "released by", "published", "MiB", "SHA-256", box=None, header_style="bold")
+    table = screen.table("model", "version", "released by", "published", "MiB", "SHA-256")
     for entry in found:
         notice = entry.notice
         when = f"withdrawn {entry.withdrawn[:10]}" if entry.withdrawn else notice.published[:10]
         size = f"{notice.size / 2**20:.1f}"
         table.add_row(notice.name, notice.version, notice.researcher, when, size, notice.sha256[:12])
     if found:
-        Console(markup=False, highlight=False).print(table)
+        screen.show(table)
     else:
         typer.echo("No model yet: fl-server publish PACKAGE")
 

@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from fl_server import summary
 from fl_server.means import Means
 from models.questions import Counting
 from models.study import Study
+from privacy import screen
 from privacy.errors import DocumentError, StudyConflict
+from privacy.screen import Screen
 
 if TYPE_CHECKING:
     from fl_server.matrix import Comparison
     from fl_server.simulation import Outcome
 
-console = Console()
+console = Screen()
 FEW = 12
 """Patients of each phantom site where `--sites` asks for many: made in a second, and a few for each split."""
 
@@ -40,10 +40,10 @@ Watched = Callable[[], AbstractContextManager[Callable[[dict[str, Any]], None]]]
 """Opened for one run: gives who shows its events."""
 
 
-def add_to(app: typer.Typer, read_study: Callable[[Path], Study], progress: Watched) -> None:
-    """Give `app` the commands."""
+def add_to(app: typer.Typer, read_study: Callable[[Path], Study], progress: Watched, panel: str) -> None:
+    """Give `app` the commands, in a panel of its help."""
 
-    @app.command()
+    @app.command(rich_help_panel=panel)
     def simulate(  # noqa: PLR0913, PLR0917  each parameter is one option
         file: StudyFile,
         site: SiteHomes = None,
@@ -93,7 +93,7 @@ def add_to(app: typer.Typer, read_study: Callable[[Path], Study], progress: Watc
         rehearsal = Rehearsal(study, homes, patients or (FEW if sites is not None else 120), out, means)
         _simulate(rehearsal, progress, compare=compare, as_json=as_json)
 
-    @app.command()
+    @app.command(rich_help_panel=panel)
     def attack(
         file: StudyFile,
         site: SiteHomes = None,
@@ -177,8 +177,8 @@ def _attack(rehearsal: Rehearsal, progress: Watched, *, as_json: bool) -> None:
             remedy="Attack the study with fedavg: its updates hold all that those of fedbn do.",
         )
     outcome = rehearsal.run(progress, "attack.log")
-    with Console(stderr=True).status("attacking") as status:
-        found = evidence.attack(study, outcome, out, status.update)
+    with screen.busy("attacking") as status:
+        found = evidence.attack(study, outcome, out, status)
     if as_json:
         print(json.dumps(found))
     else:
@@ -194,11 +194,11 @@ def _say_matrix(found: "Comparison", picture: Path) -> None:
     from fl_server import matrix
 
     for target in found.targets:
-        table = Table("model", *(f"on {name}" for name in found.sites), "all sites", box=None, header_style="bold")
+        table = screen.table("model", *(f"on {name}" for name in found.sites), "all sites")
         for line in matrix.lines(found, target):
             table.add_row(*line)
         console.print(f"Test AUROC of {target} by model and by where it is tested:", highlight=False)
-        console.print(table)
+        screen.show(table, console)
     for model in found.models:
         if model.kind in ("centralised", "personalised"):
             _line(f"{model.kind}: {model.note}")

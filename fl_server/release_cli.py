@@ -5,21 +5,19 @@ import json
 import pkgutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fl_server import researcher
 from models import catalogue_cli
 from models.registry import Package
-from privacy import calls, keys
+from privacy import calls, keys, screen
 from privacy.errors import DocumentError, StudyConflict
 from privacy.heads import SignedHead
 
-console = Console()
 SCORE = "fl_client.scoring:score"  # only the hospital's half reads DICOM, so it is looked up by its name
 OUTLINE = "fl_client.outlining:outline"
 
@@ -29,10 +27,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 Home = Annotated[Path, typer.Option("--home", "-H", help="Folder with your keys; made by `fl-study join`.")]
 
 
-def add_to(app: typer.Typer, run_id_of: Callable[[calls.Caller, str], str]) -> None:
-    """Give `app` the commands; `run_id_of`: what turns the words of a user into a run."""
+def add_to(app: typer.Typer, run_id_of: Callable[[calls.Caller, str], str], panel: str) -> None:
+    """Give `app` the commands, in the panel of its help; `run_id_of`: what turns the words of a user into a run."""
 
-    @app.command()
+    @app.command(rich_help_panel=panel)
     def release(
         run_id: Annotated[
             str, typer.Argument(help="A finished run, or a study's digest or file (its latest finished run).")
@@ -57,7 +55,11 @@ def add_to(app: typer.Typer, run_id_of: Callable[[calls.Caller, str], str]) -> N
 
         attack = _read_attack(attack_file) if attack_file else None
         coordinator = keys.load_public((home / "keys" / "coordinator.pem").read_bytes())
-        with researcher.open_caller(home) as caller, tempfile.TemporaryDirectory() as scratch:
+        with (
+            screen.busy("packing the model"),
+            researcher.open_caller(home) as caller,
+            tempfile.TemporaryDirectory() as scratch,
+        ):
             caller.results(run_id_of(caller, run_id), Path(scratch))
             present = caller.head()
             present.verify([coordinator])
@@ -71,17 +73,18 @@ def add_to(app: typer.Typer, run_id_of: Callable[[calls.Caller, str], str]) -> N
         _line(f"Released {path}, SHA-256 {package.sha256}")
         _line(f"Signed by {keys.grouped(package.signer)}: tell this fingerprint to those who use it.")
 
-    catalogue_cli.add_to(app, researcher.open_caller)
+    catalogue_cli.add_to(app, researcher.open_caller, panel=panel)
     for command in (verify, predict, export):
-        app.command()(command)
+        app.command(rich_help_panel=panel)(command)
 
 
 def verify(package: PackageFile, trust: Trust = None, as_json: AsJson = False) -> None:
     """Check all of a package, and say what was checked."""
     from models import exporting
 
-    found = Package.open(package, trust)
-    exporting.network(found)  # the weights are those of the study's network
+    with screen.busy("checking the package"):
+        found = Package.open(package, trust)
+        exporting.network(found)  # the weights are those of the study's network
     if as_json:
         print(json.dumps(found.facts()))
         return
@@ -118,15 +121,7 @@ def predict(
     if found.study.segments:
         _outline(found, folder, out, jobs, covariates)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
+    with screen.bars() as tell:
         scored = pkgutil.resolve_name(SCORE)(found, folder, jobs, tell, covariates)
     with out.open("x", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -146,11 +141,8 @@ def _outline(package: Package, folder: Path, out: Path, jobs: int, covariates: P
         raise StudyConflict("this model takes images alone", remedy="Leave --covariates out.")
     segmentations = out.with_name(f"{out.stem}_seg")
     _free(segmentations)
-    with Progress(console=Console(stderr=True)) as bars:
-        bar = bars.add_task("outlining", total=None)
-        outlined = pkgutil.resolve_name(OUTLINE)(
-            package, folder, segmentations, jobs, lambda done, total: bars.update(bar, completed=done, total=total)
-        )
+    with screen.bars() as tell:
+        outlined = pkgutil.resolve_name(OUTLINE)(package, folder, segmentations, jobs, partial(tell, "outlining"))
     unit = "cm2" if package.study.images.volume is None else "ml"
     with out.open("x", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
@@ -173,7 +165,8 @@ def export(
     """Write a package's model as a MONAI bundle, for torch.export, or as ONNX."""
     from models import exporting
 
-    exporting.export(Package.open(package, trust), kind, out)
+    with screen.busy("writing the model"):
+        exporting.export(Package.open(package, trust), kind, out)
     _line(f"Wrote {out}.")
 
 
@@ -199,4 +192,4 @@ def _free(path: Path) -> None:
 
 
 def _line(sentence: str) -> None:
-    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    screen.say(sentence)

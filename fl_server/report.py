@@ -18,7 +18,7 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure as Picture
 
-from fl_server import figures, matrix, outlines
+from fl_server import figures, matrix
 from fl_server.matrix import Comparison
 from fl_server.measures import measure, not_told
 from fl_server.plots import ranges
@@ -220,7 +220,6 @@ def _render(
     )
     shelf.filters["auroc"] = lambda value: "–" if value is None else f"{value:.3f}"
     shelf.filters["rate"] = _rate
-    shelf.filters["shown"] = outlines.shown
     shelf.filters["number"] = lambda value: f"{value:,}".replace(",", "\u202f")
     study, results = evaluation.study, evaluation.results
     return shelf.get_template("report.html").render(

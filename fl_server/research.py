@@ -3,31 +3,29 @@
 import importlib.resources
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from fl_server import doctor_cli, rehearsal_cli, release_cli, researcher, summary, weights_cli
+from fl_server import cost_cli, doctor_cli, next_step, rehearsal_cli, release_cli, researcher, summary, weights_cli
+from fl_server.telling import follow, progress
 from models.questions import Counting
 from models.study import Study, read
-from privacy import calls
-from privacy.console import ProxyPassword, ProxyUrl, ProxyUser, proxy_of, show_version
+from privacy import calls, screen
+from privacy.console import ProxyPassword, ProxyUrl, ProxyUser, begin, proxy_of, show_version
 from privacy.console import run as run_command
-from privacy.errors import DocumentError, RunError, RunStopped, RunUnknown, StudyConflict
+from privacy.errors import DocumentError, RunUnknown, StudyConflict
+from privacy.screen import Screen
 
 app = typer.Typer(
     help="Write, rehearse, submit and evaluate a federated study.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Screen()
+
+WRITE, TOGETHER, MODELS = "Write and rehearse", "With the hospitals", "Released models"
+"""Panels of the help, in the order of the work."""
 
 SEEN = {
     "masked": "the coordinator sees sums over the sites only",
@@ -42,13 +40,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 StudyFile = Annotated[Path, typer.Argument(help="The study, a YAML file.")]
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Write, rehearse, submit and evaluate a federated study."""
+    begin(context, next_step.researcher)
 
 
 def templates() -> dict[str, str]:
@@ -58,14 +58,18 @@ def templates() -> dict[str, str]:
     return {entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8") for entry in found}
 
 
-@app.command()
+@app.command(rich_help_panel=WRITE)
 def new(
     file: Annotated[Path, typer.Argument(help="Where to write the study; it must not exist.")],
     template: Annotated[str, typer.Option(help="Which template to start from; see --list.")] = "opacity",
     list_: Annotated[bool, typer.Option("--list", help="List the templates and write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --list: print one JSON document.")] = False,
 ) -> None:
     """Write a commented study to start from."""
     known = templates()
+    if list_ and as_json:
+        print(json.dumps([{"name": name, "about": text.splitlines()[0].lstrip("# ")} for name, text in known.items()]))
+        return
     if list_:
         for name, text in known.items():
             console.print(f"{name:<10} {text.splitlines()[0].lstrip('# ')}", highlight=False, soft_wrap=True)
@@ -80,7 +84,7 @@ def new(
     console.print(f"Wrote {file}. Edit it, then run: fl-study check {file}")
 
 
-@app.command()
+@app.command(rich_help_panel=WRITE)
 def check(
     file: StudyFile,
     weights: Annotated[
@@ -90,20 +94,20 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Read a study strictly and explain every conflict; exit code 1 if the weights do not fit."""
-    study = _read_study(file)
-    verdict = None if weights is None else weights_cli.judged(study, weights)
+    with screen.busy("reading the study"):  # least noise and weights take seconds
+        study = _read_study(file)
+        verdict = None if weights is None else weights_cli.judged(study, weights)
     # The digest covers the keys of the sites, so a study that does not name them yet has none.
     digest = study.digest if study.roster else None
     if as_json:
         about = {} if verdict is None else {"weights": verdict.to_json()}
         print(json.dumps({"digest": digest, "study": study.model_dump(mode="json")} | about))
     else:
-        console.print(f"[bold]{study.title}[/bold]", highlight=False)
+        console.print(study.title, style="bold", highlight=False, markup=False)
         fixed = digest or "fixed by `fl-study submit`, which fills in the keys of the sites"
         rows = [("digest", fixed), *(_questions(study) or _settings(study))]
         rows += [] if verdict is None else [("weights", line) for line in weights_cli.lines_of(study, verdict)]
-        for name, value in rows:
-            console.print(f"{name:<11} {value}", highlight=False, markup=False, soft_wrap=True)
+        screen.facts(rows, console)
         console.print("The study is consistent.", style="green")
     if verdict is not None and verdict.problem is not None:
         raise typer.Exit(1)
@@ -150,7 +154,7 @@ def _settings(study: Study) -> list[tuple[str, str]]:
     return rows + [("", statement.sentence()) for statement in study.statements()]
 
 
-@app.command()
+@app.command(rich_help_panel=WRITE)
 def plan(
     file: StudyFile,
     patients: Annotated[
@@ -166,12 +170,12 @@ def plan(
 
     study = read(Study, file)
     study.check()
-    with Console(stderr=True).status("asking for the ε of each plan"):
+    with screen.busy("asking for the ε of each plan"):
         found = planning.plan(study, dict(_count(text) for text in patients or []))
     if as_json:
         print(json.dumps(found.to_json()))
         return
-    table = Table("plan", "rounds", "sites", "drawn", "noise", "ε", "ε coord.", "signal", box=None, header_style="bold")
+    table = screen.table("plan", "rounds", "sites", "drawn", "noise", "ε", "ε coord.", "signal")
     base = found.options[0].signal_to_noise
     for option in found.options:
         table.add_row(
@@ -184,7 +188,7 @@ def plan(
             f"{option.coordinator:.2f}",
             f"{option.signal_to_noise / base:.2f}x",
         )
-    console.print(table)
+    screen.show(table, console)
     naive, private = found.tuning
     for sentence in (
         f"ε at δ = {found.delta:g} per patient (add or remove one patient), Poisson sampling, against everybody else combined; "
@@ -205,7 +209,7 @@ def _count(text: str) -> tuple[str, int]:
     return name, int(number)
 
 
-@app.command()
+@app.command(rich_help_panel=TOGETHER)
 def join(
     line: Annotated[str, typer.Argument(help="The line from `fl-server invite NAME --researcher`.")],
     home: Home = Path(),
@@ -218,14 +222,15 @@ def join(
     console.print(f"Joined as researcher {enrolment.name}. Next: fl-study new study.yaml")
 
 
-app.command("doctor")(doctor_cli.researcher)
+app.command("doctor", rich_help_panel=TOGETHER)(doctor_cli.researcher)
+app.command("cost", rich_help_panel=WRITE)(cost_cli.cost)
 
 
-@app.command()
+@app.command(rich_help_panel=TOGETHER)
 def submit(file: StudyFile, home: Home = Path()) -> None:
     """Fill in the keys of a study's sites, sign it, and offer it to them."""
     study = _read_study(file)
-    with researcher.open_caller(home) as caller:
+    with screen.busy("handing the study in"), researcher.open_caller(home) as caller:
         study = _with_keys(study, *caller.roster(study.all_sites))
         caller.submit(study.canonical())
     digest = study.digest
@@ -256,7 +261,7 @@ def _with_keys(study: Study, roster: dict[str, str], aggregator: str) -> Study:
     return study.with_keys(roster, aggregator)
 
 
-@app.command()
+@app.command(rich_help_panel=TOGETHER)
 def studies(home: Home = Path(), as_json: AsJson = False) -> None:
     """List your studies, who approved them, and their runs."""
     with researcher.open_caller(home) as caller:
@@ -264,12 +269,12 @@ def studies(home: Home = Path(), as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps([_study_facts(state) for state in found]))
         return
-    table = Table("digest", "study", "approved", "declined", "no answer", "runs", box=None, header_style="bold")
+    table = screen.table("digest", "study", "approved", "declined", "no answer", "runs")
     for state in found:
         runs = "\n".join(f"{run.run_id}: {run.label}" for run in state.runs) or "none"
         names = (", ".join(group) or "-" for group in (state.approved, state.declined, state.unanswered))
         table.add_row(state.digest[:12], state.name, *names, runs)
-    console.print(table)
+    screen.show(table, console)
 
 
 def _study_facts(state: Any) -> dict[str, Any]:
@@ -285,7 +290,7 @@ def _study_facts(state: Any) -> dict[str, Any]:
     }
 
 
-@app.command()
+@app.command(rich_help_panel=TOGETHER)
 def run(
     study: Annotated[str, typer.Argument(help="Digest (its beginning is enough) or file of a submitted study.")],
     home: Home = Path(),
@@ -302,16 +307,22 @@ def run(
             console.print(f"Next: fl-study {'cohort' if counted else 'report'} {run_id}", highlight=False)
 
 
-@app.command()
+@app.command(rich_help_panel=TOGETHER)
 def watch(
-    run_id: Annotated[str, typer.Argument(help="A run of yours; see `fl-study studies`.")], home: Home = Path()
+    run_id: Annotated[str, typer.Argument(help="A run of yours; see `fl-study studies`.")],
+    home: Home = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print each event as one line of JSON.")] = False,
 ) -> None:
     """Watch a run from its beginning until it ends."""
     with researcher.open_caller(home) as caller:
+        if as_json:
+            for _, text in caller.watch(run_id):
+                typer.echo(text)
+            return
         follow(iter(text for _, text in caller.watch(run_id)))
 
 
-@app.command()
+@app.command(rich_help_panel=TOGETHER)
 def report(
     run_id: Annotated[
         str, typer.Argument(help="A finished run, or a study's digest or file (its latest finished run).")
@@ -331,13 +342,15 @@ def report(
             "this study counts patients and trains nothing, so there is no evaluation to report",
             remedy=f"Read its numbers with `fl-study cohort {run_id}`.",
         )
-    summary.say(evaluation.write(results, out), as_json)
+    with screen.busy("drawing the report"):
+        page = evaluation.write(results, out)
+    summary.say(page, as_json)
 
 
 def _results(home: Path, run_id: str, out: Path) -> dict[str, Any]:
     """results.json of a finished run, which is stored in the folder `out` with the run's other files."""
     out.mkdir(parents=True, exist_ok=True)
-    with researcher.open_caller(home) as caller:
+    with screen.busy("fetching the results"), researcher.open_caller(home) as caller:
         files = caller.results(_run_id(caller, run_id), out)
     results = next((file for file in files if file.name == "results.json"), None)
     if results is None:
@@ -346,7 +359,7 @@ def _results(home: Path, run_id: str, out: Path) -> dict[str, Any]:
     return found
 
 
-@app.command()
+@app.command(rich_help_panel=TOGETHER)
 def cohort(
     run_id: Annotated[
         str,
@@ -381,12 +394,7 @@ def cohort(
             _line(f"Written: {page} and {page.with_suffix('.csv').name}")
 
 
-def _watched() -> AbstractContextManager[Any]:
-    """Opened for one run: gives who shows its events."""
-    return progress()
-
-
-rehearsal_cli.add_to(app, _read_study, _watched)
+rehearsal_cli.add_to(app, _read_study, progress, WRITE)
 
 
 def _digest(caller: calls.Caller, text: str) -> str:
@@ -417,159 +425,11 @@ def _run_id(caller: calls.Caller, text: str) -> str:
     return done[-1]
 
 
-release_cli.add_to(app, _run_id)
-
-
-@contextmanager
-def progress() -> Iterator[Any]:
-    """A function that takes run events and shows them: a bar on a terminal, a line per round elsewhere."""
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[news]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with bars:
-        yield _Teller(bars)
-
-
-_STAGES = {"keys": "agreeing on keys", "train": "training", "evaluate": "evaluating", "unmask": "opening the sum"}
-
-
-class _Teller:
-    """Turns one run's events into a bar for the rounds and one for each site's part of what is done now.
-
-    A terminal shows the bars, and lines only for what a person should not miss; elsewhere everything is a line.
-    """
-
-    def __init__(self, bars: Progress) -> None:
-        self.bars = bars
-        self.rounds: TaskID | None = None
-        self.sites: dict[str, TaskID] = {}
-        self.trained = self.scored = ""
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        handler = getattr(self, f"_{event['event']}", None)
-        if handler is not None:
-            handler(event)
-
-    def _started(self, event: dict[str, Any]) -> None:
-        if self.rounds is None:
-            self.rounds = self.bars.add_task("rounds", total=event["rounds"], news="")
-        self.bars.update(self.rounds, completed=event["round"])
-        if event["attempt"] > 1:
-            _line(f"continuing after round {event['round']}")
-
-    def _waiting(self, event: dict[str, Any]) -> None:
-        _line(f"waiting for {', '.join(event['sites'])}")
-
-    def _asked(self, event: dict[str, Any]) -> None:
-        for name in event["sites"]:
-            if name not in self.sites:
-                self.sites[name] = self.bars.add_task(f"  {name}", total=1, news="")
-            self.bars.reset(self.sites[name], total=1, news=_STAGES.get(event["stage"], event["stage"]))
-
-    def _site(self, event: dict[str, Any]) -> None:
-        if event["site"] in self.sites:
-            stage = _STAGES.get(event["stage"].removesuffix("-report"), event["stage"])
-            self.bars.update(self.sites[event["site"]], completed=1, news=f"{stage}: {event['seconds']:.1f} s")
-
-    def _site_missing(self, event: dict[str, Any]) -> None:
-        if event["site"] in self.sites:
-            self.bars.update(self.sites[event["site"]], news=event["reason"])
-
-    def _left_out(self, event: dict[str, Any]) -> None:
-        _line(f"round {event['round']}: the strategy left out {', '.join(event['sites'])}")
-
-    def _flagged(self, event: dict[str, Any]) -> None:
-        _line(f"round {event['round']}: the update of {event['site']} is {event['why']} (norm {event['norm']:g})")
-
-    def _restarted(self, event: dict[str, Any]) -> None:
-        _line(f"restarted from round {event['first']} after round {event['after']}")
-
-    def _joined(self, event: dict[str, Any]) -> None:
-        _line(
-            f"round {event['round']}: {', '.join(event['sites'])} approved since the launch, and takes part from here on"
-        )
-
-    def _late(self, event: dict[str, Any]) -> None:
-        seconds = f" {event['seconds']:.0f} s" if "seconds" in event else ""
-        _line(f"round {event['round']}: {event['site']} came{seconds} too late; its report is not used")
-
-    def _checkpoint_damaged(self, event: dict[str, Any]) -> None:
-        _line(f"the checkpoint of round {event['round']} was damaged; going on after round {event['goes_on_after']}")
-
-    def _void(self, event: dict[str, Any]) -> None:
-        when = f"round {event['round']}, attempt {event['attempt']}"
-        _line(f"{when}: the sum was not opened ({event['reason']}); trying again")
-
-    def _scored(self, event: dict[str, Any]) -> None:
-        auroc = f"  AUROC {event['auroc']:.3f}" if event["auroc"] is not None else ""
-        auroc = auroc if event.get("dice") is None else f"  Dice {event['dice']:.3f}"
-        loss = f"{event['loss']:.3f}" if event["loss"] is not None else "unknown"
-        self.scored = f"validation loss {loss}{auroc}"
-        self._news()
-        if not console.is_terminal:
-            _line(f"after round {event['round']}: {self.scored}" if event["round"] else f"initial model: {self.scored}")
-
-    def _round_done(self, event: dict[str, Any]) -> None:
-        loss = event["train_loss"]
-        self.trained = f"training loss {loss:.3f}  " if loss is not None else ""
-        if self.rounds is not None:
-            self.bars.update(self.rounds, completed=event["round"])
-        self._news()
-        odd = [f"[{name} missing: {why}]" for name, why in event["missing"].items()]
-        odd += [f"[{event['clipped']} values clipped]"] if event["clipped"] > 0 else []
-        if not console.is_terminal or odd:
-            _line(f"round {event['round']}  {event['seconds']:.1f} s  {self.trained}{'  '.join(odd)}".rstrip())
-
-    def _counted(self, event: dict[str, Any]) -> None:
-        if self.rounds is not None:
-            self.bars.update(self.rounds, completed=1)
-        odd = [f"[{name} missing: {why}]" for name, why in event["missing"].items()]
-        _line("  ".join([f"counted in {event['seconds']:.1f} s", *odd]))
-
-    def _news(self) -> None:
-        if self.rounds is not None:
-            self.bars.update(self.rounds, news=f"{self.trained}{self.scored}".rstrip())
-
-    def _wrong_share(self, event: dict[str, Any]) -> None:
-        console.print(f"{event['site']} gave a wrong share of a secret ({event['reason']})", highlight=False)
-
-    def _finished(self, event: dict[str, Any]) -> None:
-        style = "green" if event["label"] == "complete" else "yellow"
-        auroc = f", test AUROC {event['auroc']:.3f}" if event["auroc"] is not None else ""
-        auroc = auroc if event.get("dice") is None else f", test Dice {event['dice']:.3f}"
-        console.print(f"Run finished: {event['label']}{auroc}", style=style, highlight=False, markup=False)
-
-    def _stopped(self, event: dict[str, Any]) -> None:
-        raise RunStopped(f"the run was stopped by the coordinator after round {event['round']}")
-
-    def _failed(self, event: dict[str, Any]) -> None:
-        raise RunError(
-            f"the run failed: {event['message']}", remedy="Mend the cause, then `fl-study run` continues it."
-        )
+release_cli.add_to(app, _run_id, MODELS)
 
 
 def _line(sentence: str) -> None:
     console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-
-
-def follow(lines: Iterator[str]) -> bool:
-    """Show a run's events until its end, and say whether it counted; raises RunError if it failed."""
-    counted = False
-    with progress() as tell:
-        for line in lines:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # a line in which the coordinator's process ended
-            counted |= event["event"] == "counted"
-            tell(event)
-    return counted
 
 
 def main() -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from fl_server import telling
 from fl_server.progress import STAGES, Onlooker, Progress, ahead, duration, find, printable, queue, remedy_of
 from fl_server.roster import Home
 from fl_server.run import Run, ask_to_stop, holding, list_runs, mark_stopped, read_facts, stop_asked
 from models.study import Study
+from privacy import screen
 from privacy.errors import DocumentError, MessageMalformed, RunError, TooFewApprovals
 
 EXIT_CODES = {"complete": 0, "failed": 1, "partial": 3, "stopped": 4}
@@ -32,10 +33,10 @@ RunArgument = Annotated[
 ]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Register the commands."""
+def add_to(app: typer.Typer, panel: str) -> None:
+    """Register the commands, in the panel of the help."""
     for command in (runs, show, watch, stop, resume, extend):
-        app.command()(command)
+        app.command(rich_help_panel=panel)(command)
 
 
 def runs(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
@@ -53,14 +54,15 @@ def runs(home: HomeOption = Path(), as_json: JsonOption = False) -> None:
             row["before_it"] = _ahead(opened, row["run_id"], waiting)
         typer.echo(json.dumps({"runs": rows}, indent=2))
         return
-    table = _table("run", "study", "state", "round", "label", "digest")
+    table = screen.table("run", "state", "round", "digest")
     for run in found:
         each = facts.get(run.run_id, {})
         rounds = f"{each.get('round', '?')} of {each.get('rounds', '?')}"
         label = _label(opened.runs / run.run_id, run.label, _ahead(opened, run.run_id, waiting))
-        table.add_row(run.run_id, printable(run.study), printable(run.state, 20), rounds, label, run.digest[:12])
+        label = f"unreadable: {label}" if run.state == "unreadable" else label
+        table.add_row(run.run_id, label, rounds, run.digest[:12])
     if table.row_count:
-        _screen().print(table)
+        screen.show(table)
     else:
         typer.echo("No runs yet. A researcher starts one with `fl-study run`.")
 
@@ -73,17 +75,16 @@ def show(run: RunArgument, home: HomeOption = Path(), as_json: JsonOption = Fals
     if as_json:
         typer.echo(json.dumps(progress.to_json() | {"before_it": before_it}, indent=2))
         return
-    for name, text in _head(progress, before_it):
-        _screen().print(f"{name:<10} {text}", soft_wrap=True)
-    _screen().print()
-    _screen().print(_sites_table(progress))
+    screen.facts(_head(progress, before_it))
+    typer.echo()
+    screen.show(_sites_table(progress))
     for reason in sorted({part.reason for part in progress.sites.values() if part.reason}):
-        _screen().print(f"{reason}: {remedy_of(reason)}", soft_wrap=True)
+        screen.say(f"{reason}: {remedy_of(reason)}")
     if progress.rounds:
-        _screen().print()
-        _screen().print(_rounds_table(progress))
+        typer.echo()
+        screen.show(_rounds_table(progress))
     for note in progress.notes:
-        _screen().print(f"{note.at[:16].replace('T', ' ')} {note.sentence}", soft_wrap=True)
+        screen.say(f"{note.at[:16].replace('T', ' ')} {note.sentence}")
 
 
 def watch(
@@ -92,22 +93,22 @@ def watch(
     as_json: Annotated[bool, typer.Option("--json", help="Print each event as one line of JSON.")] = False,
 ) -> None:
     """Watch a run until it ends. Exit code: 0 complete, 1 failed, 3 partial, 4 stopped."""
-    from fl_server import consortium, research
+    from fl_server import consortium
 
     opened = Home.open(home)
     folder = find(opened.runs, run)
     if not as_json and (before_it := _ahead(opened, folder.name)):
-        _screen().print(f"queued; {_runs(before_it)} before it")
+        screen.say(f"queued; {_runs(before_it)} before it")
     lines = (text for _, text in consortium.follow(folder, lambda: True))
     try:
         if as_json:
             for line in lines:
                 typer.echo(line)
         else:
-            research.follow(_known(lines))
+            telling.follow(_known(lines))
     except RunError as error:
         if not as_json:
-            _screen().print(str(error), soft_wrap=True)
+            screen.say(str(error))
     except KeyboardInterrupt:
         typer.echo("The run goes on; nobody watches it now.", err=True)
         raise typer.Exit(130) from None
@@ -284,7 +285,7 @@ def _head(progress: Progress, before_it: int | None) -> Iterator[tuple[str, str]
 
 
 def _sites_table(progress: Progress) -> Table:
-    table = _table("site", "now", "rounds", "seconds", "was missing")
+    table = screen.table("site", "now", "rounds", "seconds", "was missing")
     for name, part in sorted(progress.sites.items()):
         stage = STAGES.get(part.stage, part.stage)
         now = {"working": stage, "done": f"done: {stage}", "missing": f"missing: {part.reason}"}.get(part.doing, "-")
@@ -295,7 +296,9 @@ def _sites_table(progress: Progress) -> Table:
 
 
 def _rounds_table(progress: Progress) -> Table:
-    table = _table("round", "seconds", "training loss", "validation loss", progress.measure, "contributors", "missing")
+    table = screen.table(
+        "round", "seconds", "training loss", "validation loss", progress.measure, "contributors", "missing"
+    )
     for each in progress.rounds:
         odd = ", ".join(f"{name}: {why}" for name, why in each.missing.items())
         table.add_row(
@@ -305,17 +308,5 @@ def _rounds_table(progress: Progress) -> Table:
     return table
 
 
-def _screen() -> Console:
-    """The terminal of this moment, on which names and sentences are no markup."""
-    return Console(markup=False, highlight=False)
-
-
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fl_server import outlines
+from privacy import screen
+from privacy.screen import Screen
 
-console = Console()
+console = Screen()
 
 
 def say(page: Path, as_json: bool) -> None:
@@ -22,19 +23,19 @@ def say(page: Path, as_json: bool) -> None:
     images, patients = metrics["pooled"]["images"], metrics["pooled"]["patients"]
     console.print(f"Held-out test, {images} images of {patients} patients, {metrics['label']}:", highlight=False)
     if "dice" in metrics["pooled"]:
-        console.print(_of_outlines(metrics))
+        screen.show(_of_outlines(metrics), console)
     elif metrics["number"]:
-        console.print(_of_number(metrics["number"]))
+        screen.show(_of_number(metrics["number"]), console)
     elif len(metrics["pooled"]["targets"]) == 1:
-        console.print(_of_sites(metrics))
+        screen.show(_of_sites(metrics), console)
     else:
-        console.print(_of_targets(metrics))
+        screen.show(_of_targets(metrics), console)
     console.print(f"Report: {page}", highlight=False, soft_wrap=True)
 
 
 def _of_sites(metrics: dict[str, Any]) -> Table:
     """One target: the tested sites together, and each."""
-    table = Table("", "AUROC", "95 % interval", "positives", "negatives", box=None, header_style="bold")
+    table = screen.table("", "AUROC", "95 % interval", "positives", "negatives")
     for name, row in {"pooled": metrics["pooled"], **metrics["sites"]}.items():
         least = "" if name == "pooled" else ">= "  # sites release tens, rounded down
         classes = ("-" if row[key] is None else f"{least}{row[key]}" for key in ("positives", "negatives"))
@@ -45,7 +46,7 @@ def _of_sites(metrics: dict[str, Any]) -> Table:
 def _of_targets(metrics: dict[str, Any]) -> Table:
     """Several targets: each over the tested sites together, and between which figures of single sites it lies."""
     heads = ("target", "AUROC", "95 % interval", "pos. / neg.", "sites that told")
-    table = Table(*heads, box=None, header_style="bold", pad_edge=False)
+    table = screen.table(*heads)
     for target, row in metrics["pooled"]["targets"].items():
         own = [site["targets"][target]["auroc"] for site in metrics["sites"].values()]
         told = [value for value in own if value is not None]
@@ -62,13 +63,9 @@ def _estimate(row: dict[str, Any]) -> tuple[str, str]:
 def _of_number(number: dict[str, Any]) -> Table:
     """A target that is a number: the tested sites together, and each."""
     heads = ("", "mean abs. error", "bias", "concordance", "images")
-    table = Table(
+    table = screen.table(
         *heads,
-        box=None,
-        header_style="bold",
-        pad_edge=False,
         title=f"{number['target']}, {number['unit']}",
-        title_justify="left",
     )
     for name, row in {"pooled": number["pooled"], **number["sites"]}.items():
         if row["mae"] is None:
@@ -90,7 +87,7 @@ def _with_ends(row: dict[str, Any], key: str, digits: int) -> str:
 def _of_outlines(metrics: dict[str, Any]) -> Table:
     """Structures that are outlined: each over the tested sites together, and of each site."""
     heads = ("structure", "test of", "cases", "Dice", "surface Dice", "HD95 mm", "missed / invented")
-    table = Table(*heads, box=None, header_style="bold", pad_edge=False)
+    table = screen.table(*heads)
     for row in outlines.rows(metrics):
         table.add_row(*row)
     return table

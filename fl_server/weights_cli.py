@@ -10,6 +10,7 @@ from fl_server import weights
 from fl_server.roster import Home
 from models.questions import Counting
 from models.study import Study
+from privacy import screen
 from privacy.errors import StudyConflict
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def add(
 ) -> None:
     """Keep a copy of a file of weights; studies name it by the SHA-256 that is printed."""
     opened = Home.open(home)
-    kept = weights.add(opened.root, file)
+    with screen.busy("reading the weights"):
+        kept = weights.add(opened.root, file)
     opened.journal.append("weights-added", sha256=kept.sha256, bytes=kept.bytes)
     # The hash alone on stdout, so that it can be piped.
     typer.echo(kept.sha256)

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from models import catalogue
 from models.catalogue import Notice, Publisher
 from models.registry import ENDING, Package, listing
-from privacy import keys
+from privacy import keys, screen
 from privacy.errors import PackageRefused
 
 MIB = 2**20
-console = Console()
 
 Home = Annotated[Path, typer.Option("--home", "-H", help="Your folder, with the keys that joining made.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of lines.")]
@@ -38,10 +36,13 @@ def add_to(
     app: typer.Typer,
     open_publisher: Callable[[Path], AbstractContextManager[Publisher]],
     note: Note = lambda home, kind, notice: None,
+    panel: str = "Released models",
 ) -> None:
-    """Give `app` the commands. `note` hears of a model before it is asked for and after it is in its place."""
+    """Give `app` the commands, in the panel of its help. `note` hears of a model before it is asked for
+    and after it is in its place.
+    """
 
-    @app.command()
+    @app.command(rich_help_panel=panel)
     def models(
         home: Home = Path(),
         registry: Annotated[
@@ -68,7 +69,7 @@ def add_to(
         if not found:
             _line("The coordinator publishes no model yet.")
 
-    @app.command()
+    @app.command(rich_help_panel=panel)
     def pull(
         model: Annotated[
             str, typer.Argument(metavar="NAME[@VERSION]", help="See `models`; without version, the latest.")
@@ -128,10 +129,11 @@ def _coordinator(home: Path) -> keys.PublicKey:
 def _bar(notice: Notice) -> Iterator[Callable[[int], None]]:
     """A bar over the bytes of a package, beside what a command prints for programs."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    told = screen.Screen(stderr=True)
+    with Progress(*columns, console=told, disable=not told.is_terminal) as bars:
         task = bars.add_task(notice.file_name, total=notice.size)
         yield lambda done: bars.update(task, completed=done)
 
 
 def _line(sentence: str) -> None:
-    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    screen.say(sentence)

@@ -210,13 +210,13 @@ def learn_privately(
             log.debug("step %d: %d patients, %d clipped, %d not finite", step, seen.units, seen.clipped, seen.nonfinite)
             if seen.nonfinite:
                 log.warning("%d patients gave a gradient that is not finite; they count as zero", seen.nonfinite)
-            scaled = noisy * 2.0**-clip.bits
             if plan.mode == "distributed":
                 # In float64, which holds these numbers exactly: rounding each site's before the sum is not rounding the sum.
+                scaled = noisy * 2.0**-clip.bits
                 return Update(networks.placed(scaled, moved), turn.public_size, 1, 0.0, summed=True)
             # The public size, never the number that was drawn or is there: a denominator says who takes part.
-            factor = plan.clip_norm / (plan.sampling_rate * turn.public_size)
-            descend(net, optimizer, (scaled * factor).astype(np.float32))
+            factor = 2.0**-clip.bits * plan.clip_norm / (plan.sampling_rate * turn.public_size)
+            descend(net, optimizer, (noisy * factor).astype(np.float32))
     delta = networks.to_vector(net) - before
     if not np.isfinite(delta).all():
         raise TrainingDiverged(f"a weight is not a finite number after {plan.steps} steps of round {turn.round}")

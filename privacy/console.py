@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +12,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from privacy import screen
 from privacy.errors import DocumentError, IsocenterError
 from privacy.reach import Proxy
 
@@ -51,6 +52,15 @@ def run(app: typer.Typer) -> None:
             IsocenterError(f"{where}{error.strerror or error}", remedy="Check the path, its owner and the free space.")
         )
         sys.exit(1)
+
+
+def begin(context: typer.Context, steps: Callable[[Path], Iterable[str]]) -> None:
+    """Of a command without arguments: what to do next, as `steps` finds it in the current folder, above the list of commands."""
+    if context.invoked_subcommand is not None:
+        return
+    for sentence in steps(Path()):
+        screen.say(sentence, "bold")
+    typer.echo(context.get_help(), nl=False)
 
 
 def shadowed(others: Mapping[str, str]) -> IsocenterError:

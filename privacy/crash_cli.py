@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from privacy import crash
+from privacy import crash, screen
 from privacy.errors import DocumentError
 
 Home = Annotated[Path, typer.Option("--home", "-H", help="The folder of the site or of the consortium.")]
@@ -30,11 +28,11 @@ def list_reports(home: Home = Path(), as_json: AsJson = False) -> None:
     if not found:
         typer.echo("There is no report: no error that nobody foresaw was met here.")
         return
-    table = Table("report", "last", "process", "times", "error", box=None, pad_edge=False, header_style="bold")
+    table = screen.table("report", "last", "process", "times", "error")
     for name, report in found:
         row = _row(name, report)
         table.add_row(name, row["last"], row["process"], str(row["times"]), row["error"])
-    Console(markup=False, highlight=False).print(table)
+    screen.show(table)
 
 
 @app.command()

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from cryptography import x509
 
@@ -34,6 +34,7 @@ from privacy.errors import ClockSkewed, IsocenterError, KeyFileUnsafe, TrustErro
 from privacy.greeting import Versions, own, skew
 from privacy.reach import Way
 
+T = TypeVar("T")
 State = Literal["ok", "advice", "trouble"]
 VERSION = 1  # of the document
 LIMIT_S = 14.0  # for all checks together
@@ -97,6 +98,13 @@ class Examination:
         with self.over:
             self.found[subject] = found
             self.over.notify()
+
+
+def attempt(what: Callable[[], T]) -> T | None:
+    """None where it cannot be told; the finding about it says why."""
+    with contextlib.suppress(IsocenterError, OSError):
+        return what()
+    return None
 
 
 def finding(subject: str, look: Callable[[], str]) -> Finding:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from privacy import noise
 from privacy.errors import PrivacyError, UnitsCoupled
@@ -41,6 +42,11 @@ ALONG = (
 )
 VMAP_CHUNK = 8
 PIECE = 64 * 1024  # values that are widened to float64 at a time: 512 KiB stay in the L2 cache
+# The C library gives freed memory back to the system above twice the largest block that was ever freed. A small network's blocks
+# are small, so every patient's activations would be mapped and zeroed anew, a quarter of its time; after this up to 62 MiB stay.
+HEAP = 31 * 2**20
+CHANNELS = 128  # of a 1 x 1 convolution of one image from which on oneDNN is the faster one
+_CONVOLUTIONS = (torch.conv2d, torch.conv3d, torch.conv_transpose3d)
 log = logging.getLogger("isocenter.privacy")
 
 
@@ -128,23 +134,49 @@ class LoopEngine(_Gradients):
 
     def _gradients(self, units: Iterable[Batch]) -> Generator[Tensor, None, None]:
         trained = _trained(self.net)
-        flat = torch.zeros(sum(p.numel() for p in trained), device=trained[0].device)
-        kept = [parameter.grad for parameter in trained]
-        try:
+        device = trained[0].device
+        flat = torch.empty(sum(p.numel() for p in trained), device=device)
+        torch.empty(HEAP, dtype=torch.uint8)  # and free it again
+        direct = device.type == "cpu" and not self.bfloat16 and any(map(_falls_off, self.net.modules()))
+        # Weights stay as they are for all units, so their bfloat16 copies are made once: torch forgets them where the outermost
+        # of nested contexts ends. That one is switched off, because drawing a unit is no part of the network.
+        with torch.autocast(device.type, torch.bfloat16, enabled=False):
             for unit in units:
-                flat.zero_()
-                start = 0
-                for parameter in trained:
-                    # The backward pass adds into what is there: no copy of the gradient is ever made.
-                    parameter.grad = flat[start : start + parameter.numel()].view_as(parameter)
-                    start += parameter.numel()
-                with torch.autocast(flat.device.type, torch.bfloat16, enabled=self.bfloat16):
-                    loss = self.losses(self.net, _one(unit))
-                torch.autograd.backward(_loss_of_one(loss).float())
+                with _OneImage() if direct else contextlib.nullcontext():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
+                        loss = self.losses(self.net, _one(unit))
+                    found = torch.autograd.grad(_loss_of_one(loss).float(), trained, allow_unused=True)
+                parts = [torch.zeros_like(p) if part is None else part for p, part in zip(trained, found, strict=True)]
+                del loss, found
+                torch.cat([part.reshape(-1) for part in parts], out=flat)
+                del parts
                 yield flat
-        finally:
-            for parameter, before in zip(trained, kept, strict=True):
-                parameter.grad = before
+
+
+class _OneImage(TorchFunctionMode):
+    """Convolutions of one float32 image through oneDNN, where torch leaves it for loops of its own.
+
+    For a batch of one torch takes `slow_conv3d`, five times as slow as a quarter of a batch of four, and on one thread a
+    product of matrices for 1 x 1 kernels, slower than oneDNN from CHANNELS on. A tensor in oneDNN's layout leaves it no choice.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CONVOLUTIONS and len(args) > 1 and _redirected(func, args[0], args[1]):
+            return func(args[0].to_mkldnn(), *args[1:], **(kwargs or {})).to_dense()
+        return func(*args, **(kwargs or {}))
+
+
+def _redirected(func: Any, images: Tensor, kernels: Tensor) -> bool:
+    if images.dtype != torch.float32 or len(images) != 1 or images.ndim != kernels.ndim:
+        return False
+    return func is not torch.conv2d or (kernels.shape[1] >= CHANNELS and kernels.shape[2:] == (1, 1))
+
+
+def _falls_off(module: nn.Module) -> bool:
+    """Whether a convolution of `module` is one that `_OneImage` redirects: to be under it costs every operation a little."""
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels >= CHANNELS and module.kernel_size == (1, 1)
+    return isinstance(module, nn.Conv3d | nn.ConvTranspose3d)
 
 
 class VmapEngine(_Gradients):
@@ -190,8 +222,8 @@ class VmapEngine(_Gradients):
         gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, *[0] * len(batch)), randomness="different")(
             trained, *batch
         )
-        for place in range(len(units)):
-            yield torch.cat([gradients[name][place].reshape(-1).float() for name in trained])
+        rows = torch.cat([gradients[name].reshape(self.chunk, -1).float() for name in trained], dim=1)
+        yield from rows[: len(units)]
 
 
 class _Bound(nn.Module):
@@ -215,8 +247,10 @@ class _Accumulator:
         self.target = self.grid - math.sqrt(parameters) / 2
         if self.target < self.grid / 2:
             raise PrivacyError(f"a grid of 2**{clip.bits} is too coarse for {parameters} parameters")
-        # Whole numbers up to 2**53 are exact in it.
-        self.total = torch.zeros(parameters, dtype=torch.float64, device=device)
+        # Whole numbers up to 2**24 are exact in `near`, and no value of a unit is above 2**bits: after so many it is emptied.
+        self.near = torch.zeros(parameters, device=device)
+        self.far: Int64 | None = None  # what was in it before, from the first time that it was full
+        self.held, self.most = 0, 2 ** (24 - clip.bits)
         self.units = self.clipped = self.nonfinite = 0
 
     def add(self, gradient: Tensor) -> None:
@@ -231,18 +265,28 @@ class _Accumulator:
         if norm * factor > self.target:
             self.clipped += norm > self.clip.norm
             factor = self.target / norm
-        length = _norm(gradient.mul_(factor).round_())
+        length = _rounded(gradient, factor)
         if length > self.grid:
             # Only the rounding of float32 products can lead here, with a hair's breadth too much.
-            length = _norm(gradient.mul_(self.target / length * (1 - 2.0**-20)).round_())
+            length = _rounded(gradient, self.target / length * (1 - 2.0**-20))
         if not length <= self.grid:
             self.nonfinite += 1  # nothing is known to lead here; whatever does, it does not pass
             return
-        for total, part in zip(torch.split(self.total, PIECE), torch.split(gradient, PIECE), strict=True):
-            total.add_(part)
+        if self.held == self.most:
+            self._empty()
+        self.near.add_(gradient)
+        self.held += 1
+
+    def _empty(self) -> Int64:
+        whole = self.near.cpu().numpy().astype(np.int64)
+        if self.far is not None:
+            whole += self.far
+        self.far, self.held = whole, 0
+        self.near.zero_()
+        return whole
 
     def result(self) -> ClippedSum:
-        return ClippedSum(self.total.cpu().numpy().astype(np.int64), self.units, self.clipped, self.nonfinite)
+        return ClippedSum(self._empty(), self.units, self.clipped, self.nonfinite)
 
 
 def private_gradient(
@@ -389,11 +433,17 @@ def _loss_of_one(loss: Tensor) -> Tensor:
 
 def _norm(vector: Tensor) -> float:
     """L2 norm over the whole vector. Its square is exact for whole numbers with a norm below 2**26: all sums are below 2**53."""
-    square = 0.0
-    for part in torch.split(vector, PIECE):
-        wide = part.double()
-        square += float(wide @ wide)
-    return math.sqrt(square)
+    return math.sqrt(math.fsum(map(_square, torch.split(vector, PIECE))))
+
+
+def _rounded(vector: Tensor, factor: float) -> float:
+    """Multiply `vector` by `factor` and round it, in place, each piece while in the cache; its `_norm` afterwards."""
+    return math.sqrt(math.fsum(_square(part.mul_(factor).round_()) for part in torch.split(vector, PIECE)))
+
+
+def _square(part: Tensor) -> float:
+    wide = part.double()
+    return float(wide @ wide)
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from privacy import heads, journal, keys
+from privacy import heads, journal, keys, screen
 
 
 @dataclass(frozen=True)
@@ -49,8 +47,9 @@ def commands(open_book: Callable[[Path], Book]) -> typer.Typer:
         book = open_book(home)
         held = [found for path in witness or [] for found in heads.held_of(path, book.party)]
         own = [*book.own, *(_public(path) for path in earlier or [])]
-        found = heads.verify(book.path, book.party, own, book.others, held)
-        journal.verify(book.path, head)
+        with screen.busy("checking each line"):
+            found = heads.verify(book.path, book.party, own, book.others, held)
+            journal.verify(book.path, head)
         if as_json:
             typer.echo(json.dumps({"whole": True, "head_found": head is not None, **asdict(found)}))
             return
@@ -79,11 +78,11 @@ def commands(open_book: Callable[[Path], Book]) -> typer.Typer:
         if as_json:
             typer.echo(json.dumps({"lines": entries}))
             return
-        table = Table("line", "time", "kind", "facts", box=None, pad_edge=False, header_style="bold")
+        table = screen.table("line", "time", "kind", "facts")
         for entry in entries:
             facts = ", ".join(f"{name} {_short(value)}" for name, value in entry["facts"].items())
             table.add_row(str(entry["n"]), entry["time"][:16].replace("T", " "), entry["kind"], facts)
-        Console(markup=False, highlight=False).print(table)
+        screen.show(table)
 
     return app
 

@@ -229,7 +229,7 @@ def test_norm_and_epsilon_are_shown_where_the_line_has_them(tmp_path: Path) -> N
         "losses, counts and score histograms (of outlined structures and predicted numbers: sums of how well they agree) "
         "of round 2"
     )
-    assert first.row()[1:] == ("a" * 12, "run-1", "2", words, "31,000", "0.512", "1.25")
+    assert first.row()[1:] == ("2", words, "31,000", "0.512", "1.25")
     assert second.row()[-2:] == ("", "") and len(first.row()) == len(egress.HEADINGS)
 
 
@@ -363,4 +363,4 @@ def test_figures_that_were_sent_again_are_the_same_figures(tmp_path: Path) -> No
 
 def test_rows_are_what_their_fields_say() -> None:
     row = Egress(n=1, time="2026-01-31T12:00:00Z", kind="no-order", words="error code")
-    assert row.row() == ("2026-01-31T12:00:00Z", "", "", "", "error code", "", "", "")
+    assert row.row() == ("2026-01-31T12:00:00Z", "", "error code", "", "", "")

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from fl_client import cli as client_cli
 from fl_client import egress
 from fl_client.index import Index
-from fl_server import counting, research
+from fl_server import counting, research, telling
 from fl_server.run import Run, read_facts
 from models.attributes import age_bin
 from models.questions import CELLS
@@ -509,18 +509,18 @@ def test_results_of_another_kind_are_sent_to_the_right_command(page: Path, tmp_p
 
 def test_a_watched_run_says_that_it_counted_and_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     paper = io.StringIO()
-    monkeypatch.setattr(research, "console", Console(file=paper, width=100))
+    monkeypatch.setattr(telling, "console", Console(file=paper, width=100))
     events: list[dict[str, Any]] = [
         {"event": "started", "attempt": 1, "round": 0, "rounds": 1},
         {"event": "counted", "seconds": 1.25, "missing": {"west": "offline"}},
         {"event": "finished", "label": "partial (3 of 4, west missing: offline)", "auroc": None},
     ]
-    assert research.follow(json.dumps(event) for event in events)
+    assert telling.follow(json.dumps(event) for event in events)
     assert paper.getvalue().splitlines() == [
         "counted in 1.2 s  [west missing: offline]",
         "Run finished: partial (3 of 4, west missing: offline)",
     ]
-    assert not research.follow(iter(()))
+    assert not telling.follow(iter(()))
 
 
 def test_the_template_is_consistent_and_check_says_what_is_asked(tmp_path: Path) -> None:

@@ -445,16 +445,34 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_commands_in_the_docs_exist_with_their_options(page: Path) -> None:
     for line in page.read_text(encoding="utf-8").splitlines():
         for program, name, rest in re.findall(r"\b(fl-(?:client|server|study)) ([a-z]+)([^`|#]*)", line):
-            app = PROGRAMS[program][0]
-            assert name in command_names(app), f"{page.name}: {program} {name}"
-            inner = getattr(command_of(app, name), "commands", {})
-            words = rest.split()
-            if inner and (not words or not words[0].isalpha()):
-                continue  # the group as such
-            command = inner[words[0]] if inner else command_of(app, name)
-            options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
-            for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", rest):
-                assert option in options, f"{page.name}: {program} {name} {option}"
+            assert unknown_in(program, name, rest) is None, f"{page.name}: {program} {name} {rest}"
+
+
+def unknown_in(program: str, name: str, rest: str) -> str | None:
+    """The command or option that there is not, in words that stand for a command line; None if all are there."""
+    app = PROGRAMS[program][0]
+    if name not in command_names(app):
+        return name
+    inner = getattr(command_of(app, name), "commands", {})
+    words = rest.split()
+    if inner and (not words or not words[0].isalpha()):
+        return None  # the group as such
+    command = inner.get(words[0]) if inner else command_of(app, name)
+    if command is None:
+        return words[0]
+    options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)} | {"--help"}
+    return next((option for option in re.findall(r"(?<!\S)--[a-z][a-z-]*", rest) if option not in options), None)
+
+
+def test_commands_that_messages_name_exist_with_their_options() -> None:
+    """What a remedy, a help text, a template or a comment quotes in backticks."""
+    for folder in FOLDERS[:-1]:
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".py", ".yaml", ".html"):
+                text = path.read_text(encoding="utf-8")
+                for program, name, rest in re.findall(r"`(fl-(?:client|server|study)) ([a-z]+)([^`{]*)", text):
+                    assert unknown_in(program, name, rest) is None, f"{path.name}: {program} {name} {rest}"
+    assert unknown_in("fl-study", "run", "--watch") == "--watch" and unknown_in("fl-study", "obey", "") == "obey"
 
 
 def command_of(app: typer.Typer, name: str) -> Any:

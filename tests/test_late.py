@@ -13,7 +13,7 @@ from grid import FaultyGrid
 from hospital import study
 from test_round import FOUR
 
-from fl_server import report
+from fl_server import report, telling
 from fl_server.pace import ROOM_S, TIMES, Pace
 from fl_server.progress import Onlooker
 from fl_server.results import check
@@ -110,7 +110,7 @@ def test_seconds_are_told_only_where_they_say_nothing_of_patients(
     from test_private_round import LOCAL
     from test_private_round import private as private_study
 
-    from fl_server import research, sums
+    from fl_server import sums
 
     plan = private_study(LOCAL) if private else study()
     federation = Federation(tmp_path, plan)
@@ -122,7 +122,7 @@ def test_seconds_are_told_only_where_they_say_nothing_of_patients(
     assert run.history[0].late == {"north": None if private else 40.0}
     (line,) = [json.loads(text) for text in (run.folder / "events.jsonl").read_text().splitlines()]
     assert line.get("seconds") == (None if private else 40.0)
-    research.follow(iter([json.dumps(line)]))
+    telling.follow(iter([json.dumps(line)]))
     assert shown in capsys.readouterr().out
     (note,) = Onlooker(run.folder).look().notes
     assert shown in note.sentence

@@ -92,6 +92,46 @@ def test_pitfall_7_the_norm_is_that_of_the_float32_gradient_that_is_really_used(
         assert sum(int(x) ** 2 for x in total) <= (2**18) ** 2
 
 
+@pytest.mark.parametrize("case", ["segmentation 3-D", "1 x 1", "transposed"])
+def test_convolutions_of_one_image_go_another_way_to_the_same_gradient(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all of them do: what is left to torch is what it is good at."""
+    torch.manual_seed(3)
+    wide, up = nn.Conv2d(1, dpsgd.CHANNELS, 3), nn.ConvTranspose3d(4, 4, 2, stride=2, output_padding=1, dilation=2)
+    cases: dict[str, tuple[nn.Module, tuple[int, ...], int]] = {
+        "segmentation 3-D": (
+            nn.Sequential(nn.Conv3d(1, 4, 3, bias=True), nn.Flatten(), nn.Linear(864, 1)),
+            (8, 8, 8),
+            1,
+        ),
+        "1 x 1": (nn.Sequential(wide, nn.Conv2d(dpsgd.CHANNELS, 2, 1), nn.Flatten(), nn.Linear(72, 1)), (8, 8), 1),
+        "transposed": (nn.Sequential(nn.Conv3d(1, 4, 1), up, nn.Flatten(), nn.LazyLinear(1)), (4, 4, 4), 2),
+    }
+    net, shape, expected_ways = cases[case]
+    g = torch.Generator().manual_seed(4)
+    units = [(torch.randn(1, 1, 1, *shape, generator=g), torch.rand(1, 1, generator=g)) for _ in range(3)]
+    net(units[0][0][0])  # a lazy layer takes its size
+    ways: list[bool] = []
+    redirected = dpsgd._redirected
+    monkeypatch.setattr(dpsgd, "_redirected", lambda *given: ways.append(redirected(*given)) or ways[-1])
+    expected, _ = reference(net, squares, units, 0.7)
+    np.testing.assert_allclose(
+        LoopEngine(net, squares).clipped_sum(units, Clip(0.7)).total / 2.0**18, expected, atol=1e-4
+    )
+    assert sum(ways) == expected_ways * len(units)
+
+
+def test_more_units_than_float32_can_count_are_added_exactly() -> None:
+    """Whole numbers above 2**24 are not all float32 numbers; with a grid of 2**24 the second unit is beyond them."""
+    for bits in (22, 24):
+        accumulator = _Accumulator(3, Clip(1.0, bits))
+        for _ in range(9):
+            accumulator.add(torch.tensor([0.9999, 3 / 2.0**bits, 0.0]))
+        first = math.floor(0.9999 * 2**bits)
+        assert abs(accumulator.result().total[0] - 9 * first) <= 9 and accumulator.result().total[1] == 27
+
+
 # What one patient can do.
 
 
@@ -197,9 +237,9 @@ def test_pitfall_6_a_patient_whose_images_are_not_finite_moves_nothing_of_the_ot
 
 def test_what_no_rule_foresees_counts_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever arithmetic gives after rounding, nothing is added whose norm is not known to be inside."""
-    for wrong in (math.nan, 2.0**19):
-        answers = iter([0.5, wrong, wrong])
-        monkeypatch.setattr(dpsgd, "_norm", lambda vector, answers=answers: next(answers))
+    for wrong in (math.nan, 2.0**38):
+        answers = iter([0.25, wrong, wrong])
+        monkeypatch.setattr(dpsgd, "_square", lambda part, answers=answers: next(answers))
         seen = rounded([0.3, 0.4])
         assert not seen.total.any() and seen.nonfinite == 1
 

@@ -254,10 +254,10 @@ def test_the_epsilon_of_a_site_follows_the_orders_it_was_sent() -> None:
 def test_ready_means_that_both_doors_answer(tmp_path: Path) -> None:
     with coordinator(tmp_path) as served:
         look = overview.Overview(served.home)
-        assert not overview._serving(served.home)  # the service alone is not enough
+        assert not overview.serving(served.home)  # the service alone is not enough
         with socket.create_server(("127.0.0.1", served.home.settings.gateway_port)):
-            assert look.serving() and overview._serving(served.home)
-        assert not overview._serving(served.home)
+            assert look.serving() and overview.serving(served.home)
+        assert not overview.serving(served.home)
 
 
 # Metrics -------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fl_server import doorbell
+from fl_server import doorbell, gateway
 from fl_server.doorbell import Doorbell
 
 FLEET, RUNTIME = "/v1/fleet/receive", "/v1/runtime/receive"
@@ -232,6 +232,18 @@ def test_a_report_about_a_large_model_is_as_large_as_the_study_allows(monkeypatc
         assert len(flower.bodies) == reached
     asyncio.run(call(app, "/v1/runtime/send", parts=(b"x",)))
     assert app.body_bytes_max() == 3010  # reports about the orders before may be under way
+
+
+def test_the_gateway_takes_a_report_as_large_as_it_is_told_and_nothing_else() -> None:
+    def length(path: str, size: int) -> bytes:
+        return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {size}\r\n\r\n".encode()
+
+    assert gateway.read_head(length("/v1/fleet/send", 2**29), 2**29).length == 2**29
+    for path, size in (("/v1/fleet/send", 2**29 + 1), ("/v1/fleet/receive", 2**29)):  # only a report may be large
+        with pytest.raises(gateway.Refused, match=gateway.TOO_LARGE):
+            gateway.read_head(length(path, size), 2**29)
+    with pytest.raises(gateway.Refused, match=gateway.TOO_LARGE):
+        gateway.read_head(length("/v1/fleet/send", doorbell.BODY_BYTES_MAX + 1))
 
 
 def test_orders_end_where_the_largest_model_does(monkeypatch: pytest.MonkeyPatch) -> None:

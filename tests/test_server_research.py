@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fl_server import research
+from fl_server import research, telling
 from privacy.errors import RunError
 
 STUDY = """
@@ -28,12 +28,13 @@ participation: {sites: [north, south, east], quorum: 3}
 def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
     """What was printed so far; not a terminal, as in a log file."""
     paper = io.StringIO()
-    monkeypatch.setattr(research, "console", Console(file=paper, width=100))
+    for place in (research, telling):
+        monkeypatch.setattr(place, "console", Console(file=paper, width=100))
     return paper.getvalue
 
 
 def happened(*given: dict[str, Any]) -> None:
-    research.follow(json.dumps(event) for event in given)
+    telling.follow(json.dumps(event) for event in given)
 
 
 def event(kind: str, **facts: Any) -> dict[str, Any]:
@@ -85,8 +86,8 @@ def test_a_continued_run_says_so_and_a_failed_one_raises(screen: Callable[[], st
 
 
 def test_a_terminal_shows_what_every_site_is_doing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(research, "console", Console(file=io.StringIO(), force_terminal=True, width=160))
-    with research.progress() as tell:
+    monkeypatch.setattr(telling, "console", Console(file=io.StringIO(), force_terminal=True, width=160))
+    with telling.progress() as tell:
         tell(event("started", attempt=1, round=0, rounds=5))
         for stage, words in (
             ("keys", "agreeing on keys"),
