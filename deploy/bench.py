@@ -1,7 +1,8 @@
 """`make bench`: what the federation costs beside the same work without it. Writes bench.json.
 
-Rounds, memory, a waiting node: deploy/bench_round.py. Images: deploy/bench_data.py. Bytes: deploy/bench_bytes.py.
-mask_keystream: masks over a large update beside their cipher alone; `python deploy/bench.py masks` prints only that, in seconds.
+Rounds, memory, a waiting node: deploy/bench_round.py. Images: deploy/bench_data.py. dp_step_*, dp_noise: deploy/bench_dp.py.
+simulation: deploy/bench_sites.py. Bytes: deploy/bench_bytes.py. mask_keystream: masks over a large update beside their cipher;
+`python deploy/bench.py masks` prints only that, in seconds.
 
 Both sides of a ratio are measured on this machine in one run, pinned to one core, in turn; the ratio of their medians is what
 counts, because machines differ and are noisy. docs/benchmarks.md has the figures and how they were got.
@@ -18,6 +19,7 @@ from typing import Any
 
 import bench_bytes
 import bench_data
+import bench_dp
 import bench_round
 from stage import BIN
 
@@ -28,10 +30,19 @@ KEYSTREAM_BLOCK = 256 * 1024  # bytes a call: AES is no faster with more or less
 def main() -> None:
     data = bench_data.measured()  # on all cores, which is how a hospital indexes
     with bench_round.on_core(0):
-        alone = {"mask_keystream": masks(), "start": start(), "bytes": bench_bytes.measured()}
-    report = alone | data | bench_round.measured()
+        private = bench_dp.measured()
+        keystream = masks() | {"after_training_ms": private.pop("after_training_ms")}
+        alone = {"mask_keystream": keystream, "start": start()} | private
+    report = alone | data | simulation() | bench_round.measured() | {"bytes": bench_bytes.measured()}
     Path("bench.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report, indent=1))
+
+
+def simulation() -> dict[str, Any]:
+    """In a process of its own: it loads both sides of the federation."""
+    command = [sys.executable, str(Path(__file__).with_name("bench_sites.py")), "simulation"]
+    found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return found
 
 
 def start() -> dict[str, Any]:

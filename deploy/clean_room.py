@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -267,6 +268,7 @@ def main() -> None:
     chosen = options.parse_args()
     if left := sections_left():
         raise SystemExit(f"sections that nobody plays, or that are not there: {left}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and so what was started is ended
     folder = chosen.keep or Path(tempfile.mkdtemp(prefix="isocenter-clean-room-"))
     room = Room(folder.resolve())
     began = time.monotonic()

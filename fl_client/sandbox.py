@@ -23,6 +23,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,8 +174,9 @@ def confine() -> bool:
 def require(folder: Path) -> None:
     """Raise IsocenterError unless a process that trains would be kept from `folder` and from connections; tried in a process."""
     env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-    command = [sys.executable, "-P", "-c", TRY, str(folder)]
-    found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=CHECK_S, check=False)
+    with tempfile.TemporaryDirectory() as instead:  # before joining there is no folder of keys to try it on
+        command = [sys.executable, "-P", "-c", TRY, str(folder if folder.is_dir() else instead)]
+        found = subprocess.run(command, env=env, capture_output=True, text=True, timeout=CHECK_S, check=False)
     if gaps := Shield.of(found.stdout.strip()).gaps:
         raise IsocenterError(gaps[0], remedy=" ".join(gaps[1:]))
 

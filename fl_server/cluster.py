@@ -21,6 +21,7 @@ QUIET = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray's only way to hear nobody but this machine, on Linux too
 STARTS_MAX = 3  # of an actor without a single answer: then it dies of something that a new one dies of too
 
 
@@ -43,7 +44,7 @@ class Actors:
     """
 
     def __init__(self, size: int, most_s: float, address: str = "") -> None:
-        os.environ.update(QUIET)
+        os.environ.update(QUIET if address else QUIET | LOOPBACK)  # read when Ray is imported
         try:
             import ray
         except ImportError:
@@ -60,7 +61,6 @@ class Actors:
                 address="local",
                 num_cpus=max(size, cores),
                 include_dashboard=False,
-                _node_ip_address="127.0.0.1",
                 logging_level="ERROR",
                 log_to_driver=False,
             )

@@ -200,9 +200,12 @@ def errors(unit: str, panels: Mapping[str, Sequence[Estimate]]) -> Figure:
 
 
 def _forest_panel(axes: Axes, estimates: Sequence[Estimate], label: str) -> None:
-    least = min(0.48, _rows_of(axes, estimates) - 0.03)
-    axes.axvline(0.5, color=_GREY, linewidth=1, zorder=0)
-    axes.set_xlim(least if label == "AUROC" else max(0.0, least), 1.02)
+    least = _rows_of(axes, estimates) - 0.03
+    if label == "AUROC":
+        axes.axvline(0.5, color=_GREY, linewidth=1, zorder=0)
+        axes.set_xlim(min(0.48, least), 1.02)
+    else:  # of an overlap no value is chance
+        axes.set_xlim(max(0.0, least), 1.02)
     axes.set(xlabel=label)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fl_server.simulation import Outcome
 
 console = Screen()
-FEW = 12
+FEW = 16
 """Patients of each phantom site where `--sites` asks for many: made in a second, and a few for each split."""
 
 StudyFile = Annotated[Path, typer.Argument(help="The study, a YAML file.")]

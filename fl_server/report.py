@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure as Picture
 
 from fl_server import figures, matrix
@@ -251,13 +252,13 @@ def _testing(evaluation: Evaluation) -> str:
 
 
 def _rate(found: dict[str, Any] | None, decimals: int = 2) -> str:
-    """ "0.81 (0.77 – 0.85)" of a value with its interval; a dash where there is none."""
+    """ "0.81 (0.77 – 0.85)" of a value with its interval, which no line break divides; a dash where there is none."""
     if found is None or found["value"] is None:
         return "–"
     if found["interval"] is None:
         return f"{found['value']:.{decimals}f}"
     low, high = (f"{end:.{decimals}f}" for end in found["interval"])
-    return f"{found['value']:.{decimals}f} ({low} – {high})"
+    return Markup(f'{found["value"]:.{decimals}f} <span class="whole">({low} – {high})</span>')  # noqa: S704  numbers
 
 
 def _work(site: str, rounds: Sequence[Round]) -> dict[str, Any]:

@@ -71,8 +71,7 @@ def new(
         print(json.dumps([{"name": name, "about": text.splitlines()[0].lstrip("# ")} for name, text in known.items()]))
         return
     if list_:
-        for name, text in known.items():
-            console.print(f"{name:<10} {text.splitlines()[0].lstrip('# ')}", highlight=False, soft_wrap=True)
+        screen.facts(((name, text.splitlines()[0].lstrip("# ")) for name, text in known.items()), console)
         return
     if template not in known:
         raise DocumentError(

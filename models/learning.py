@@ -202,11 +202,14 @@ def learn_privately(
                 raise TrainingStopped(f"stopped in round {turn.round}")
             yield unit(cohort, rows[patient], study, generator)
 
+    noisy: NDArray[np.int64] | None = None  # memory that every step uses again
+    gradient: NDArray[np.float32] | None = None
     net.train()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(stream.words(1)[0]) >> 1)  # dropout draws from the process's generator
         for step in range(plan.steps):
-            noisy, seen = dpsgd.private_gradient(engine, units(), clip, plan.noise_multiplier or 0.0, stream)
+            multiplier = plan.noise_multiplier or 0.0
+            noisy, seen = dpsgd.private_gradient(engine, units(), clip, multiplier, stream, noisy)
             log.debug("step %d: %d patients, %d clipped, %d not finite", step, seen.units, seen.clipped, seen.nonfinite)
             if seen.nonfinite:
                 log.warning("%d patients gave a gradient that is not finite; they count as zero", seen.nonfinite)
@@ -216,7 +219,9 @@ def learn_privately(
                 return Update(networks.placed(scaled, moved), turn.public_size, 1, 0.0, summed=True)
             # The public size, never the number that was drawn or is there: a denominator says who takes part.
             factor = 2.0**-clip.bits * plan.clip_norm / (plan.sampling_rate * turn.public_size)
-            descend(net, optimizer, (noisy * factor).astype(np.float32))
+            gradient = np.empty(noisy.size, np.float32) if gradient is None else gradient
+            np.multiply(noisy, factor, out=gradient, dtype=np.float64, casting="unsafe")  # float64 a block at a time
+            descend(net, optimizer, gradient)
     delta = networks.to_vector(net) - before
     if not np.isfinite(delta).all():
         raise TrainingDiverged(f"a weight is not a finite number after {plan.steps} steps of round {turn.round}")

@@ -85,10 +85,11 @@ class Engine(Protocol):
 
     name: str
 
-    def clipped_sum(self, units: Iterable[Batch], clip: Clip) -> ClippedSum:
+    def clipped_sum(self, units: Iterable[Batch], clip: Clip, out: Int64 | None = None) -> ClippedSum:
         """The sum over `units`, each a Batch with B = 1, for the parameters that require a gradient, in their order.
 
-        Raises PrivacyError for a unit of several patients, UnitsCoupled for a loss that is not one value for one patient.
+        Its total is written over `out` where that is given. Raises PrivacyError for a unit of several patients, UnitsCoupled
+        for a loss that is not one value for one patient.
         """
         ...
 
@@ -102,10 +103,12 @@ class _Gradients:
 
     def __init__(self, net: nn.Module, losses: Losses) -> None:
         self.net, self.losses = net, losses
+        self._near = torch.empty(0)
 
-    def clipped_sum(self, units: Iterable[Batch], clip: Clip) -> ClippedSum:
+    def clipped_sum(self, units: Iterable[Batch], clip: Clip, out: Int64 | None = None) -> ClippedSum:
         trained = _trained(self.net)
-        found = _Accumulator(sum(p.numel() for p in trained), clip, trained[0].device)
+        self._near = _sized(self._near, sum(p.numel() for p in trained), trained[0].device)
+        found = _Accumulator(len(self._near), clip, self._near, out)
         with contextlib.closing(self._gradients(units)) as gradients:
             for flat in gradients:
                 found.add(flat)
@@ -131,11 +134,12 @@ class LoopEngine(_Gradients):
         super().__init__(net, losses)
         self.name = "loop-bf16" if bfloat16 else "loop"
         self.bfloat16 = bfloat16
+        self._flat = torch.empty(0)
 
     def _gradients(self, units: Iterable[Batch]) -> Generator[Tensor, None, None]:
         trained = _trained(self.net)
         device = trained[0].device
-        flat = torch.empty(sum(p.numel() for p in trained), device=device)
+        flat = self._flat = _sized(self._flat, sum(p.numel() for p in trained), device)
         torch.empty(HEAP, dtype=torch.uint8)  # and free it again
         direct = device.type == "cpu" and not self.bfloat16 and any(map(_falls_off, self.net.modules()))
         # Weights stay as they are for all units, so their bfloat16 copies are made once: torch forgets them where the outermost
@@ -241,15 +245,16 @@ class _Bound(nn.Module):
 class _Accumulator:
     """Adds gradients up after each was brought onto the grid, inside the clip norm."""
 
-    def __init__(self, parameters: int, clip: Clip, device: torch.device | None = None) -> None:
+    def __init__(self, parameters: int, clip: Clip, near: Tensor | None = None, out: Int64 | None = None) -> None:
+        """`near` float32 and `out` int64, (P,): memory to write over. To get it anew at each step takes longer than to add."""
         self.grid, self.clip = 2.0**clip.bits, clip
         # Rounding P values moves a vector by sqrt(P) / 2 at most: what is shortened to this is on the safe side after it.
         self.target = self.grid - math.sqrt(parameters) / 2
         if self.target < self.grid / 2:
             raise PrivacyError(f"a grid of 2**{clip.bits} is too coarse for {parameters} parameters")
         # Whole numbers up to 2**24 are exact in `near`, and no value of a unit is above 2**bits: after so many it is emptied.
-        self.near = torch.zeros(parameters, device=device)
-        self.far: Int64 | None = None  # what was in it before, from the first time that it was full
+        self.near = torch.zeros(parameters) if near is None else near.zero_()
+        self.far, self.filled = out, False  # the sum of what was in it before
         self.held, self.most = 0, 2 ** (24 - clip.bits)
         self.units = self.clipped = self.nonfinite = 0
 
@@ -278,31 +283,39 @@ class _Accumulator:
         self.held += 1
 
     def _empty(self) -> Int64:
-        whole = self.near.cpu().numpy().astype(np.int64)
-        if self.far is not None:
-            whole += self.far
-        self.far, self.held = whole, 0
+        near = self.near.cpu().numpy()
+        if self.far is None:
+            self.far = np.empty(len(near), np.int64)
+        # Both are whole numbers below 2**53, so nothing is lost on the way through float64.
+        np.add(self.far if self.filled else 0, near, out=self.far, dtype=np.float64, casting="unsafe")
         self.near.zero_()
-        return whole
+        self.filled, self.held = True, 0
+        return self.far
 
     def result(self) -> ClippedSum:
         return ClippedSum(self._empty(), self.units, self.clipped, self.nonfinite)
 
 
 def private_gradient(
-    engine: Engine, units: Iterable[Batch], clip: Clip, noise_multiplier: float, stream: noise.Keystream
+    engine: Engine,
+    units: Iterable[Batch],
+    clip: Clip,
+    noise_multiplier: float,
+    stream: noise.Keystream,
+    out: Int64 | None = None,
 ) -> tuple[Int64, ClippedSum]:
     """(noisy sum int64 (P,) in units of 2**-bits of the clip norm, what must stay at the site).
 
     The sum of the clipped gradients of `units` plus discrete Gaussian noise of noise_multiplier * 2**bits for each value. No unit
-    at all is a draw like any other: then it is noise. Raises PrivacyError, before a unit is asked for, for a noise multiplier
-    that is not positive or out of the sampler's range.
+    at all is a draw like any other: then it is noise. It is written over `out` where that is given, and then is the total of
+    what stays as well. Raises PrivacyError, before a unit is asked for, for a noise multiplier that is not positive or out of
+    the sampler's range.
     """
     if not math.isfinite(noise_multiplier) or noise_multiplier <= 0:
         raise PrivacyError(f"a noise multiplier of {noise_multiplier}; it has to be a positive number")
     sampler = noise.gaussian(noise_multiplier * 2.0**clip.bits)
-    seen = engine.clipped_sum(units, clip)
-    noisy = seen.total.copy()
+    seen = engine.clipped_sum(units, clip) if out is None else engine.clipped_sum(units, clip, out)
+    noisy = seen.total.copy() if out is None else seen.total
     sampler.add_to(noisy, stream)
     return noisy, seen
 
@@ -429,6 +442,11 @@ def _loss_of_one(loss: Tensor) -> Tensor:
     if loss.shape != (1,):
         raise UnitsCoupled(f"the loss of one patient has the shape {tuple(loss.shape)}, not one value for each patient")
     return loss[0]
+
+
+def _sized(held: Tensor, size: int, device: torch.device) -> Tensor:
+    """`held` if it is float32 (size,) on `device`, else such memory."""
+    return held if held.shape == (size,) and held.device == device else torch.empty(size, device=device)
 
 
 def _norm(vector: Tensor) -> float:

@@ -26,7 +26,8 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Self, TypeVar, get_type_hints
 
 import numpy as np
@@ -114,10 +115,11 @@ class Crossing:
             _check(field.name, getattr(self, field.name))
 
     @classmethod
-    def fields(cls) -> dict[str, type]:
+    @functools.cache  # worked out once for each kind: three times in a message, it cost as much as the signatures
+    def fields(cls) -> Mapping[str, type]:
         """Name and type of every field: the schema, in order."""
         hints = get_type_hints(cls)
-        return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+        return MappingProxyType({field.name: hints[field.name] for field in dataclasses.fields(cls)})
 
     def to_records(self) -> RecordDict:
         """One record that holds everything, arrays as raw little-endian bytes: Flower sends one request per object and hop."""

@@ -300,6 +300,18 @@ def test_check_says_whether_the_worker_is_confined(tmp_path: Path) -> None:
     assert socket.socket().close() is None  # it was tried in another process
 
 
+def test_before_joining_there_is_no_folder_of_keys_and_the_lock_is_tried_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir()
+    told = []
+    for folder in (tmp_path / "keys", tmp_path / "not" / "there"):
+        try:
+            sandbox.require(folder)
+            told.append("holds")
+        except IsocenterError as error:
+            told.append(str(error))
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [

@@ -43,6 +43,22 @@ def test_every_engine_gives_the_sum_of_the_reference_loop(case: str, kind: str) 
     assert engine.norms(units) == pytest.approx(norms, rel=1e-3)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("kind", ["loop", "vmap"])
+def test_on_an_accelerator_engines_give_the_sum_of_the_reference_loop(kind: str) -> None:
+    torch.manual_seed(1)
+    net, losses, units = CASES["small_cnn, 2 images"]()
+    expected, norms = reference(net.train(), losses, units, 1.0)
+    expected, _ = reference(net, losses, units, clip := float(np.median(norms)))
+    there, moved = net.to("cuda"), [tuple(part.to("cuda") for part in unit) for unit in units]
+    engine = LoopEngine(there, losses) if kind == "loop" else VmapEngine(there, losses, chunk=2)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        total = engine.clipped_sum(moved, Clip(clip)).total
+    shortened = math.sqrt(expected.size) / 2 / 2.0**18
+    assert np.linalg.norm(total / 2.0**18 - expected) <= len(units) * (1e-3 + 2 * shortened)
+
+
 @pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
 @pytest.mark.parametrize("kind", [LoopEngine, VmapEngine])
 def test_shared_weights_odd_memory_and_layers_that_write_in_place_change_nothing(kind: Any) -> None:
@@ -130,6 +146,15 @@ def test_more_units_than_float32_can_count_are_added_exactly() -> None:
             accumulator.add(torch.tensor([0.9999, 3 / 2.0**bits, 0.0]))
         first = math.floor(0.9999 * 2**bits)
         assert abs(accumulator.result().total[0] - 9 * first) <= 9 and accumulator.result().total[1] == 27
+
+
+def test_memory_that_is_used_again_holds_nothing_of_the_step_before() -> None:
+    net, losses, units = CASES["linear, 2 images"]()
+    engine, out = LoopEngine(net, losses), np.full(sum(p.numel() for p in net.parameters()), 2**40)
+    for chosen in (units, units[:1], []):
+        kept, _ = private_gradient(engine, chosen, Clip(0.5, 24), 1.0, Keystream(b"r" * 32), out)
+        fresh, _ = private_gradient(LoopEngine(net, losses), chosen, Clip(0.5, 24), 1.0, Keystream(b"r" * 32))
+        assert kept is out and np.array_equal(kept, fresh)
 
 
 # What one patient can do.
