@@ -61,5 +61,5 @@ pictures: env ## make the pictures of the guides anew (docs/pictures); needs chr
 	@$(PYTHON) deploy/pictures.py
 
 clean: ## remove what the other targets made, the environment too
-	@rm -rf .venv demo profile build dist bench.json clean-room.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv demo profile build dist bench.json bench_sites.json clean-room.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

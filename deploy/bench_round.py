@@ -137,7 +137,7 @@ def made_study(sites: Iterable[str], rounds: int, side: int = 64, **more: Any) -
         "images": {"size_px": side},
         "training": training,
         "privacy": "none",
-        "participation": {"sites": list(sites), "quorum": len(list(sites))},
+        "participation": {"sites": list(sites), "quorum": len(list(sites)), "minimum_patients": 1},
     } | more
 
 

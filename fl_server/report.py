@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure as Picture
 
 from fl_server import figures, matrix
@@ -257,7 +258,7 @@ def _rate(found: dict[str, Any] | None, decimals: int = 2) -> str:
     if found["interval"] is None:
         return f"{found['value']:.{decimals}f}"
     low, high = (f"{end:.{decimals}f}" for end in found["interval"])
-    return f"{found['value']:.{decimals}f} ({low}\u00a0–\u00a0{high})"
+    return Markup(f'{found["value"]:.{decimals}f} <span class="whole">({low} – {high})</span>')  # noqa: S704  numbers
 
 
 def _work(site: str, rounds: Sequence[Round]) -> dict[str, Any]:

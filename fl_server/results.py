@@ -265,10 +265,10 @@ def _contradictions_in(entry: Round, study: Study) -> Iterable[str]:
     trainers, everyone, given = set(study.participation.sites), set(study.all_sites), set(entry.contributors)
     if entry.asked != ([] if study.participation.sample is None else study.asked(entry.round)):
         yield "the sites that were asked are not those that the study draws for the round"
-    if not given <= (set(entry.asked) or trainers):
-        yield "a site contributed that was not asked"
     if len(given) != len(entry.contributors) or not given <= trainers:
         yield "contributors are not distinct training sites of the study"
+    if entry.asked and not given <= set(entry.asked):
+        yield "a site contributed that was not asked"
     if len(given) < study.participation.quorum:
         yield f"{len(given)} contributors are fewer than the quorum of {study.participation.quorum}"
     if set(entry.missing) & given or not set(entry.missing) <= everyone:

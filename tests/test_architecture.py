@@ -32,6 +32,7 @@ MAY_IMPORT_OURS = {
 # Flower does with an app, so that no import crosses the door.
 MEETING_PLACES = {
     "fl_server/simulation.py",
+    "fl_server/cluster.py",  # its crew on Ray
     "fl_server/comparison.py",  # trains on what the first left behind
     "fl_server/evidence.py",  # attacks what the first left behind
     "fl_server/saliency.py",  # looks at its phantoms
@@ -158,6 +159,7 @@ SPEAKS_TO_PEOPLE = {
     "fl_server/researcher.py",
     "fl_server/doctor.py",
     "fl_server/release_cli.py",
+    "fl_server/rehearsal_cli.py",
     "fl_server/cost_cli.py",
     "fl_server/runs_cli.py",
     "models/catalogue_cli.py",

@@ -61,6 +61,7 @@ READS: dict[str, tuple[str, ...]] = {
     "fl-study new": ("x.yaml", "--list"),
     "fl-study check": ("STUDY",),
     "fl-study plan": ("PRIVATE",),
+    "fl-study cost": ("STUDY",),
     "fl-study doctor": (),
     "fl-study studies": (),
     "fl-study models": (),
@@ -148,7 +149,11 @@ def test_every_command_that_says_how_things_stand_has_json() -> None:
 def test_json_is_one_document_and_nothing_else(line: str, homes: dict[str, Path], words: dict[str, str]) -> None:
     program = line.split(maxsplit=1)[0]
     given = [words.get(word, word) for word in READS[line]]
-    home = [] if line in ("fl-study new", "fl-study check", "fl-study plan") else ["--home", str(homes[program])]
+    home = (
+        []
+        if line in ("fl-study new", "fl-study check", "fl-study plan", "fl-study cost")
+        else ["--home", str(homes[program])]
+    )
     answered = asked(line, *given, "--json", *home)
     assert answered.exception is None or isinstance(answered.exception, SystemExit), answered.exception
     assert json.loads(answered.stdout) is not None
@@ -162,7 +167,11 @@ def test_nothing_is_wider_than_80_columns_and_nothing_coloured_in_a_pipe(
     """Tables and named facts; single sentences are one line each, which a terminal breaks."""
     program = line.split(maxsplit=1)[0]
     given = [words.get(word, word) for word in READS[line]]
-    home = [] if line in ("fl-study new", "fl-study check", "fl-study plan") else ["--home", str(homes[program])]
+    home = (
+        []
+        if line in ("fl-study new", "fl-study check", "fl-study plan", "fl-study cost")
+        else ["--home", str(homes[program])]
+    )
     answered = asked(line, *given, *home)
     assert "\x1b" not in answered.stdout  # furnished: one name is a command to the terminal
     for row in answered.stdout.splitlines():

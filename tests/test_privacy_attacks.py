@@ -248,7 +248,7 @@ def noise_halved(patch: pytest.MonkeyPatch) -> None:
 def clip_skipped(patch: pytest.MonkeyPatch) -> None:
     def add(self: Any, gradient: Tensor) -> None:
         self.units += 1
-        self.total.add_((gradient * (self.grid / self.clip.norm)).round_())
+        self.near.add_((gradient * (self.grid / self.clip.norm)).round_())
 
     patch.setattr(dpsgd._Accumulator, "add", add)
 

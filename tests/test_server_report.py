@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import roc_auc_score
 
-from fl_server import comparison, figures, matrix, measures, report, research, summary
+from fl_server import comparison, figures, matrix, measures, rehearsal_cli, report, summary
 from fl_server.results import REMEDY, canonical
 from models.metrics import ScoreHistogram
 from models.study import Study, parse
@@ -434,7 +434,7 @@ def test_a_gap_of_one_round_among_hundreds_is_still_drawn(otherwise: int) -> Non
 def screen(monkeypatch: pytest.MonkeyPatch) -> Callable[[], str]:
     """What was printed so far; not a terminal, as in a log file."""
     paper = io.StringIO()
-    for place in (research, summary):
+    for place in (rehearsal_cli, summary):
         monkeypatch.setattr(place, "console", Console(file=paper, width=100))
     return paper.getvalue
 
@@ -467,7 +467,7 @@ def test_a_row_of_the_comparison_has_what_each_site_released_and_the_whole(
     found = matrix.Comparison(
         study="s", digest="0" * 64, targets=study.task.targets, sites=study.all_sites, models=[federated, silent]
     )
-    research._say_matrix(found, Path("comparison.png"))
+    rehearsal_cli._say_matrix(found, Path("comparison.png"))
     lines = [line.split() for line in screen().splitlines()]
     assert lines[2][: len(study.all_sites) + 1] == [
         "federated", *("-" if cell is None else f"{cell.auroc:.3f}" for cell in tested.sites.values())
