@@ -52,7 +52,7 @@ class Unfetched:
     def bytes(self) -> int:
         """Of those that came within UNFETCHED_S."""
         now = time.monotonic()
-        return sum(size for size, came in tuple(self._kept.values()) if now - came <= UNFETCHED_S)
+        return sum(size for size, came in self._kept.copy().values() if now - came <= UNFETCHED_S)
 
 
 class Parcels:
