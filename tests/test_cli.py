@@ -90,8 +90,8 @@ def test_a_mistake_in_a_study_is_named_with_its_line(call: Call, tmp_path: Path,
 
 
 def test_templates_work_as_they_stand(call: Call, tmp_path: Path) -> None:
-    code, out, _ = call(fl_study, "new", tmp_path / "x.yaml", "--list")
-    names = [line.split()[0] for line in out.splitlines()]
+    code, out, _ = call(fl_study, "new", tmp_path / "x.yaml", "--list", "--json")
+    names = [template["name"] for template in json.loads(out)]
     assert code == 0 and {"opacity", "phantoms"} <= set(names)
     for name in names:
         assert call(fl_study, "new", tmp_path / f"{name}.yaml", "--template", name)[0] == 0

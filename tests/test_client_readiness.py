@@ -223,7 +223,9 @@ def test_what_should_be_looked_at_does_not_make_a_site_unready(north: Hospital) 
     missing = found_in(north.home, "missing")
     assert missing.good and missing.look and "mapped wrongly" in missing.sentence
     result = CliRunner().invoke(app, ["check", "--home", str(north.home)])
-    assert "LOOK missing" in result.output and "ok   damage" in result.output and "FIX  gateway" in result.output
+    assert (
+        "LOOK    missing" in result.output and "ok      damage" in result.output and "FIX     gateway" in result.output
+    )
     own.write_text(f"{first}\nnobody;normal\n", encoding="utf-8")
     assert "No study can train here" in found_in(north.home, "missing").sentence
 
@@ -465,7 +467,7 @@ def test_one_exposure_under_two_patients_is_found_though_it_was_stored_anew(
 
 def _hostile(home: Path, name: str, change: Callable[[Any], None]) -> Path:
     """A hospital of phantoms whose headers were changed before they were ingested."""
-    prepare(home, name, None, (16, len(name)), COORDINATOR.public_key())
+    prepare(home, name, (16, len(name)), COORDINATOR.public_key())
     for path in (home / "hospital" / "dicom").rglob("IM*"):
         if path.suffix or path.name.endswith("L"):
             continue
@@ -498,7 +500,7 @@ def test_hostile_headers_are_shown_as_the_text_that_they_are(tmp_path: Path) -> 
 
 def test_nothing_on_the_page_names_a_patient_a_file_or_a_date(tmp_path: Path) -> None:
     home = tmp_path / "north"
-    prepare(home, "north", None, (16, 5), COORDINATOR.public_key())
+    prepare(home, "north", (16, 5), COORDINATOR.public_key())
     plant(home / "hospital")
     spoil(home / "hospital")
     site = Site.open(home)

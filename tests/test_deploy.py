@@ -228,7 +228,7 @@ def test_a_site_pauses_in_the_middle_of_a_run_and_comes_back(stage: Shared) -> N
     def rounds() -> list[list[str]]:
         return [event["contributors"] for event in events_of(folder) if event["event"] == "round_done"]
 
-    digest = submit(stage, "paused", rounds=24, timeout_s=60)
+    digest = submit(stage, "paused", rounds=80, timeout_s=60)
     folder = launch(stage, digest)
     wait_for(lambda: len(rounds()) >= 1, "the first round")
     stage.command("fl-client", "pause", digest[:12], "--home", str(stage.site("north")))
@@ -264,7 +264,7 @@ def serve_anew(stage: Shared, old: str, new: str) -> None:
 def test_two_runs_are_carried_out_side_by_side(stage: Shared) -> None:
     """Two executors, and nodes that answer one order at a time: each run commits rounds while the other does, with everybody."""
     serve_anew(stage, "# runs_at_once: 2", "runs_at_once: 2")
-    digests = [submit(stage, title, rounds=16, timeout_s=120) for title in ("one", "another")]
+    digests = [submit(stage, title, rounds=60, timeout_s=120) for title in ("one", "another")]
     folders = [launch(stage, digest) for digest in digests]
     for folder in folders:
         wait_for(lambda folder=folder: ended(folder), "the end of both runs")  # type: ignore[misc]

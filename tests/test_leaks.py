@@ -133,8 +133,8 @@ def marked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def home_of(name: str) -> Path:
         if name not in made:
             home = tmp_path_factory.mktemp("marked") / name
-            prepare(home, name, None, (16, len(name)), COORDINATOR.public_key())
-            text = (home / "site.yaml").read_text().replace("minimum_patients: 10", "minimum_patients: 2")
+            prepare(home, name, (16, len(name)), COORDINATOR.public_key())
+            text = (home / "site.yaml").read_text().replace("minimum_patients: 1\n", "minimum_patients: 2\n")
             # So many spoiled files among so few would stop any hospital.
             (home / "site.yaml").write_text(text.replace("damaged_share_max: 0.05", "damaged_share_max: 0.9"))
             plant(home / "hospital")

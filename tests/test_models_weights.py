@@ -181,7 +181,7 @@ def checked(tmp_path: Path, plan: Study, *words: str) -> tuple[int, str]:
     (tmp_path / "study.yaml").write_text(json.dumps(plan.model_dump(mode="json", exclude_none=True)))
     line = ["check", str(tmp_path / "study.yaml"), "--weights", str(tmp_path / "w"), *words]
     result = CliRunner().invoke(research.app, line, env={"COLUMNS": "200"})
-    return result.exit_code, result.stdout
+    return result.exit_code, result.stdout if "--json" in words else " ".join(result.stdout.split())
 
 
 def test_a_file_that_fits_is_told_before_the_study_is_submitted(tmp_path: Path) -> None:

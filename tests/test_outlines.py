@@ -172,8 +172,8 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
     words = ["simulate", str(folder / "study.yaml"), "--out", str(folder / "out")]
     for number, name in enumerate(("north", "south", "east")):
         home = folder / name
-        prepare(home, name, None, (20, number), COORDINATOR.public_key(), made=["masks"])
-        text = (home / "site.yaml").read_text().replace("minimum_patients: 10", "minimum_patients: 2")
+        prepare(home, name, (20, number), COORDINATOR.public_key(), made=["masks"])
+        text = (home / "site.yaml").read_text().replace("minimum_patients: 1\n", "minimum_patients: 2\n")
         (home / "site.yaml").write_text(text)
         words += ["--site", f"{name}={home}"]
     shown = CliRunner().invoke(app, words, env={"COLUMNS": "160"}, catch_exceptions=False)

@@ -122,7 +122,7 @@ def test_an_outline_that_comes_back_as_a_mask_is_the_outline(
     """Out as SEG, in again as a reference mask on the same images: on the study's grid it is what the network outlined."""
     home, package = tmp_path / "home", FLAT if kind == "dx" else DEEP
     made = ["volumes"] if kind == "ct" else []
-    prepare(home, "north", None, (2, 0), COORDINATOR.public_key(), made=made)  # type: ignore[arg-type]
+    prepare(home, "north", (2, 0), COORDINATOR.public_key(), made=made)  # type: ignore[arg-type]
     folder = home / "hospital" / "dicom"
     outlining.outline(package, folder, home / "seg", 0, lambda done, total: None)
     mapping = MaskMap.model_validate(
