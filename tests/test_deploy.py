@@ -243,7 +243,7 @@ def test_a_site_pauses_in_the_middle_of_a_run_and_comes_back(stage: Shared) -> N
     why = " and ".join(dict.fromkeys(entry["missing"]["north"] for entry in without))
     assert results["label"] == f"partial (3 of 4, north missed {len(without)} of 80 rounds: {why})"
     shown = stage.command("fl-server", "show", folder.name, "--home", str(stage.coordinator))
-    assert f"{24 - len(without)} of 24" in shown and "site-paused" in shown
+    assert f"{80 - len(without)} of 80" in shown and "site-paused" in shown
 
 
 def serve_anew(stage: Shared, old: str, new: str) -> None:
