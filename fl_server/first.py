@@ -7,6 +7,7 @@ the model behind it.
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from models.contributions import Float32
 from models.study import Study
 from privacy.errors import IsocenterError, RunError, named
 
+ROOT = Path(__file__).resolve().parent.parent
 log = logging.getLogger("isocenter.coordinator")
 
 
@@ -29,8 +31,9 @@ def first_model(root: Path, study: Study) -> Float32:
     if "torch" in sys.modules:  # a simulation, which trains in this process
         model, sentence = _made(root, study)
     else:
-        words = [sys.executable, "-m", "fl_server.first", str(root)]
-        done = subprocess.run(words, input=study.canonical(), capture_output=True, check=False)
+        # This installation's code, whatever is called `models` where the coordinator was started.
+        words, ours = [sys.executable, "-P", "-m", "fl_server.first", str(root)], os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, input=study.canonical(), capture_output=True, env=ours, check=False)
         head, _, values = done.stdout.partition(b"\n")
         if done.returncode != 0 or not head:
             raise RunError(f"the process that makes the first model ended with code {done.returncode}")

@@ -38,6 +38,7 @@ from fl_server import consortium, notify
 from fl_server.control import LOOPBACK, control
 from fl_server.door import listen
 from fl_server.doorbell import Doorbell
+from fl_server.first import ROOT
 from fl_server.gateway import Gateway, Limits, Refusals, Standing, gateway_context
 from fl_server.overview import ENDING_SHARE, NODES
 from fl_server.parcels import Parcels
@@ -277,9 +278,9 @@ async def _keep_executor(home: Home, port: int, secret: bytes) -> None:
     while True:
         child = await asyncio.create_subprocess_exec(
             sys.executable,
-            *("-m", "fl_server.executor", str(home.root), str(port)),
+            *("-P", "-m", "fl_server.executor", str(home.root), str(port)),
             stdin=subprocess.PIPE,
-            env=os.environ | QUIET,
+            env=os.environ | QUIET | {"PYTHONPATH": str(ROOT)},  # this installation's code, wherever it was started
         )
         try:
             if child.stdin is not None:

@@ -53,3 +53,13 @@ def test_a_process_that_dies_gives_no_model(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("fl_server.first.sys.executable", "/bin/false")
     with pytest.raises(RunError, match="ended with code 1"):
         first.first_model(tmp_path, study())
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_what_lies_where_the_coordinator_was_started_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other software has packages called `models` too."""
+    (tmp_path / "models.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    assert first.first_model(tmp_path, study()).tobytes() == networks.to_vector(networks.build(study())).tobytes()
