@@ -162,9 +162,9 @@ def _gpu(settings: SiteFile) -> str:
     if not count:
         raise Advice(
             f"resources.gpu is true, and torch finds none{' although /dev/nvidia0 is there' if there else ''}",
-            "Training runs on the processor until then. Look at `nvidia-smi`, and install a torch that is built for its CUDA.",
+            "Nothing is lost: this version trains on the processor. Set resources.gpu to false, or look at `nvidia-smi`.",
         )
-    return f"{count} GPU{'s' if count > 1 else ''} for training"
+    return f"{count} GPU{'s' if count > 1 else ''} can be seen; this version trains on the processor all the same"
 
 
 def _data(home: Path) -> str:

@@ -177,7 +177,10 @@ class Resources(Document):
         le=16,
         description="studies whose images stay in memory; with fewer than runs side by side, each order reads them anew",
     )
-    gpu: bool = Field(default=False, description="whether training may use a GPU of this machine")
+    gpu: bool = Field(
+        default=False,
+        description="whether the training process may see a GPU; this version trains on the processor all the same",
+    )
 
 
 class SiteFile(Document):
