@@ -139,13 +139,12 @@ def test_convolutions_of_one_image_go_another_way_to_the_same_gradient(
 
 
 def test_more_units_than_float32_can_count_are_added_exactly() -> None:
-    """Whole numbers above 2**24 are not all float32 numbers; with a grid of 2**24 the second unit is beyond them."""
+    """Whole numbers above 2**24 are not all float32 numbers; with a grid of 2**24 the third unit is beyond them."""
     for bits in (22, 24):
-        accumulator = _Accumulator(3, Clip(1.0, bits))
+        accumulator, odd = _Accumulator(3, Clip(1.0, bits)), 2 ** (bits - 1) + 1
         for _ in range(9):
-            accumulator.add(torch.tensor([0.9999, 3 / 2.0**bits, 0.0]))
-        first = math.floor(0.9999 * 2**bits)
-        assert abs(accumulator.result().total[0] - 9 * first) <= 9 and accumulator.result().total[1] == 27
+            accumulator.add(torch.tensor([odd / 2.0**bits, 3 / 2.0**bits, 0.0]))
+        assert accumulator.result().total.tolist() == [9 * odd, 27, 0]
 
 
 def test_memory_that_is_used_again_holds_nothing_of_the_step_before() -> None:

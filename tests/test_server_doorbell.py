@@ -144,6 +144,20 @@ def test_nothing_is_looked_up_for_a_caller_who_has_gone() -> None:
     assert seconds(leaving) < 2
 
 
+def test_who_goes_at_the_moment_of_the_ring_is_given_nothing() -> None:
+    async def leaving() -> None:
+        flower, gone = Flower(), asyncio.Event()
+        app = Doorbell(flower)
+        held = asyncio.create_task(call(app, FLEET, gone=gone))
+        await asyncio.sleep(0.05)
+        flower.answers[FLEET] = b"an order"
+        app.bells[doorbell.ORDERS].ring()
+        gone.set()
+        assert await held == b"" and len(flower.bodies) == 1
+
+    assert seconds(leaving) < 2
+
+
 def test_a_refusal_without_a_body_is_answered_at_once() -> None:
     async def refused() -> None:
         flower = Flower()
