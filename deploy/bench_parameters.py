@@ -157,18 +157,18 @@ def _packed(records: Any) -> bytes:
 
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1  # Message() refuses to be made without
     (tree,), objects = parcels.flat([Message(records, dst_node_id=1, message_type="train")])
-    return parcels.pack([tree.SerializeToString(), *objects])
+    return parcels.pack([tree.SerializeToString(), *map(b"".join, objects)])
 
 
 def _unpacked(body: bytes) -> Any:
     from flwr.proto.message_pb2 import ObjectTree
-    from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
     from privacy import parcels
 
-    head, *objects = parcels.unpack(body)
-    tree = ObjectTree.FromString(head)
-    return inflate_object_from_contents(tree.object_id, dict(zip(parcels.names([tree]), objects, strict=True))).content
+    head, *objects = parcels.views(body)
+    tree = ObjectTree.FromString(bytes(head))
+    message: Any = parcels.inflate(tree.object_id, dict(zip(parcels.names([tree]), objects, strict=True)))
+    return message.content
 
 
 def _peak() -> int:

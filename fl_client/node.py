@@ -36,7 +36,6 @@ from flwr.proto.fleet_pb2 import (
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
@@ -101,11 +100,11 @@ class Connection:
         if not body:
             return None
         try:
-            head, *objects = parcels.unpack(body)
-            answer = PullMessagesResponse.FromString(head)
+            head, *objects = parcels.views(body)
+            answer = PullMessagesResponse.FromString(bytes(head))
             message_id = answer.messages_list[0].metadata.message_id
             contents = dict(zip(parcels.names(answer.message_object_trees), objects, strict=True))
-            message = inflate_object_from_contents(message_id, contents)
+            message = parcels.inflate(message_id, contents)
         except (MessageMalformed, DecodeError, LookupError, TypeError, ValueError, AttributeError, RecursionError):
             message = None
         if not isinstance(message, Message):
@@ -357,6 +356,7 @@ def _answer_orders(
             pause, began = PAUSE_FIRST_S, time.monotonic()
             with tracing.span("order") as told:
                 unsent.append(reply(message))
+                message = None  # an order has the size of the model, and so has its report
                 told(outcome=_outcome(unsent[-1]), **_numbers(unsent[-1]))
             took = time.monotonic() - began
             log.info("an order was answered: %s, in %.1f s", _outcome(unsent[-1]), took)

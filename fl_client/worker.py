@@ -19,7 +19,9 @@ could open the site's key, and people are told so.
 """
 
 import contextlib
+import fcntl
 import functools
+import io
 import json
 import logging
 import os
@@ -34,8 +36,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flwr.app import ConfigRecord, RecordDict
-
 from fl_client import sandbox
 from fl_client.orders import Work
 from fl_client.protection import Signing, Vault
@@ -43,10 +43,11 @@ from fl_client.site import Resources, Site, SiteFile
 from models.study import Study
 from privacy import deidentify, keys, logs, tracing
 from privacy.errors import AuditFailed, DocumentError, IsocenterError, LimitExceeded, MessageMalformed, WorkerDied
-from privacy.wire import BYTES_MAX, ORDERS, RECORD, REPORTS, Crossing, Order, Refusal, Report
+from privacy.wire import BYTES_MAX, ORDERS, REPORTS, Crossing, Order, Refusal, Report
 
 STARTS_MAX = 3  # of a worker in a row: once may be an accident, and so may the memory of another program
 HEAD_BYTES_MAX = 2 * 1024 * 1024  # a study is at most 256 KiB
+PIPE_BYTES = 1024 * 1024  # what a user may have; with the usual 64 KiB both processes wake sixteen times as often
 LOOK_S, MINUTE_S, GIB = 0.5, 60.0, 1024**3
 HIDE = "import sys; from fl_client.sandbox import hide; hidden = hide(sys.argv[1])"  # before numpy starts its threads
 PROGRAM = f"{HIDE}; from fl_client.worker import main; main(hidden, *map(int, sys.argv[2:]))"
@@ -70,11 +71,13 @@ class Line:
     writer: "Connection[Any, Any]"
 
     def send(self, what: str, facts: dict[str, Any]) -> None:
-        sizes = {name: len(value) for name, value in facts.items() if isinstance(value, bytes)}
+        sizes = {name: len(value) for name, value in facts.items() if isinstance(value, bytes | memoryview)}
         plain = {name: value for name, value in facts.items() if name not in sizes}
         self.writer.send_bytes(json.dumps([what, plain, sizes]).encode())
         for name in sizes:
-            self.writer.send_bytes(facts[name])
+            left = memoryview(facts[name])
+            while left:
+                left = left[os.write(self.writer.fileno(), left) :]
 
     def receive(self) -> tuple[str, dict[str, Any]]:
         """The next frame. Raises EOFError or OSError when the other end is gone, MessageMalformed if it is no frame."""
@@ -82,31 +85,42 @@ class Line:
             what, facts, sizes = json.loads(self.reader.recv_bytes(HEAD_BYTES_MAX))
             whole = isinstance(what, str) and isinstance(facts, dict) and isinstance(sizes, dict)
             for name, size in sizes.items() if whole else ():
-                facts[name] = self.reader.recv_bytes(min(size, BYTES_MAX))
+                facts[name] = self._bytes(size)
         except (ValueError, TypeError, RecursionError):
             whole = False
         if not whole:
             raise MessageMalformed("what came over the pipe between node and worker is no frame")
         return what, facts
 
+    def _bytes(self, size: object) -> bytes:
+        """So many bytes, read into the place where they stay: a message's large part is in memory once."""
+        if type(size) is not int or not 0 <= size <= BYTES_MAX:
+            raise ValueError("no size")
+        if size == 0:
+            return b""
+        whole = io.BytesIO()
+        whole.seek(size - 1)
+        whole.write(b"\0")
+        with whole.getbuffer() as place:
+            come = 0
+            while come < size:
+                step = os.readv(self.reader.fileno(), [place[come:]])
+                if step == 0:
+                    raise EOFError
+                come += step
+        return whole.getvalue()  # its own memory, not a copy
+
     def close(self) -> None:
         self.reader.close()
         self.writer.close()
 
 
-def facts_of(message: Crossing) -> dict[str, Any]:
-    return dict(message.to_records()[RECORD])
-
-
 def read(facts: dict[str, Any], kinds: tuple[type[M], ...]) -> M:
-    """The message of one of `kinds` whose `facts_of` these are; raises MessageMalformed for anything else."""
+    """The message of one of `kinds` whose facts these are; raises MessageMalformed for anything else."""
     kind = facts.get("kind")
     for candidate in kinds:
         if candidate.kind == kind:
-            try:
-                return candidate.from_records(RecordDict({RECORD: ConfigRecord(facts)}))
-            except (TypeError, ValueError):
-                break  # no facts that a record can hold
+            return candidate.from_facts(facts)
     raise MessageMalformed("what came over the pipe between node and worker is no message")
 
 
@@ -125,6 +139,9 @@ class Worker:
         theirs_in, ours_out = Pipe(duplex=False)
         ours_in, theirs_out = Pipe(duplex=False)
         handed = (theirs_in.fileno(), theirs_out.fileno())
+        for end in handed if hasattr(fcntl, "F_SETPIPE_SZ") else ():
+            with contextlib.suppress(OSError):  # it is slower then
+                fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", PROGRAM, self.keys, *map(str, handed)],
             stdin=subprocess.DEVNULL,
@@ -198,7 +215,7 @@ class Worker:
         settings, public = site.settings.model_dump_json().encode(), keys.public_pem(site.coordinator)
         told = {"home": str(site.home), "settings": settings, "coordinator": public, "study": study.canonical()}
         self.line.send("work", told)
-        self.line.send("order", facts_of(order))
+        self.line.send("order", order.to_facts())
         while True:
             what, facts = self.line.receive()
             if what == "spans":
@@ -299,7 +316,7 @@ def main(hidden: bool, orders: int, answers: int) -> None:
                 report = _attempt(work, site, study, order)
             if spans:
                 line.send("spans", {"spans": spans})
-            line.send("report", facts_of(report))
+            line.send("report", report.to_facts())
 
 
 def _log_files(home: Path) -> logs.LogFiles:

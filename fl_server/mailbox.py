@@ -18,7 +18,6 @@ from flwr.proto.runtime_pb2 import (
 )
 from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from privacy import parcels
@@ -44,7 +43,7 @@ class Mailbox(HttpGrid):
         envelopes = [message_to_proto(remove_content_from_message(message)) for message in given]
         request = PushAppMessagesRequest(messages_list=envelopes, message_object_trees=trees)
         answer = parcels.post(self._runtime_client, parcels.SEND_ORDERS, request, contents)
-        return list(PushAppMessagesResponse.FromString(answer).message_ids)
+        return list(PushAppMessagesResponse.FromString(bytes(answer)).message_ids)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies to the orders of these ids; a Flower error in place of one whose content is gone."""
@@ -52,17 +51,17 @@ class Mailbox(HttpGrid):
         request = PullAppMessagesRequest(message_ids=message_ids)
         if not (body := parcels.post(self._runtime_client, parcels.RECEIVE_REPORTS, request)):
             return []
-        head, *objects = parcels.unpack(body)
-        answer, replies = PullAppMessagesResponse.FromString(head), []
+        head, *objects = parcels.views(body)
+        answer, replies = PullAppMessagesResponse.FromString(bytes(head)), []
         for envelope, tree in zip(answer.messages_list, answer.message_object_trees, strict=True):
             wanted = parcels.names([tree])
             contents, objects = dict(zip(wanted, objects, strict=False)), objects[len(wanted) :]
             replies.append(self._reply(envelope, contents) if all(contents.values()) else self._lost(envelope))
         return replies
 
-    def _reply(self, envelope: Envelope, contents: dict[str, bytes]) -> Message:
+    def _reply(self, envelope: Envelope, contents: dict[str, memoryview]) -> Message:
         name = envelope.metadata.message_id
-        message = cast(Message, inflate_object_from_contents(name, contents))
+        message = cast(Message, parcels.inflate(name, contents))
         message.metadata.__dict__["_message_id"] = name
         return message
 

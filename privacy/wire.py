@@ -123,17 +123,22 @@ class Crossing:
 
     def to_records(self) -> RecordDict:
         """One record that holds everything, arrays as raw little-endian bytes: Flower sends one request per object and hop."""
+        facts = {name: bytes(v) if isinstance(v, memoryview) else v for name, v in self.to_facts().items()}
+        return RecordDict({RECORD: ConfigRecord(facts)})
+
+    def to_facts(self) -> dict[str, Any]:
+        """What the record holds; an array is seen where it stands, not copied."""
         facts: dict[str, Any] = {"version": VERSION, "kind": self.kind}
         for name in self.fields():
             value = getattr(self, name)
             if isinstance(value, np.ndarray):
-                facts[name] = np.ascontiguousarray(value, dtype=ARRAYS[name].dtype).tobytes()
+                facts[name] = np.ascontiguousarray(value, dtype=ARRAYS[name].dtype).reshape(-1).view(np.uint8).data
                 facts[f"{name}_shape"] = list(value.shape)
             elif name in NAMES:
                 facts[name] = " ".join(value)
             else:
                 facts[name] = value
-        return RecordDict({RECORD: ConfigRecord(facts)})
+        return facts
 
     @classmethod
     def from_records(cls, records: RecordDict) -> Self:
@@ -141,7 +146,12 @@ class Crossing:
         record = records.get(RECORD)
         if set(records) != {RECORD} or not isinstance(record, ConfigRecord):
             raise MessageMalformed("a message is exactly one record")
-        given: dict[str, Any] = dict(record)
+        return cls.from_facts(record)
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Self:
+        """The message that has these facts; raises MessageMalformed unless they follow the schema to the letter."""
+        given = dict(facts)
         version, kind = given.pop("version", None), given.pop("kind", None)
         require_spoken(version)
         if kind != cls.kind:

@@ -29,7 +29,7 @@ from hospital import Hospital
 
 from fl_client import node, sandbox
 from fl_client.node import Connection
-from fl_client.worker import Worker, facts_of
+from fl_client.worker import Worker
 from privacy import keys, parcels, tracing, wire
 from privacy.errors import AuditFailed, DiskUnusable
 
@@ -214,7 +214,9 @@ print(*kinds, *sorted({name.split(".")[0] for name in sys.modules} & {"torch", "
 def test_the_node_process_never_loads_what_reads_or_learns_from_images(hospital: Hospital, tmp_path: Path) -> None:
     """A real node's half in a process of its own, which answers real orders."""
     kinds = (wire.TrainOrder, wire.EvaluateOrder)
-    orders = [facts_of(hospital.order(kind, run="five", sum=n)) for n, kind in enumerate(kinds, 1)]
+    orders = [
+        dict(hospital.order(kind, run="five", sum=n).to_records()[wire.RECORD]) for n, kind in enumerate(kinds, 1)
+    ]
     (tmp_path / "orders").write_bytes(pickle.dumps(orders))
     command = [sys.executable, "-c", NODE, str(hospital.home), str(tmp_path / "orders")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -244,7 +246,7 @@ def test_only_a_report_may_wait_for_room_while_it_is_written(tmp_path: Path) -> 
 
     def gateway(asked: httpx.Request) -> httpx.Response:
         allowed[asked.url.path] = asked.extensions["timeout"]
-        return httpx.Response(200)
+        return httpx.Response(200, headers={"content-length": "0"})
 
     key = keys.make_key(tmp_path / "key")
     fleet = node._Fleet("127.0.0.1:1", ssl.create_default_context(), NodeAuthHttpInterceptor(key, key.public_key()))

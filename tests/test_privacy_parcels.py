@@ -1,14 +1,21 @@
 """Parcels: what was packed comes out again, and nothing that was not packed so."""
 
 import struct
+from collections.abc import Callable
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.app.error import Error
 from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.recorddict_pb2 import ConfigRecordValue as ProtoConfigRecordValue
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.task_identity import TaskIdentity
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -71,4 +78,103 @@ def test_flat_messages_are_what_flower_makes_of_them(monkeypatch: pytest.MonkeyP
     # Oracle: Flower's own functions, one message after the other.
     assert trees == [get_object_tree(message) for message in messages]
     objects = {name: each for message in messages for name, each in get_all_nested_objects(message).items()}
-    assert contents == [objects[name].deflate() for name in parcels.names(trees)]
+    assert [b"".join(each) for each in contents] == [objects[name].deflate() for name in parcels.names(trees)]
+
+
+LARGE = b"w" * parcels.LARGE_BYTES
+RECORDS = [
+    {"model": LARGE},
+    {
+        "version": 1,
+        "kind": "train",
+        "model": LARGE + b"x" * 70_000,
+        "model_shape": [3, 4],
+        "seconds": 1.5,
+        "flag": True,
+    },
+    {"a": LARGE, "empty": b"", "b": LARGE[:-1], "c": LARGE * 40, "names": "n" * 70_000},  # the last of them is no bytes
+    {"model": b"small", "list": [b"x", b"y"]},
+]
+
+
+@pytest.mark.parametrize("facts", RECORDS, ids=["one", "as-it-is", "many", "small"])
+def test_a_record_goes_out_without_a_copy_and_comes_in_as_flower_reads_it(facts: dict[str, Any]) -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
+    message = Message(RecordDict({"isocenter": ConfigRecord(facts)}), 1, "train")
+    (tree,), contents = parcels.flat([message])
+    objects = get_all_nested_objects(message)  # oracle: Flower's own
+    assert [b"".join(each) for each in contents] == [objects[name].deflate() for name in parcels.names([tree])]
+    large = [id(value) for value in facts.values() if isinstance(value, bytes) and len(value) >= parcels.LARGE_BYTES]
+    assert {*large} <= {id(piece) for each in contents for piece in each}
+    whole = {name: memoryview(objects[name].deflate()) for name in parcels.names([tree])}
+    found = parcels.inflate(tree.object_id, whole)
+    assert isinstance(found, Message) and dict(found.content["isocenter"]) == facts
+
+
+def cut_and_changed() -> dict[str, bytes]:
+    """Contents that are no record, or not one as it is written here."""
+    good = ConfigRecord({"model": LARGE, "n": 1}).deflate()
+    begin = good.index(b"\0") + 1
+    body, twice = good[begin:], good[begin:] * 2
+    return {
+        "cut": good[:-1],
+        "longer": good + b"x",
+        "another kind": good.replace(b"ConfigRecord", b"MetricRecord", 1),
+        "no head": body,
+        "a field that nobody knows": b"ConfigRecord  %d\0" % (len(body) + 2) + body + b"\x08\x01",
+        "longer than it is": good[:begin] + body.replace(b"\x80\x80\x04", b"\xff\xff\x7f", 1),
+        "a size without an end": good[:begin] + b"\x0a" + b"\xff" * (len(body) - 1),
+        "each key twice": b"ConfigRecord  %d\0" % len(twice) + twice,
+        "a key that is no text": good[:begin] + body.replace(b"model", b"\xff\xfe\xfd\xfc\xfb", 1),
+    }
+
+
+@pytest.mark.parametrize("name", cut_and_changed())
+def test_what_is_no_record_is_judged_as_flower_judges_it(name: str) -> None:
+    content = cut_and_changed()[name]
+
+    def outcome(make: Callable[[], Any]) -> Any:
+        try:
+            return dict(make())
+        except (LookupError, TypeError, ValueError, AttributeError, DecodeError):  # what a node takes as no order
+            return "no object"
+
+    ours = outcome(lambda: parcels.inflate("a", {"a": memoryview(content)}))
+    assert ours == outcome(lambda: inflate_object_from_contents("a", {"a": content}))  # oracle: Flower's own
+
+
+@given(st.integers(0, 2**40))
+def test_numbers_are_written_as_protobuf_writes_them(number: int) -> None:
+    # Oracle: a message of the library whose one field is such a number.
+    assert ProtoConfigRecordValue(uint64=number).SerializeToString() == b"\x18" + parcels._varint(number)
+
+
+def test_a_body_can_be_sent_again_and_no_piece_is_large() -> None:
+    parts = [b"ab", b"", bytes(range(256)) * 3000]
+    body = parcels._Body(parts)
+    for _ in range(2):
+        sent = list(body)
+        assert b"".join(sent) == b"".join(parts) and max(map(len, sent)) == parcels.PIECE_BYTES
+
+
+def answering(headers: dict[str, str], content: list[bytes]) -> Any:
+    """A client of Flower's whose server answers so."""
+    client = ProtobufClient("https://example.invalid")
+    client._client.close()
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, content=iter(content)))
+    client._client = httpx.Client(transport=transport, timeout=7.0)
+    return client
+
+
+def test_an_answer_is_read_into_one_block() -> None:
+    parts = [b"x" * 300_000, b"y", b"z" * 99_999]
+    client = answering({"content-length": "400000"}, parts)
+    answer = parcels.post(client, parcels.RECEIVE_ORDER, ObjectTree())
+    assert bytes(answer) == b"".join(parts) and answer.readonly
+
+
+@pytest.mark.parametrize("told", ["", "-1", "1e3", "1 0", str(parcels.ANSWER_BYTES_MAX + 1), "9" * 5000])
+def test_an_answer_of_no_length_or_of_too_large_a_one_takes_no_memory(told: str) -> None:
+    client = answering({"content-length": told} if told else {}, [b"x"])
+    with pytest.raises(httpx.RemoteProtocolError):
+        parcels.post(client, parcels.RECEIVE_ORDER, ObjectTree())
