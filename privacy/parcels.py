@@ -221,7 +221,7 @@ def _span(content: memoryview, place: int, begins: bytes) -> tuple[int, int]:
 class _Body:
     """The body of a request, a piece at a time, so that no copy that is made on the way is larger. It can be sent again."""
 
-    parts: Sequence[bytes]
+    parts: list[bytes]
 
     def __iter__(self) -> Iterator[bytes]:
         for part in self.parts:
@@ -264,7 +264,10 @@ def post(
         finally:
             answer.close()
 
-    return send() if client._retry_invoker is None else cast(memoryview, client._retry_invoker.invoke(send))
+    try:
+        return send() if client._retry_invoker is None else cast(memoryview, client._retry_invoker.invoke(send))
+    finally:
+        parts.clear()  # httpx's answers hold themselves and their request, until Python happens to look for such circles
 
 
 def _read(answer: httpx.Response) -> memoryview:

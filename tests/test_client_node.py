@@ -246,7 +246,7 @@ def test_only_a_report_may_wait_for_room_while_it_is_written(tmp_path: Path) -> 
 
     def gateway(asked: httpx.Request) -> httpx.Response:
         allowed[asked.url.path] = asked.extensions["timeout"]
-        return httpx.Response(200, headers={"content-length": "0"})
+        return httpx.Response(200, headers={"content-length": "0"}, content=iter([]))
 
     key = keys.make_key(tmp_path / "key")
     fleet = node._Fleet("127.0.0.1:1", ssl.create_default_context(), NodeAuthHttpInterceptor(key, key.public_key()))

@@ -1,8 +1,10 @@
 """Parcels: what was packed comes out again, and nothing that was not packed so."""
 
+import gc
 import struct
-from collections.abc import Callable
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -158,11 +160,16 @@ def test_a_body_can_be_sent_again_and_no_piece_is_large() -> None:
 
 
 def answering(headers: dict[str, str], content: list[bytes]) -> Any:
-    """A client of Flower's whose server answers so."""
+    """A client of Flower's whose server answers so. httpx's own mock would put other bytes in the place of the body."""
+
+    class Line(httpx.BaseTransport):
+        def handle_request(self, request: httpx.Request) -> httpx.Response:
+            assert sum(map(len, cast(Iterable[bytes], request.stream))) == int(request.headers["content-length"])
+            return httpx.Response(200, headers=headers, content=iter(content))
+
     client = ProtobufClient("https://example.invalid")
     client._client.close()
-    transport = httpx.MockTransport(lambda request: httpx.Response(200, headers=headers, content=iter(content)))
-    client._client = httpx.Client(transport=transport, timeout=7.0)
+    client._client = httpx.Client(transport=Line(), timeout=7.0)
     return client
 
 
@@ -171,6 +178,16 @@ def test_an_answer_is_read_into_one_block() -> None:
     client = answering({"content-length": "400000"}, parts)
     answer = parcels.post(client, parcels.RECEIVE_ORDER, ObjectTree())
     assert bytes(answer) == b"".join(parts) and answer.readonly
+
+
+def test_what_was_sent_is_held_by_nothing_once_it_is_answered() -> None:
+    gc.disable()  # which would free what httpx holds in a circle, some time later
+    try:
+        client, sent = answering({"content-length": "0"}, []), np.zeros(300_000, np.uint8)
+        parcels.post(client, parcels.SEND_REPORT, ObjectTree(), [[cast(bytes, sent.data)]])
+        assert sys.getrefcount(sent) == 2  # its name here, and the argument
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("told", ["", "-1", "1e3", "1 0", str(parcels.ANSWER_BYTES_MAX + 1), "9" * 5000])
