@@ -317,6 +317,7 @@ def main(hidden: bool, orders: int, answers: int) -> None:
             if spans:
                 line.send("spans", {"spans": spans})
             line.send("report", report.to_facts())
+            del order, report  # each as large as the model; the next order may be long in coming
 
 
 def _log_files(home: Path) -> logs.LogFiles:

@@ -74,7 +74,7 @@ class Doorbell:
             return
         path = scope.get("path", "")
         orders = path == parcels.SEND_ORDERS
-        body = await _read(receive, ORDERS_BYTES_MAX if orders else self.body_bytes_max())
+        body = await read_whole(receive, ORDERS_BYTES_MAX if orders else self.body_bytes_max())
         if body is None:  # the caller would not end, or has gone: nothing that Flower has to know of
             await send({"type": "http.response.start", "status": 413, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
@@ -135,7 +135,7 @@ async def _gone(receive: Channel) -> None:
         pass
 
 
-async def _read(receive: Channel, most: int) -> bytes | None:
+async def read_whole(receive: Channel, most: int) -> bytes | None:
     """The whole body of a request; None if it did not come to its end within `most` bytes."""
     parts, size = list[bytes](), 0
     while size <= most:

@@ -5,6 +5,7 @@ between are gone. A message is stored with everything that belongs to it or not 
 """
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, MutableMapping, Sequence
@@ -25,10 +26,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from fl_server.doorbell import read_whole
 from privacy import parcels
 from privacy.errors import MessageMalformed
 
-ANSWER_BYTES = 64 * 1024 * 1024  # reports are handed out until an answer has so many; the others wait for the next look
+ANSWER_BYTES = 16 * 1024 * 1024  # reports are handed out until an answer has so many; the others wait for the next look
 PIECE_BYTES = 256 * 1024  # of an answer, handed over at a time: what a slow site holds here beside the one model of all
 UNFETCHED_S = 60.0  # for so long a report that no run fetches counts: a run that has ended, or died, never will
 Work = Callable[[LinkState, Request, bytes], Sequence[bytes]]
@@ -73,7 +75,11 @@ class Parcels:
             await self.app(scope, receive, send)
             return
         request = Request({**scope, "app": self.app}, receive)
-        body, state = await request.body(), self.app.state.linkstate_factory.state()
+        if (
+            body := await read_whole(receive, sys.maxsize)
+        ) is None:  # measured by the doorbell; Starlette would copy it
+            return
+        state = self.app.state.linkstate_factory.state()
         try:
             pieces = await asyncio.to_thread(self._alone, work, state, request, body)
         except HTTPException as error:

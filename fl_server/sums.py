@@ -278,7 +278,7 @@ class Summing:
     ) -> Total:
         decoded, names = encoding.decode(opened), sorted(arrivals.seconds)
         mean = _of_sites(contributions.read(self.study, task.name, decoded.values, decoded.counts), len(names))
-        peak = float(np.abs(decoded.values).max(initial=0.0))
+        peak = float(max(decoded.values.max(initial=0.0), -decoded.values.min(initial=0.0)))
         absent = {site: why for site, why in missing.items() if site in task.sites and site not in names}
         seconds = {site: arrivals.seconds[site] for site in names}
         return Total(mean, names, absent, seconds, decoded.clipped, peak, arrivals.figures)

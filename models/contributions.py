@@ -227,7 +227,9 @@ def read(study: Study, kind: Kind, values: npt.NDArray[np.float64], counts: Int6
     cases, train_loss = head[4:]
     if cases < 1:
         raise MessageMalformed("the sum of the updates rests on no cases")
-    return Contribution(ingested, sheet, cases, _mean(train_loss, cases), (values / cases).astype(np.float32))
+    update = np.empty(values.shape, np.float32)
+    np.divide(values, cases, out=update, dtype=np.float64, casting="unsafe")  # float64 a block at a time
+    return Contribution(ingested, sheet, cases, _mean(train_loss, cases), update)
 
 
 def _tallied(study: Study, tally: Int64, facts: tuple[int, int, float]) -> Sheet:

@@ -129,7 +129,10 @@ def _learn(
             given, truth = inputs(images, values[rows]), (targets, cohort.known[rows], weights, each)
             value = _step(net, optimizer, given, truth, pull, control)
             total, steps, seen = total + value * len(rows), steps + 1, seen + len(rows)
-    delta = networks.to_vector(net) - before
+    optimizer.zero_grad()
+    del optimizer  # three times the size of the network; what follows needs room for the update
+    delta = networks.to_vector(net)
+    delta -= before
     if not np.isfinite(delta).all():
         raise TrainingDiverged(f"a weight is not a finite number after {steps} steps of round {round_number}")
     return Update(delta, len(labelled), steps, total / seen)

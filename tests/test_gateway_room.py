@@ -402,7 +402,7 @@ def test_a_node_waits_for_room_longer_than_for_any_answer(
             identity = NodeAuthHttpInterceptor(key, key.public_key())
             client = node._Fleet(f"127.0.0.1:{at.port}", at.contexts["west"], identity)
             client._client.timeout = httpx.Timeout(1.0)
-            call, content = PushMessagesRequest(), [bytes(size * MB)]
+            call, content = PushMessagesRequest(), [[bytes(size * MB)]]
             if size == 32:
                 with pytest.raises(httpx.WriteTimeout):
                     await asyncio.to_thread(parcels.post, client, parcels.SEND_REPORT, call, content)

@@ -235,8 +235,8 @@ def parts(post: Post, reply: Message) -> list[bytes]:
     kept: list[bytes] = []
     real = parcels.post
 
-    def keep(client: Any, path: str, call: PushMessagesRequest, objects: list[bytes], timeout: httpx.Timeout) -> bytes:
-        kept.extend([call.SerializeToString(), *objects])
+    def keep(client: Any, path: str, call: PushMessagesRequest, objects: list[Any], timeout: httpx.Timeout) -> bytes:
+        kept.extend([call.SerializeToString(), *map(b"".join, objects)])
         return b""
 
     parcels.post = keep  # type: ignore[assignment]
