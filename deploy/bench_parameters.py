@@ -89,7 +89,7 @@ def site(made: Half, encoding: Any, model: Any) -> None:
     made.timed("mask", lambda: add_masks(cover, masks))
     words = made.timed("encode", lambda: encoding.encode(model, 1, np.zeros(COUNTS, np.int64)))
     made.timed("mask", lambda: words.add(cover))
-    packed = made.timed("pack", lambda: bytes(encoding.bytes_of(words)))
+    packed = made.timed("pack", lambda: encoding.packed(words))
     report = wire.TrainReport(**_naming(), site="alpine", seconds=1.0, vector=packed, vouch=b"", keys=b"")
     sent = made.timed("send", lambda: _packed(report.to_records()))
     made.sent_bytes = len(sent)
@@ -107,7 +107,7 @@ def coordinator(made: Half, encoding: Any, model: Any) -> None:
     total = encoding.zeros()
     for _ in range(SITES):
         words = encoding.encode(model, 1, np.zeros(COUNTS, np.int64))
-        packed = bytes(encoding.bytes_of(words))
+        packed = encoding.packed(words)
         report = wire.TrainReport(**_naming(), site="alpine", seconds=1.0, vector=packed, vouch=b"", keys=b"")
         sent = _packed(report.to_records())
         del words, packed, report

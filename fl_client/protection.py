@@ -159,7 +159,7 @@ class Sending:
         if self.covering is not None and self.member is not None:
             self.covering.join()
             vouch = self.member.mask(vector, self.encoding)
-        packed = bytes(self.encoding.bytes_of(vector))
+        packed = self.encoding.packed(vector)
         if self.study.protection == "sealed":
             packed = keys.seal(bytes.fromhex(self.study.aggregator), packed, self.order.about(self.site.name))
         return packed, vouch

@@ -214,6 +214,7 @@ class Worker:
         signing = Signing(site, study, order)
         settings, public = site.settings.model_dump_json().encode(), keys.public_pem(site.coordinator)
         told = {"home": str(site.home), "settings": settings, "coordinator": public, "study": study.canonical()}
+        told["body"] = order.body()  # hashed here already, when its signature was checked
         self.line.send("work", told)
         self.line.send("order", order.to_facts())
         while True:
@@ -357,7 +358,9 @@ def _next(line: Line) -> tuple[Site, Study, Order]:
     site = Site(
         Path(told["home"]), SiteFile.model_validate_json(told["settings"]), keys.load_public(told["coordinator"])
     )
-    return site, Study.from_canonical(told["study"]), read(facts, ORDERS)
+    order = read(facts, ORDERS)
+    order.take_body(told["body"])
+    return site, Study.from_canonical(told["study"]), order
 
 
 def _attempt(work: Work, site: Site, study: Study, order: Order) -> Report:

@@ -328,6 +328,13 @@ class Encoding:
         packed[border:] = vector.counts.view(np.uint8)
         return packed
 
+    def packed(self, vector: Vector) -> bytes:
+        """`bytes_of` as bytes: for whole words without a copy in between, which is as long as the model."""
+        self._check_vector(vector)
+        if self.bits < 32:
+            return self.bytes_of(vector).tobytes()
+        return b"".join((vector.values.data, vector.counts.data))
+
     def vector_of(self, data: bytes | bytearray | memoryview | NDArray[np.uint8]) -> Vector:
         """The vector that `bytes_of` packed, in memory of its own; raises MessageMalformed for another size."""
         packed = np.frombuffer(data, np.uint8)

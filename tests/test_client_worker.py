@@ -9,9 +9,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import worker_probe
 from federation import Federation
@@ -20,9 +22,9 @@ from test_client_node import journal, message
 from test_private_round import LOCAL, private
 
 from fl_client import node, worker
-from fl_client.worker import Worker, environment
+from fl_client.worker import Line, Worker, environment
 from privacy import keys, wire
-from privacy.errors import WorkerDied
+from privacy.errors import MessageMalformed, WorkerDied
 from privacy.secagg import BUNDLE_BYTES, Place
 
 MASKED = {"sites__[north, south]": "sites: [north, south, east]", "protection__plain": "protection: masked"}
@@ -132,6 +134,52 @@ def test_a_worker_ends_with_its_node(hospital: Hospital, made: list[Worker], mon
     by.wait()
     by.line.writer.close()
     assert by.process.wait(60) == 0
+
+
+def piped() -> tuple[Line, Line]:
+    """Both ends of the two pipes, in one process."""
+    (their_in, our_out), (our_in, their_out) = Pipe(duplex=False), Pipe(duplex=False)
+    return Line(our_in, our_out), Line(their_in, their_out)
+
+
+def test_what_is_large_crosses_whole_and_from_where_it_stands() -> None:
+    ours, theirs = piped()
+    values = np.arange(3_000_001, dtype=np.uint8)
+    facts = {"n": 1, "model": values.data, "none": b"", "small": b"x", "more": values.tobytes()[:2_000_000]}
+    sending = threading.Thread(target=ours.send, args=("order", facts), daemon=True)
+    sending.start()
+    what, found = theirs.receive()
+    sending.join()
+    assert (what, found) == ("order", facts) and all(type(found[name]) is bytes for name in ("model", "none", "more"))
+
+
+def test_a_line_that_ends_in_the_middle_of_what_is_large_is_an_end() -> None:
+    ours, theirs = piped()
+    ours.writer.send_bytes(json.dumps(["report", {}, {"vector": 1000}]).encode())
+    os.write(ours.writer.fileno(), bytes(999))
+    ours.writer.close()
+    with pytest.raises(EOFError):
+        theirs.receive()
+
+
+@pytest.mark.parametrize("size", [-1, 2**31 + 1, 1.0, True, "5", None])
+def test_a_size_that_no_message_has_takes_no_memory(size: object) -> None:
+    ours, theirs = piped()
+    ours.writer.send_bytes(json.dumps(["report", {}, {"vector": size}]).encode())
+    with pytest.raises(MessageMalformed):
+        theirs.receive()
+
+
+def test_a_worker_takes_the_body_of_an_order_from_its_node(hospital: Hospital) -> None:
+    ours, theirs = piped()
+    order, site = hospital.order(run="body"), hospital.site
+    settings, public = site.settings.model_dump_json().encode(), keys.public_pem(site.coordinator)
+    told = {"home": str(site.home), "settings": settings, "coordinator": public, "study": study().canonical()}
+    for body in (order.body(), b"another"):
+        for what, facts in (("work", told | {"body": body}), ("order", order.to_facts())):
+            threading.Thread(target=ours.send, args=(what, facts), daemon=True).start()
+            time.sleep(0.1)  # one after the other
+        assert worker._next(theirs)[2].body() == body
 
 
 # What it holds -------------------------------------------------------------------------------------------------------

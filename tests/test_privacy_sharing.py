@@ -314,7 +314,7 @@ def test_masks_are_the_known_ones(known: dict[str, Any]) -> None:
     encoding = Encoding(known["values"], known["counts"], known["bits"], 0, 3)
     vector = encoding.zeros()
     add_masks(vector, [(bytes.fromhex(key), sign) for key, sign in known["masks"]])
-    assert encoding.bytes_of(vector).tobytes().hex() == known["packed"]
+    assert encoding.bytes_of(vector).tobytes().hex() == encoding.packed(vector).hex() == known["packed"]
 
 
 @given(
@@ -399,7 +399,7 @@ def test_words_are_the_known_ones(known: dict[str, Any]) -> None:
     encoding = Encoding(len(values), len(known["counts"]), known["bits"], known["scale"], known["sites"])
     made = encoding.encode(values, known["weight"], np.array(known["counts"], np.int64))
     assert [signed(word, known["bits"]) for word in made.values.tolist()] == known["words"]
-    assert encoding.bytes_of(made).tobytes().hex() == known["packed"]
+    assert encoding.bytes_of(made).tobytes().hex() == encoding.packed(made).hex() == known["packed"]
     assert encoding.bytes_of(encoding.vector_of(bytes.fromhex(known["packed"]))).tobytes().hex() == known["packed"]
 
 
@@ -641,7 +641,7 @@ FOREIGN = [Encoding(4, 2, 32, 10, 5), Encoding(3, 1, 32, 10, 5), Encoding(3, 2, 
 @pytest.mark.parametrize("foreign", FOREIGN)
 def test_a_vector_of_another_encoding_is_not_taken(foreign: Encoding) -> None:
     vector, mine = foreign.zeros(), GOOD.zeros()
-    for attempt in (GOOD.bytes_of, GOOD.decode, mine.add, mine.subtract):
+    for attempt in (GOOD.bytes_of, GOOD.packed, GOOD.decode, mine.add, mine.subtract):
         with pytest.raises(MessageMalformed):
             attempt(vector)
     assert not mine.values.any() and not mine.counts.any()
