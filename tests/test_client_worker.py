@@ -175,11 +175,16 @@ def test_a_worker_takes_the_body_of_an_order_from_its_node(hospital: Hospital) -
     order, site = hospital.order(run="body"), hospital.site
     settings, public = site.settings.model_dump_json().encode(), keys.public_pem(site.coordinator)
     told = {"home": str(site.home), "settings": settings, "coordinator": public, "study": study().canonical()}
+
+    def send(body: bytes) -> None:
+        ours.send("work", told | {"body": body})
+        ours.send("order", order.to_facts())
+
     for body in (order.body(), b"another"):
-        for what, facts in (("work", told | {"body": body}), ("order", order.to_facts())):
-            threading.Thread(target=ours.send, args=(what, facts), daemon=True).start()
-            time.sleep(0.1)  # one after the other
+        sending = threading.Thread(target=send, args=(body,), daemon=True)
+        sending.start()
         assert worker._next(theirs)[2].body() == body
+        sending.join()
 
 
 # What it holds -------------------------------------------------------------------------------------------------------
