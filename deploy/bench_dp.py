@@ -28,7 +28,7 @@ CASES: dict[str, tuple[str, int, tuple[int, ...], float]] = {
 }
 """Network, images of a step, their grid, and what a private step in float32 may cost of the other."""
 CHUNKED = ("small", "3d_unet", "3d_resnet18", "3d_densenet121")  # on DenseNet121's radiographs vmap takes 5 GiB
-CHUNK = {"small": 32}
+CHUNK = {"small": 16}  # as `choose` takes it
 MEMORY_BATCHES = (4, 16, 64)
 IMAGES = (250, 1000, 4000)
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "images.json"
@@ -40,6 +40,8 @@ def main() -> None:
         print(json.dumps(one_step(sys.argv[2])))
     elif wanted == ["memory"]:
         print(json.dumps(memory_of_step(int(sys.argv[2]))))
+    elif wanted == ["choice"]:
+        print(json.dumps(memory_of_choice()))
     elif wanted == ["round"]:
         print(json.dumps(round_of(Path(sys.argv[2]))))
     else:
@@ -68,6 +70,7 @@ def steps() -> dict[str, Any]:
     volumes = {case.removeprefix("3d_"): entry for case, entry in found.items() if case.startswith("3d_")}
     worst = max(volumes.values(), key=lambda entry: float(entry["ratio"]))
     memory = {str(batch): _child("memory", str(batch)) for batch in MEMORY_BATCHES}
+    memory["choosing the engine"] = _child("choice")
     return {
         "dp_step_small": found["small"],
         "dp_step_densenet": found["densenet"] | {"memory_mib_above": memory},
@@ -217,6 +220,21 @@ def memory_of_step(batch: int) -> int:
     before = _rss_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     dpsgd.private_gradient(engine, units, bench.clip, 1.1, bench.stream)
+    return _rss_mib("VmHWM") - before
+
+
+def memory_of_choice() -> int:
+    """As `memory_of_step`, of choosing the engine that takes the steps."""
+    import torch
+
+    from privacy import dpsgd
+
+    torch.set_num_threads(1)
+    bench = _Bench("densenet121", 2, (224, 224))
+    bench.plain()
+    before = _rss_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    dpsgd.choose(bench.net, bench.losses, [bench._unit(0), bench._unit(1)], bench.clip)
     return _rss_mib("VmHWM") - before
 
 
