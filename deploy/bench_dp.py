@@ -127,13 +127,14 @@ class _Bench:
         import torch
 
         from models import learning, networks, tasks
+        from models.descent import Descent, Rule
         from models.study import Network
         from privacy import dpsgd, noise
 
         self.net = networks.KINDS[name](Network(name=name, dropout=0.0), 1, shape).train()
         self.losses, self.clip, self.stream = learning.patient_losses, dpsgd.Clip(1.0), noise.Keystream()
         self.parameters = sum(p.numel() for p in self.net.parameters())
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4)
+        self.optimizer = Descent([(list(self.net.parameters()), 1e-2)], Rule("adamw", 1e-4))
         self.start = [p.detach().clone() for p in self.net.parameters()]
         grid = shape if name in ("unet", "segresnet") else ()
         self.images = torch.rand(batch, 1, *shape)
@@ -141,6 +142,7 @@ class _Bench:
         self.known, self.each = torch.ones(batch, 1), tasks.cross_entropy
         self.seen: dict[str, dpsgd.ClippedSum] = {}
         self.noisy: Any = None
+        self.gradient: Any = None
 
     def begin(self) -> None:
         import torch
@@ -161,7 +163,7 @@ class _Bench:
 
     def one_by_one(self) -> None:
         """What a loop over images costs that gives no privacy: one forward and backward pass for each, one step."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         for place in range(len(self.images)):
             self.losses(self.net, self._unit(place)).sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -179,7 +181,11 @@ class _Bench:
         units = (self._unit(place) for place in range(len(self.images)))
         found = dpsgd.private_gradient(engine, units, self.clip, 1.1, self.stream, self.noisy)
         self.noisy, self.seen[engine.name] = found
-        learning.descend(self.net, self.optimizer, (self.noisy * (2.0**-18 / len(self.images))).astype(np.float32))
+        # As `learning.learn_privately` does, into memory that every step uses again.
+        self.gradient = np.empty(self.parameters, np.float32) if self.gradient is None else self.gradient
+        factor = 2.0**-18 / len(self.images)
+        np.multiply(self.noisy, factor, out=self.gradient, dtype=np.float64, casting="unsafe")
+        learning.descend(self.net, self.optimizer, self.gradient)
 
     def arithmetic(self) -> float:
         """Seconds of a step that are clip, sum and noise: of gradients that cost nothing."""

@@ -296,8 +296,11 @@ class _Accumulator:
         near = self.near.cpu().numpy()
         if self.far is None:
             self.far = np.empty(len(near), np.int64)
-        # Both are whole numbers below 2**53, so nothing is lost on the way through float64.
-        np.add(self.far if self.filled else 0, near, out=self.far, dtype=np.float64, casting="unsafe")
+        if self.filled:
+            # Both are whole numbers below 2**53, so nothing is lost on the way through float64.
+            np.add(self.far, near, out=self.far, dtype=np.float64, casting="unsafe")
+        else:
+            np.copyto(self.far, near, casting="unsafe")  # whole numbers to 2**24
         self.near.zero_()
         self.filled, self.held = True, 0
         return self.far
