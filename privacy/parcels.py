@@ -4,8 +4,8 @@ Flower sends each object of a message in a request of its own, over every hop: n
 its report, each signed and checked. A parcel is one. Its form: the number of parts as four bytes, the length of each as eight,
 then the parts, all numbers big-endian. The first part is Flower's own call, the others are objects in the order of its trees.
 
-Flower copies a record several times to send it and three times to read it. Here a large value goes out from where it stands, a piece
-at a time; what comes in is read into one block of the announced length, and a large value is copied once, into its record.
+Flower copies a record several times to send it and three times to read it. Here a large value goes out from where it stands, a
+piece at a time; what comes in is read into one block of the announced length, and a large value is copied once, into its record.
 """
 
 import hashlib
