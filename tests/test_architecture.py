@@ -55,7 +55,6 @@ FLWR_DOORS = {
     "fl_client/app.py",
     "fl_client/node.py",
     "fl_client/orders.py",
-    "fl_client/worker.py",
 }
 PYDICOM_DOORS = {
     "fl_client/dimse.py",  # talks to archives, whose answers are data sets
