@@ -54,7 +54,7 @@ license = "Apache-2.0"
 publisher = "isocenter"
 [tool.flwr.app.components]
 serverapp = "fl_server.app:app"
-clientapp = "fl_client.app:app"
+clientapp = "fl_client.client_app:app"
 """
 """A Flower bundle without code: Flower wants one for each run; nobody ever unpacks it."""
 

@@ -61,7 +61,7 @@ PYDICOM_DOORS = {
     "fl_client/dimse.py",  # talks to archives, whose answers are data sets
     "fl_client/export.py",
     "fl_client/headers.py",
-    "fl_client/masks.py",  # DICOM segmentations
+    "fl_client/mask_files.py",  # DICOM segmentations
     "fl_client/outlining.py",  # writes them
     "fl_client/landing.py",  # what an archive sent, before it is a file
     "fl_client/phantom.py",

@@ -29,7 +29,7 @@ from hospital import Hospital
 
 from fl_client import node, sandbox
 from fl_client.node import Connection
-from fl_client.worker import Worker, facts_of
+from fl_client.worker import Worker
 from privacy import keys, parcels, tracing, wire
 from privacy.errors import AuditFailed, DiskUnusable
 
@@ -214,7 +214,7 @@ print(*kinds, *sorted({name.split(".")[0] for name in sys.modules} & {"torch", "
 def test_the_node_process_never_loads_what_reads_or_learns_from_images(hospital: Hospital, tmp_path: Path) -> None:
     """A real node's half in a process of its own, which answers real orders."""
     kinds = (wire.TrainOrder, wire.EvaluateOrder)
-    orders = [facts_of(hospital.order(kind, run="five", sum=n)) for n, kind in enumerate(kinds, 1)]
+    orders = [hospital.order(kind, run="five", sum=n).facts() for n, kind in enumerate(kinds, 1)]
     (tmp_path / "orders").write_bytes(pickle.dumps(orders))
     command = [sys.executable, "-c", NODE, str(hospital.home), str(tmp_path / "orders")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

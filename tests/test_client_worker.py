@@ -20,7 +20,7 @@ from test_client_node import journal, message
 from test_private_round import LOCAL, private
 
 from fl_client import node, worker
-from fl_client.worker import Worker, environment, facts_of
+from fl_client.worker import Worker, environment
 from privacy import keys, wire
 from privacy.errors import WorkerDied
 from privacy.secagg import BUNDLE_BYTES, Place
@@ -278,9 +278,9 @@ class Runs:
 
 
 def lies(order: wire.Order, mark: Path) -> dict[str, list[bytes]]:
-    refusal = facts_of(wire.Refusal(**order.naming(), site="north", code="internal"))
+    refusal = wire.Refusal(**order.naming(), site="north", code="internal").facts()
     good = {**order.naming(), "site": "north", "seconds": 0.0, "vector": b"", "vouch": b"", "keys": b""}
-    other = facts_of(wire.TrainReport(**good | {"run": "another"}))
+    other = wire.TrainReport(**good | {"run": "another"}).facts()
     sizes = dict.fromkeys(("vector", "vouch", "keys"), 0)
     plain = {name: value for name, value in other.items() if name not in sizes}
     return {

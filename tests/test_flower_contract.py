@@ -14,7 +14,7 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from fl_client.app import make_app
+from fl_client.client_app import make_app
 from fl_server.gateway import FLEET_PATHS
 from fl_server.link import superlink_app
 from privacy import parcels
