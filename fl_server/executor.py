@@ -100,7 +100,7 @@ def carry_out(root: Path, run_id: str, port: int, secret: bytes) -> None:
         flower_run = _start_flower_run(root / "runs" / run_id, port)
         token = _acquire(flower_run, port, secret)
     grid = Mailbox(f"{LOOPBACK}:{port}", token, partial(heed_stop, root / "runs" / run_id, within_stage=True))
-    client = grid._runtime_client  # the grid's own connection: Flower has no public door to its task calls
+    client = grid.client  # Flower's task calls go over the same connection
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
     outcome = SubStatus.FAILED
@@ -155,9 +155,7 @@ def _acquire(flower_run: int, port: int, secret: bytes) -> str:
                 return str(answer.token)
             else:
                 stale = Mailbox(f"{LOOPBACK}:{port}", answer.token)
-                stale._runtime_client.PushTaskOutput(
-                    PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="stale")
-                )
+                stale.client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="stale"))
                 stale.close()
     finally:
         client.close()

@@ -24,10 +24,10 @@ from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from hospital import Hospital
 
 from fl_client import node, sandbox
+from fl_client.fleet import Identity
 from fl_client.node import Connection
 from fl_client.worker import Worker
 from privacy import keys, parcels, tracing, wire
@@ -247,7 +247,7 @@ def test_only_a_report_may_wait_for_room_while_it_is_written(tmp_path: Path) -> 
         return httpx.Response(200)
 
     key = keys.make_key(tmp_path / "key")
-    fleet = node._Fleet("127.0.0.1:1", ssl.create_default_context(), NodeAuthHttpInterceptor(key, key.public_key()))
+    fleet = node._Fleet("127.0.0.1:1", ssl.create_default_context(), Identity(key))
     fleet._client._transport = httpx.MockTransport(gateway)
     connection, order = Connection(fleet, Node(node_id=5)), message(RecordDict({}), "train")
     connection.send(Message(RecordDict({}), reply_to=order))
@@ -330,7 +330,7 @@ def test_a_gateway_cannot_send_the_node_elsewhere(tmp_path: Path, monkeypatch: p
     for each in (inside, gateway):
         threading.Thread(target=each.serve_forever, daemon=True).start()
     try:
-        identity = NodeAuthHttpInterceptor(tls, tls.public_key())
+        identity = Identity(tls)
         with pytest.raises(httpx.HTTPStatusError, match="307"):
             node._Fleet(f"127.0.0.1:{gateway.server_port}", client, identity).PullMessages(PullMessagesRequest())
     finally:
