@@ -46,7 +46,7 @@ from fl_client.site import Site
 from fl_client.upkeep import Upkeep
 from fl_client.vitals import Vitals
 from fl_client.worker import Worker
-from privacy import keys, parcels, reach, tracing
+from privacy import heap, keys, parcels, reach, tracing
 from privacy.errors import (
     CertificateExpired,
     CertificateRevoked,
@@ -242,6 +242,7 @@ def serve(home: Path, tell: Tell, metrics_port: int | None = None) -> None:
     people. Raises what no retry can mend: NotEnrolled, WrongAuthority, NodeRunning, AuditFailed.
     """
     sandbox.keep_private()
+    heap.return_large()
     site = Site.open(home)
     with only_one(site):
         vitals, end_traces = Vitals(site.home), tracing.begin(site.settings.traces, "node")

@@ -37,7 +37,7 @@ from fl_server.control import LOOPBACK, control
 from fl_server.mailbox import Mailbox
 from fl_server.roster import Home
 from fl_server.run import heed_stop, holding, list_runs, mark_stopped, read_facts, stop_asked
-from privacy import logs, tracing
+from privacy import heap, logs, tracing
 from privacy.deidentify import guarded
 from privacy.errors import IsocenterError, RunError
 
@@ -168,6 +168,7 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
+    heap.return_large()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator ends us in order
     root, port, secret = (
         Path(sys.argv[1]),

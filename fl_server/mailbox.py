@@ -27,6 +27,7 @@ from flwr.supercore.constant import SYSTEM_MESSAGE_TYPE
 from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor, RuntimeVersionHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supercore.retry import make_simple_http_retry_invoker
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.runtime import RuntimeHttpClient
@@ -44,7 +45,10 @@ class Mailbox(Grid):
 
     def __init__(self, address: str, token: str, heed: Callable[[], None] = lambda: None) -> None:
         self.heed, self.node = heed, Node(node_id=SUPERLINK_NODE_ID)
-        said = [RuntimeVersionHttpInterceptor(component_name="flwr-serverapp"), RuntimeTokenHttpInterceptor(token)]
+        said: list[ProtobufClientInterceptor] = [
+            RuntimeVersionHttpInterceptor(component_name="flwr-serverapp"),
+            RuntimeTokenHttpInterceptor(token),
+        ]
         again = make_simple_http_retry_invoker()
         self.client = RuntimeHttpClient.from_server_address(address, True, None, said, retry_invoker=again)
         self._run: FlowerRun | None = None

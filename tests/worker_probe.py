@@ -158,6 +158,11 @@ def tells_its_files(file: str, bare: str, *pipes: int) -> None:
     at_work(describe, *pipes, bare=bare == "bare")
 
 
+def tells_its_packages(file: str, *pipes: int) -> None:
+    """At work it notes what it has loaded until then, by the first part of each module's name."""
+    at_work(lambda line, order: note(file, sorted({name.split(".")[0] for name in sys.modules})), *pipes)
+
+
 def asks_for_signatures(file: str, *pipes: int) -> None:
     """At work it asks the node to sign what stands in `file`, [label, body] in hexadecimal; if there is no file, nothing more."""
 

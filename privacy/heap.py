@@ -1,0 +1,20 @@
+"""How a process that lives for months gives memory back: what was large returns to the system as soon as it is freed.
+
+glibc maps a large block by itself and returns it when it is freed, until the first one is. From then on blocks of that size, up
+to 32 MiB, come from the heap, which shrinks only when its very top is free: so a process that handles a model now and then holds
+the copies of its busiest moment for ever. A bound that is set does not move.
+
+Not for the process that trains: there large blocks come and go at each step, and to get them anew costs half as much again.
+"""
+
+import ctypes
+
+M_MMAP_THRESHOLD = -3  # malloc.h
+LARGE_BYTES = 1024 * 1024
+
+
+def return_large() -> None:
+    """Blocks of LARGE_BYTES and more are given back when they are freed, from now on; without glibc nothing changes."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
