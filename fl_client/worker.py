@@ -38,7 +38,7 @@ from fl_client import sandbox
 from fl_client.protection import Signing, Vault
 from fl_client.site import Resources, Site, SiteFile, Work
 from models.study import Study
-from privacy import deidentify, keys, logs, tracing
+from privacy import deidentify, heap, keys, logs, tracing
 from privacy.errors import AuditFailed, DocumentError, IsocenterError, LimitExceeded, MessageMalformed, WorkerDied
 from privacy.wire import BYTES_MAX, ORDERS, REPORTS, Crossing, Order, Refusal, Report
 
@@ -92,7 +92,7 @@ class Line:
 
 
 def read(facts: dict[str, Any], kinds: tuple[type[M], ...]) -> M:
-    """The message of one of `kinds` whose `facts` these are; raises MessageMalformed for anything else."""
+    """The message of one of `kinds` whose facts these are; raises MessageMalformed for anything else."""
     kind = facts.get("kind")
     for candidate in kinds:
         if candidate.kind == kind:
@@ -188,7 +188,7 @@ class Worker:
         settings, public = site.settings.model_dump_json().encode(), keys.public_pem(site.coordinator)
         told = {"home": str(site.home), "settings": settings, "coordinator": public, "study": study.canonical()}
         self.line.send("work", told)
-        self.line.send("order", order.facts())
+        self.line.send("order", order.to_facts())
         while True:
             what, facts = self.line.receive()
             if what == "spans":
@@ -289,7 +289,9 @@ def main(hidden: bool, orders: int, answers: int) -> None:
                 report = _attempt(work, site, study, order)
             if spans:
                 line.send("spans", {"spans": spans})
-            line.send("report", report.facts())
+            line.send("report", report.to_facts())
+            del order, report  # each as large as the model; the next order may be long in coming
+            heap.give_back()
 
 
 def _log_files(home: Path) -> logs.LogFiles:

@@ -1,10 +1,11 @@
-"""How a process that lives for months gives memory back: what was large returns to the system as soon as it is freed.
+"""Memory that is free inside a process goes back to the system, which has other use for it.
 
 glibc maps a large block by itself and returns it when it is freed, until the first one is. From then on blocks of that size, up
 to 32 MiB, come from the heap, which shrinks only when its very top is free: so a process that handles a model now and then holds
-the copies of its busiest moment for ever. A bound that is set does not move.
+the copies of its busiest moment for ever. A bound that is set does not move (`return_large`).
 
-Not for the process that trains: there large blocks come and go at each step, and to get them anew costs half as much again.
+Not in the process that trains: there large blocks come and go at each step, and to get them anew costs half as much again. It
+gives back everything at once, when its report is out (`give_back`): the next order may be hours away.
 """
 
 import ctypes
@@ -18,3 +19,10 @@ def return_large() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
+def give_back() -> None:
+    """Return whatever is free now, from all over the heap; without glibc nothing happens."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

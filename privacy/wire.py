@@ -123,7 +123,7 @@ class Crossing:
         hints = get_type_hints(cls)
         return MappingProxyType({field.name: hints[field.name] for field in dataclasses.fields(cls)})
 
-    def facts(self) -> dict[str, Any]:
+    def to_facts(self) -> dict[str, Any]:
         """Everything as numbers, words, lists of numbers and bytes: arrays as raw little-endian bytes with their shape."""
         facts: dict[str, Any] = {"version": VERSION, "kind": self.kind}
         for name in self.fields():
@@ -141,7 +141,7 @@ class Crossing:
         """One record that holds everything: Flower sends one request per object and hop."""
         from flwr.app import ConfigRecord, RecordDict  # not in the process that trains
 
-        return RecordDict({RECORD: ConfigRecord(self.facts())})
+        return RecordDict({RECORD: ConfigRecord(self.to_facts())})
 
     @classmethod
     def from_records(cls, records: "RecordDict") -> Self:
@@ -155,7 +155,7 @@ class Crossing:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Self:
-        """The message whose `facts()` these are; raises MessageMalformed unless they follow the schema to the letter."""
+        """The message whose `to_facts()` these are; raises MessageMalformed unless they follow the schema to the letter."""
         given = dict(facts)
         version, kind = given.pop("version", None), given.pop("kind", None)
         require_spoken(version)

@@ -214,7 +214,7 @@ print(*kinds, *sorted({name.split(".")[0] for name in sys.modules} & set(sys.arg
 def test_the_node_process_never_loads_what_reads_or_learns_from_images(hospital: Hospital, tmp_path: Path) -> None:
     """A real node's half in a process of its own, which answers real orders."""
     kinds = (wire.TrainOrder, wire.EvaluateOrder)
-    orders = [hospital.order(kind, run="five", sum=n).facts() for n, kind in enumerate(kinds, 1)]
+    orders = [hospital.order(kind, run="five", sum=n).to_facts() for n, kind in enumerate(kinds, 1)]
     (tmp_path / "orders").write_bytes(pickle.dumps(orders))
     never = "torch monai pydicom nibabel PIL gdcm scipy fastapi starlette sqlalchemy"
     command = [sys.executable, "-c", NODE, str(hospital.home), str(tmp_path / "orders"), never]

@@ -299,9 +299,9 @@ class Runs:
 
 
 def lies(order: wire.Order, mark: Path) -> dict[str, list[bytes]]:
-    refusal = wire.Refusal(**order.naming(), site="north", code="internal").facts()
+    refusal = wire.Refusal(**order.naming(), site="north", code="internal").to_facts()
     good = {**order.naming(), "site": "north", "seconds": 0.0, "vector": b"", "vouch": b"", "keys": b""}
-    other = wire.TrainReport(**good | {"run": "another"}).facts()
+    other = wire.TrainReport(**good | {"run": "another"}).to_facts()
     sizes = dict.fromkeys(("vector", "vouch", "keys"), 0)
     plain = {name: value for name, value in other.items() if name not in sizes}
     return {
