@@ -45,6 +45,7 @@ from privacy.wire import BYTES_MAX, ORDERS, REPORTS, Crossing, Order, Refusal, R
 STARTS_MAX = 3  # of a worker in a row: once may be an accident, and so may the memory of another program
 HEAD_BYTES_MAX = 2 * 1024 * 1024  # a study is at most 256 KiB
 LOOK_S, MINUTE_S, GIB = 0.5, 60.0, 1024**3
+IDLE_S = 2.0  # after which free memory goes back: to get it anew costs a short round a tenth of its training
 HIDE = "import sys; from fl_client.sandbox import hide; hidden = hide(sys.argv[1])"  # before numpy starts its threads
 PROGRAM = f"{HIDE}; from fl_client.worker import main; main(hidden, *map(int, sys.argv[2:]))"
 ENVIRONMENT = {"HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "TMPDIR", "TZ", "XDG_CACHE_HOME"}
@@ -291,7 +292,8 @@ def main(hidden: bool, orders: int, answers: int) -> None:
                 line.send("spans", {"spans": spans})
             line.send("report", report.to_facts())
             del order, report  # each as large as the model; the next order may be long in coming
-            heap.give_back()
+            if not line.reader.poll(IDLE_S):
+                heap.give_back()
 
 
 def _log_files(home: Path) -> logs.LogFiles:
@@ -315,6 +317,7 @@ def _warm(line: Line) -> Work:
     from privacy import selftest
 
     selftest.require()
+    heap.give_back()  # the test works on more than a small study does
 
     def ask(label: bytes, body: bytes) -> bytes:
         line.send("sign", {"label": label, "body": body})

@@ -5,7 +5,7 @@ to 32 MiB, come from the heap, which shrinks only when its very top is free: so 
 the copies of its busiest moment for ever. A bound that is set does not move (`return_large`).
 
 Not in the process that trains: there large blocks come and go at each step, and to get them anew costs half as much again. It
-gives back everything at once, when its report is out (`give_back`): the next order may be hours away.
+gives back everything at once when no order comes (`give_back`): the next one may be days away.
 """
 
 import ctypes

@@ -1,6 +1,7 @@
 """The process that trains: it holds no key, asks for no more signatures than its order needs, keeps to the site's limits, and
 cannot harm the node that reads its answers."""
 
+import ctypes
 import json
 import os
 import pickle
@@ -78,6 +79,19 @@ def replaced(hospital: Hospital) -> list[str]:
 
 
 # One process for all orders ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library is not glibc")
+def test_a_worker_that_waits_gives_its_free_memory_back(
+    hospital: Hospital, made: list[Worker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker_probe.program(monkeypatch, "leaves_free_memory", tmp_path / "held")
+    by = start(made, hospital)
+    ask(hospital, by, keys_order(hospital, "idle"))
+    held, until = json.loads((tmp_path / "held").read_text()), time.monotonic() + 60
+    while worker._resident(by.statm) > held - (48 << 20):
+        assert time.monotonic() < until, "it still holds what it does not need"
+        time.sleep(0.1)
 
 
 def test_a_worker_that_trained_and_evaluated_loaded_no_reader_and_no_network(
