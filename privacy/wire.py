@@ -124,7 +124,7 @@ class Crossing:
         return MappingProxyType({field.name: hints[field.name] for field in dataclasses.fields(cls)})
 
     def to_facts(self) -> dict[str, Any]:
-        """Everything as numbers, words, lists of numbers, and bytes: arrays where they stand, raw and little-endian, and their shape."""
+        """Everything as numbers, words, lists, and bytes: arrays where they stand, raw and little-endian, with their shape."""
         facts: dict[str, Any] = {"version": VERSION, "kind": self.kind}
         for name in self.fields():
             value = getattr(self, name)
