@@ -40,7 +40,12 @@ AGREE = {"vmap": 1e-3, "loop-bf16": 1e-2}  # relative difference of a norm to th
 ALONG = (
     0.9  # least cosine between sums of an engine and the float32 loop: bfloat16 has 0.95, a wrong order of weights 0
 )
-VMAP_CHUNK = 8
+SAMPLES = 4  # units by which engines are timed where each takes long
+VMAP_CHUNK = 16  # at most; of 8 to 64 the fastest for the small network
+VMAP_LEAST = 4  # what fewer units at once spare is not worth a try
+# Several units at once spare calls, not arithmetic. Where one takes longer than this they cost memory and gain nothing:
+# eight radiographs on DenseNet121 were 3 GiB, beside 0.3 GiB of the loop that then won.
+VMAP_BELOW_S = 0.01
 PIECE = 64 * 1024  # values that are widened to float64 at a time: 512 KiB stay in the L2 cache
 # The C library gives freed memory back to the system above twice the largest block that was ever freed. A small network's blocks
 # are small, so every patient's activations would be mapped and zeroed anew, a quarter of its time; after this up to 62 MiB stay.
@@ -107,7 +112,7 @@ class _Gradients:
 
     def clipped_sum(self, units: Iterable[Batch], clip: Clip, out: Int64 | None = None) -> ClippedSum:
         trained = _trained(self.net)
-        self._near = _sized(self._near, sum(p.numel() for p in trained), trained[0].device)
+        self._near = _sized(self._near, (sum(p.numel() for p in trained),), trained[0].device)
         found = _Accumulator(len(self._near), clip, self._near, out)
         with contextlib.closing(self._gradients(units)) as gradients:
             for flat in gradients:
@@ -139,7 +144,7 @@ class LoopEngine(_Gradients):
     def _gradients(self, units: Iterable[Batch]) -> Generator[Tensor, None, None]:
         trained = _trained(self.net)
         device = trained[0].device
-        flat = self._flat = _sized(self._flat, sum(p.numel() for p in trained), device)
+        flat = self._flat = _sized(self._flat, (sum(p.numel() for p in trained),), device)
         torch.empty(HEAP, dtype=torch.uint8)  # and free it again
         direct = device.type == "cpu" and not self.bfloat16 and any(map(_falls_off, self.net.modules()))
         # Weights stay as they are for all units, so their bfloat16 copies are made once: torch forgets them where the outermost
@@ -197,11 +202,14 @@ class VmapEngine(_Gradients):
 
     name = "vmap"
 
-    def __init__(self, net: nn.Module, losses: Losses, chunk: int = VMAP_CHUNK) -> None:
+    def __init__(self, net: nn.Module, losses: Losses, chunk: int | None = None) -> None:
+        """`chunk`: units at once; by default VMAP_CHUNK, or as many as have gradients of HEAP bytes together."""
         super().__init__(net, losses)
-        self.chunk = chunk
+        self.chunk = chunk or max(1, min(VMAP_CHUNK, HEAP // (4 * sum(p.numel() for p in _trained(net)))))
+        self._rows = torch.empty(0)
 
     def _gradients(self, units: Iterable[Batch]) -> Generator[Tensor, None, None]:
+        torch.empty(HEAP, dtype=torch.uint8)  # and free it again
         held: list[Batch] = []
         for unit in units:
             held.append(_one(unit))
@@ -226,8 +234,10 @@ class VmapEngine(_Gradients):
         gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, *[0] * len(batch)), randomness="different")(
             trained, *batch
         )
-        rows = torch.cat([gradients[name].reshape(self.chunk, -1).float() for name in trained], dim=1)
-        yield from rows[: len(units)]
+        parts = [gradients[name].reshape(self.chunk, -1).float() for name in trained]
+        self._rows = _sized(self._rows, (self.chunk, sum(part.shape[1] for part in parts)), parts[0].device)
+        torch.cat(parts, dim=1, out=self._rows)
+        yield from self._rows[: len(units)]
 
 
 class _Bound(nn.Module):
@@ -286,8 +296,11 @@ class _Accumulator:
         near = self.near.cpu().numpy()
         if self.far is None:
             self.far = np.empty(len(near), np.int64)
-        # Both are whole numbers below 2**53, so nothing is lost on the way through float64.
-        np.add(self.far if self.filled else 0, near, out=self.far, dtype=np.float64, casting="unsafe")
+        if self.filled:
+            # Both are whole numbers below 2**53, so nothing is lost on the way through float64.
+            np.add(self.far, near, out=self.far, dtype=np.float64, casting="unsafe")
+        else:
+            np.copyto(self.far, near, casting="unsafe")  # whole numbers to 2**24
         self.near.zero_()
         self.filled, self.held = True, 0
         return self.far
@@ -328,16 +341,22 @@ def choose(net: nn.Module, losses: Losses, samples: Sequence[Batch], clip: Clip)
 
     Each engine takes a step to warm up, one against the clock, and, if it is fast, one in two parts. Left out is one that fails,
     whose norms or direction differ from those of the float32 loop, or in which the parts do not add up to the whole to the last
-    bit. Raises as `check_isolation` does. Nothing of `net` is changed, nor the process's random state.
+    bit. Several units at once are tried only where a unit is quick and its gradient small, so that a choice needs no more memory
+    than training. Raises as `check_isolation` does. Nothing of `net` is changed, nor the process's random state.
     """
     check_isolation(net, losses, samples)
-    # As many as a chunk holds, or the clock would charge them for empty places.
-    many = [samples[place % len(samples)] for place in range(max(len(samples), VMAP_CHUNK))]
     with _without_dropout(net), torch.random.fork_rng(devices=[]):
         best: Engine = LoopEngine(net, losses)
         norms = best.norms(samples)
+        many = _repeated(samples, SAMPLES)
         truth, least = _timed(best, many, clip)
-        for engine in (LoopEngine(net, losses, bfloat16=True), VmapEngine(net, losses)):
+        others: list[Engine] = [LoopEngine(net, losses, bfloat16=True)]
+        at_once = VmapEngine(net, losses)
+        if at_once.chunk >= VMAP_LEAST and least < VMAP_BELOW_S * len(many):
+            many = _repeated(samples, at_once.chunk)  # or the clock would charge it for empty places
+            truth, least = _timed(best, many, clip)
+            others.append(at_once)
+        for engine in others:
             try:
                 near = _near(engine.norms(samples), norms, AGREE[engine.name])
                 total, seconds = _timed(engine, many, clip)
@@ -444,9 +463,9 @@ def _loss_of_one(loss: Tensor) -> Tensor:
     return loss[0]
 
 
-def _sized(held: Tensor, size: int, device: torch.device) -> Tensor:
-    """`held` if it is float32 (size,) on `device`, else such memory."""
-    return held if held.shape == (size,) and held.device == device else torch.empty(size, device=device)
+def _sized(held: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """`held` if it is float32 of `shape` on `device`, else such memory."""
+    return held if held.shape == shape and held.device == device else torch.empty(shape, device=device)
 
 
 def _norm(vector: Tensor) -> float:
@@ -482,6 +501,10 @@ def _parts(engine: Engine, samples: Sequence[Batch], clip: Clip, total: Int64) -
     """Whether one sample and all the others add up to `total`, to the last bit."""
     first, others = (engine.clipped_sum(part, clip).total for part in (samples[:1], samples[1:]))
     return np.array_equal(first + others, total)
+
+
+def _repeated(samples: Sequence[Batch], least: int) -> list[Batch]:
+    return [samples[place % len(samples)] for place in range(max(len(samples), least))]
 
 
 def _timed(engine: Engine, samples: Sequence[Batch], clip: Clip) -> tuple[Int64, float]:
