@@ -66,8 +66,8 @@ def save(folder: Path, name: str, cohorts: dict[str, Any]) -> None:
     torch.save(held, folder / f"{name}.pt")
 
 
-def plain(folder: Path, rounds: int) -> None:
-    """All sites in this process, one after the other: train, average by images, validate; a mark after each round."""
+def plain(folder: Path, rounds: int) -> NDArray[np.float32]:
+    """All sites in this process, one after the other: train, average by images, validate; a mark after each round. The model."""
     sites = [Site(folder, name) for name in SITES]
     model: NDArray[np.float32] = networks.to_vector(sites[0].net)
     mark(folder)
@@ -82,6 +82,7 @@ def plain(folder: Path, rounds: int) -> None:
             networks.load_vector(site.net, model)
             site.validate()
         mark(folder)
+    return model
 
 
 def mark(folder: Path) -> None:
