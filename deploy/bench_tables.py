@@ -212,6 +212,8 @@ def peers(found: dict[str, Any]) -> str:
             f"| {title} | {row['round_processor_s']:.2f} s | {row['ratio_processor']:.2f} | {row['round_s']:.2f} s"
             f" | {row['ratio']:.2f} | {memory} |"
         )
+    loads = [row["load"] for row in found["rounds"].values()]
+    lines += ["", f"Load of the machine as a row was written, its own processes included: {min(loads)} to {max(loads)}."]
     return "\n".join(lines)
 
 
