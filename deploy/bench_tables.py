@@ -243,9 +243,8 @@ def opacus(found: dict[str, Any]) -> str:
         cells += [_step(tried[way]) for way in ways]
         lines.append(f"| `{entry['network']}`, {entry['images']} of {grid} | {' | '.join(cells)} |")
         for way in ways:
-            said = tried[way].get("failed") or tried[way].get("as_it_is")
-            if said:
-                failures.setdefault(said, []).append(f"`{entry['network']}` {grid} {way}")
+            if said := tried[way].get("failed") or tried[way].get("as_it_is"):
+                failures.setdefault(said.split(". ")[0], []).append(f"`{entry['network']}` ({way})")
     return "\n".join([*lines, "", *(f"- `{said}`: {', '.join(where)}" for said, where in failures.items())])
 
 
