@@ -213,7 +213,10 @@ def peers(found: dict[str, Any]) -> str:
             f" | {row['ratio']:.2f} | {memory} |"
         )
     loads = [row["load"] for row in found["rounds"].values()]
-    lines += ["", f"Load of the machine as a row was written, its own processes included: {min(loads)} to {max(loads)}."]
+    lines += [
+        "",
+        f"Load of the machine as a row was written, its own processes included: {min(loads)} to {max(loads)}.",
+    ]
     return "\n".join(lines)
 
 
