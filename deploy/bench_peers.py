@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from bench_round import LARGE, SKIPPED, Bed, all_cores, made_study, on_core, rollup
+from bench_round import LARGE, SKIPPED, Bed, Watching, all_cores, made_study, on_core, rollup
 from stage import BIN, free_port
 
 HERE = Path(__file__).resolve().parent
@@ -172,8 +172,8 @@ def main(wanted: list[str]) -> None:
         try:
             hand_over(bed, folder)
             if not wanted or "isocenter" in wanted:
-                before, ours, after = limit(bench), isocenter(bed, bench), limit(bench)
-                note("isocenter", row(ours, before + after))
+                before, (ours, memory), after = limit(bench), isocenter(bed), limit(bench)
+                note("isocenter", row(ours, before + after) | {"memory_mib": memory})
         finally:
             bed.stage.stop()
         for peer in [peer for peer in PEERS if not wanted or peer in wanted]:
@@ -211,16 +211,18 @@ def limit(bench: Bench) -> Rounds:
         return between(bench.marks())[1 : ROUNDS - 1]
 
 
-def isocenter(bed: Bed, bench: Bench) -> Rounds:
-    """Ours, masked: elapsed as its results have it; processor time is the difference of a long run and a short one."""
+def isocenter(bed: Bed) -> tuple[Rounds, int]:
+    """Ours, masked: elapsed as its results have it; processor time is the difference of a long run and a short one. And MiB."""
     bed.start(LARGE)
+    with Watching({"coordinator": bed.coordinator} | bed.nodes) as watching:
+        bed.run(made_study(LARGE, SKIPPED + 1))
     used = []
     for rounds in (SKIPPED, SKIPPED + ROUNDS):
         before = workload.processor_seconds(os.getpid())
         counted, _ = bed.run(made_study(LARGE, rounds))
         used.append(workload.processor_seconds(os.getpid()) - before)
     bed.stop()
-    return [(float(done["seconds"]), (used[1] - used[0]) / ROUNDS) for done in counted]
+    return [(float(done["seconds"]), (used[1] - used[0]) / ROUNDS) for done in counted], watching.together
 
 
 def hand_over(bed: Bed, folder: Path) -> None:
