@@ -235,6 +235,18 @@ def test_an_engine_that_computes_something_else_is_never_chosen(
     assert chosen() == "loop"
 
 
+def test_an_engine_that_reads_memory_to_which_nobody_wrote_is_never_chosen(
+    faster_vmap: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros lie there at most times, so that its gradients look right."""
+    unwritten = wrong(VmapEngine, lambda flat, count: flat + 0 * torch.empty(250_000).sum())
+    monkeypatch.setattr(VmapEngine, "_gradients", unwritten)
+    assert chosen() == "loop-bf16"
+    monkeypatch.setattr(dpsgd, "_stain", lambda: None)
+    monkeypatch.setattr(torch, "empty", torch.zeros)  # what the system hands out
+    assert chosen() == "vmap"
+
+
 @pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AttributeError, IndexError, AssertionError])
 def test_engines_that_fail_are_passed_over_and_the_loop_is_left(
     error: type[Exception], faster_vmap: None, monkeypatch: pytest.MonkeyPatch
