@@ -187,6 +187,76 @@ def parameters(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+PEERS = {
+    "isocenter": "Isocenter: mutual TLS, masked, signed orders, journals",
+    "flower_on_ray": "Flower's simulation on Ray",
+    "nvflare": "NVFlare's simulator",
+    "nvflare_poc": "NVFlare, proof-of-concept federation: mutual TLS",
+    "flower": "Flower's deployment: TLS, authenticated nodes",
+}
+
+
+def peers(found: dict[str, Any]) -> str:
+    """A round of each framework beside the same training in one plain process."""
+    lines = [
+        "| what | processor time of a round | beside the plain process | elapsed | beside the plain process"
+        " | memory of all processes (PSS) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, title in PEERS.items():
+        if key not in found["rounds"]:
+            continue
+        row = found["rounds"][key]
+        memory = f"{row['memory_mib']:,} MiB" if "memory_mib" in row else ""
+        lines.append(
+            f"| {title} | {row['round_processor_s']:.2f} s | {row['ratio_processor']:.2f} | {row['round_s']:.2f} s"
+            f" | {row['ratio']:.2f} | {memory} |"
+        )
+    loads = [row["load"] for row in found["rounds"].values()]
+    lines += [
+        "",
+        f"Load of the machine as a row was written, its own processes included: {min(loads)} to {max(loads)}.",
+    ]
+    return "\n".join(lines)
+
+
+def peer_commands(found: dict[str, Any]) -> str:
+    """The commands of each row, with words for its folder and ports; of the four sites those of the first."""
+    lines = ["```text"]
+    for key, title in PEERS.items():
+        ran = found["rounds"].get(key, {}).get("commands", [])
+        lines += [f"# {title}"] if ran else []
+        for line in ran:
+            if not any(f"key-{other}" in line for other in (1, 2, 3)):
+                named = line.replace("{folder}", "FOLDER").replace("{deploy}", "deploy")
+                lines.append(named.replace("{port[0]}", "PORT").replace("{port[1]}", "PORT_OF_SITE"))
+    return "\n".join([*lines, "```"])
+
+
+def opacus(found: dict[str, Any]) -> str:
+    """A private step of Opacus and of ours beside the step without privacy, and where Opacus fails."""
+    ways = ("hooks", "functorch", "ew", "ghost")
+    lines = [f"| network, batch | without privacy | ours | {' | '.join(f'Opacus, {way}' for way in ways)} |"]
+    lines.append("|---" * (len(ways) + 3) + "|")
+    failures: dict[str, list[str]] = {}
+    for entry in found["dp_step"].values():
+        tried, grid = entry["ways"], " x ".join(map(str, entry["shape"]))
+        plain, best = tried["plain"], min(("loop", "vmap"), key=lambda way: tried.get(way, {}).get("ratio", 1e9))
+        cells = [f"{_short(plain['step_s'])} s, {plain['memory_mib']:,} MiB", f"{_step(tried[best])} ({best})"]
+        cells += [_step(tried[way]) for way in ways]
+        lines.append(f"| `{entry['network']}`, {entry['images']} of {grid} | {' | '.join(cells)} |")
+        for way in ways:
+            if said := tried[way].get("failed") or tried[way].get("as_it_is"):
+                failures.setdefault(said.split(". ")[0], []).append(f"`{entry['network']}` ({way})")
+    return "\n".join([*lines, "", *(f"- `{said}`: {', '.join(where)}" for said, where in failures.items())])
+
+
+def _step(way: Entry) -> str:
+    if "failed" in way:
+        return "fails"
+    return f"{way['ratio']:.2f}, {way['memory_mib']:,} MiB" + (", `inplace` off" if "as_it_is" in way else "")
+
+
 def written(text: str, name: str, table: str) -> str:
     """`text` with `table` between the two marks called `name`. Raises LookupError if they are not there once."""
     begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->\n"
@@ -202,6 +272,9 @@ TABLES: dict[str, tuple[Path, Callable[[Any], str]]] = {
     "opening": (KEPT / "sites.json", opening),
     "images": (KEPT / "images.json", images),
     "parameters": (KEPT / "parameters.json", parameters),
+    "peers": (KEPT / "peers.json", peers),
+    "peer_commands": (KEPT / "peers.json", peer_commands),
+    "opacus": (KEPT / "peers.json", opacus),
 }
 
 
