@@ -33,7 +33,7 @@ from models.study import Study, parse
 SITES = ("alpine", "bayside", "central", "delta")
 PATIENTS, ROUNDS, SKIPPED = 190, 8, 2
 COUNTS = (4, 16, 64, 256, 1000)
-LONGER_PX = 112  # of images whose round takes about as long as the one that the goal was set by
+LONGER_PX = 120  # of images whose round takes about as long as the one that the goal was set by
 LONGER: dict[str, Any] = {"images": {"size_px": LONGER_PX}}
 SAMPLE, FEW, FEW_ROUNDS = 64, 16, 3
 ALONE = (4, 16, 64, 256)
