@@ -36,7 +36,7 @@ check: env ## everything that must hold before a commit: format, lint, types, te
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pytest -n 2 --dist loadfile
 
-bench: env ## measure rounds, memory and start-up; writes bench.json
+bench: env ## measure everything beside its least, an hour alone on the machine; writes bench.json and docs/benchmarks.md
 	@$(PYTHON) deploy/bench.py
 
 profile: env ## flame graphs of both sides of a round, in profile/ (as root: py-spy looks into the process that trains)
@@ -61,5 +61,5 @@ pictures: env ## make the pictures of the guides anew (docs/pictures); needs chr
 	@$(PYTHON) deploy/pictures.py
 
 clean: ## remove what the other targets made, the environment too
-	@rm -rf .venv demo profile build dist bench.json bench_sites.json clean-room.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv demo profile build dist bench.json clean-room.json *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

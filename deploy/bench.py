@@ -1,11 +1,11 @@
-"""`make bench`: what the federation costs beside the same work without it. Writes bench.json.
+"""`make bench`: what the federation costs beside the same work without it. Writes bench.json and tables of docs/benchmarks.md.
 
-Rounds, memory, a waiting node: deploy/bench_round.py. Images: deploy/bench_data.py. dp_step_*, dp_noise: deploy/bench_dp.py.
-simulation: deploy/bench_sites.py. Bytes: deploy/bench_bytes.py. mask_keystream: masks over a large update beside their cipher;
-`python deploy/bench.py masks` prints only that, in seconds.
+`python deploy/bench.py PART ...` measures only these parts and keeps the figures of the others: rounds are idle, small, memory,
+densenet and alone (deploy/bench_round.py); data (bench_data.py); steps and noise of differential privacy (bench_dp.py); masks;
+start; simulation (bench_sites.py); bytes (bench_bytes.py); and how cost grows: sites, images, parameters.
 
 Both sides of a ratio are measured on this machine in one run, pinned to one core, in turn; the ratio of their medians is what
-counts, because machines differ and are noisy. docs/benchmarks.md has the figures and how they were got.
+counts, because machines differ and are noisy. Beside each part stands the load of the machine in the minute before it.
 """
 
 import json
@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +22,59 @@ import bench_bytes
 import bench_data
 import bench_dp
 import bench_round
+import bench_tables
 from stage import BIN
 
 MASKS, PARAMETERS, MASK_RUNS = 8, 7_000_000, 15
+KEPT = bench_tables.KEPT / "bench.json"  # the figures that docs/benchmarks.md shows
 KEYSTREAM_BLOCK = 256 * 1024  # bytes a call: AES is no faster with more or less
 
 
-def main() -> None:
-    data = bench_data.measured()  # on all cores, which is how a hospital indexes
-    with bench_round.on_core(0):
-        private = bench_dp.measured()
-        keystream = masks() | {"after_training_ms": private.pop("after_training_ms")}
-        alone = {"mask_keystream": keystream, "start": start()} | private
-    report = alone | data | simulation() | bench_round.measured() | {"bytes": bench_bytes.measured()}
-    Path("bench.json").write_text(json.dumps(report, indent=1) + "\n")
+def main(wanted: list[str]) -> None:
+    if unknown := set(wanted) - set(PARTS):
+        raise SystemExit(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    report: dict[str, Any] = json.loads(KEPT.read_text()) if wanted and KEPT.is_file() else {"parts": {}}
+    for name in wanted or PARTS:
+        began, load = time.monotonic(), os.getloadavg()[0]
+        print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
+        report |= PARTS[name]()
+        took = round(time.monotonic() - began)
+        report["parts"][name] = {"date": time.strftime("%Y-%m-%d"), "load_before": round(load, 1), "seconds": took}
+        print(f"{took} s", file=sys.stderr, flush=True)
+        for path in (KEPT, Path("bench.json")):
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    bench_tables.main()
     print(json.dumps(report, indent=1))
 
 
-def simulation() -> dict[str, Any]:
-    """In a process of its own: it loads both sides of the federation."""
-    command = [sys.executable, str(Path(__file__).with_name("bench_sites.py")), "simulation"]
-    found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return found
+def apart(script: str, *words: str) -> dict[str, Any]:
+    """What a script of this folder prints, in a process of its own: it loads much, or writes files and a picture itself."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *words]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)  # type: ignore[no-any-return]
+
+
+def growth(script: str, *words: str) -> Callable[[], dict[str, Any]]:
+    def measured() -> dict[str, Any]:
+        command = [sys.executable, str(Path(__file__).with_name(script)), *words]
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        return {}
+
+    return measured
+
+
+def privacy(part: str) -> dict[str, Any]:
+    with bench_round.on_core(0):
+        return bench_dp.measured(part)
+
+
+def all_masks() -> dict[str, Any]:
+    with bench_round.on_core(0):
+        return {"mask_keystream": masks()} | bench_dp.measured("masks")
 
 
 def start() -> dict[str, Any]:
-    return {"fl_client_help_s": round(median_seconds([str(BIN / "fl-client"), "--help"]), 2)}
+    with bench_round.on_core(0):
+        return {"start": {"fl_client_help_s": round(median_seconds([str(BIN / "fl-client"), "--help"]), 2)}}
 
 
 def masks() -> dict[str, Any]:
@@ -91,9 +119,23 @@ def median_seconds(words: list[str]) -> float:
     return statistics.median(once() for _ in range(5))
 
 
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "data": bench_data.measured,  # on all cores, which is how a hospital indexes
+    "steps": lambda: privacy("steps"),
+    "noise": lambda: privacy("noise"),
+    "masks": all_masks,
+    "start": start,
+    "simulation": lambda: apart("bench_sites.py", "simulation"),
+    "idle": lambda: bench_round.measured(["idle"]),
+    "small": lambda: bench_round.measured(["small"]),
+    "memory": lambda: bench_round.measured(["memory"]),
+    "densenet": lambda: bench_round.measured(["densenet"]),
+    "alone": lambda: bench_round.measured(["alone"]),
+    "bytes": lambda: {"bytes": bench_bytes.measured()},
+    "sites": growth("bench_sites.py", "sites"),
+    "images": growth("bench_dp.py", "images"),
+    "parameters": growth("bench_parameters.py"),
+}
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["masks"]:
-        with bench_round.on_core(0):
-            print(json.dumps({"mask_keystream": masks()}, indent=1))
-    else:
-        main()
+    main(sys.argv[1:])

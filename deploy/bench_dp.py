@@ -28,7 +28,7 @@ CASES: dict[str, tuple[str, int, tuple[int, ...], float]] = {
 }
 """Network, images of a step, their grid, and what a private step in float32 may cost of the other."""
 CHUNKED = ("small", "3d_unet", "3d_resnet18", "3d_densenet121")  # on DenseNet121's radiographs vmap takes 5 GiB
-CHUNK = {"small": 32}
+CHUNK = {"small": 16}  # as `choose` takes it
 MEMORY_BATCHES = (4, 16, 64)
 IMAGES = (250, 1000, 4000)
 OUT = Path(__file__).parent.parent / "docs" / "benchmarks" / "images.json"
@@ -40,6 +40,8 @@ def main() -> None:
         print(json.dumps(one_step(sys.argv[2])))
     elif wanted == ["memory"]:
         print(json.dumps(memory_of_step(int(sys.argv[2]))))
+    elif wanted == ["choice"]:
+        print(json.dumps(memory_of_choice()))
     elif wanted == ["round"]:
         print(json.dumps(round_of(Path(sys.argv[2]))))
     else:
@@ -68,6 +70,7 @@ def steps() -> dict[str, Any]:
     volumes = {case.removeprefix("3d_"): entry for case, entry in found.items() if case.startswith("3d_")}
     worst = max(volumes.values(), key=lambda entry: float(entry["ratio"]))
     memory = {str(batch): _child("memory", str(batch)) for batch in MEMORY_BATCHES}
+    memory["choosing the engine"] = _child("choice")
     return {
         "dp_step_small": found["small"],
         "dp_step_densenet": found["densenet"] | {"memory_mib_above": memory},
@@ -124,13 +127,14 @@ class _Bench:
         import torch
 
         from models import learning, networks, tasks
+        from models.descent import Descent, Rule
         from models.study import Network
         from privacy import dpsgd, noise
 
         self.net = networks.KINDS[name](Network(name=name, dropout=0.0), 1, shape).train()
         self.losses, self.clip, self.stream = learning.patient_losses, dpsgd.Clip(1.0), noise.Keystream()
         self.parameters = sum(p.numel() for p in self.net.parameters())
-        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=1e-4)
+        self.optimizer = Descent([(list(self.net.parameters()), 1e-2)], Rule("adamw", 1e-4))
         self.start = [p.detach().clone() for p in self.net.parameters()]
         grid = shape if name in ("unet", "segresnet") else ()
         self.images = torch.rand(batch, 1, *shape)
@@ -138,6 +142,7 @@ class _Bench:
         self.known, self.each = torch.ones(batch, 1), tasks.cross_entropy
         self.seen: dict[str, dpsgd.ClippedSum] = {}
         self.noisy: Any = None
+        self.gradient: Any = None
 
     def begin(self) -> None:
         import torch
@@ -158,7 +163,7 @@ class _Bench:
 
     def one_by_one(self) -> None:
         """What a loop over images costs that gives no privacy: one forward and backward pass for each, one step."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         for place in range(len(self.images)):
             self.losses(self.net, self._unit(place)).sum().backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -176,7 +181,11 @@ class _Bench:
         units = (self._unit(place) for place in range(len(self.images)))
         found = dpsgd.private_gradient(engine, units, self.clip, 1.1, self.stream, self.noisy)
         self.noisy, self.seen[engine.name] = found
-        learning.descend(self.net, self.optimizer, (self.noisy * (2.0**-18 / len(self.images))).astype(np.float32))
+        # As `learning.learn_privately` does, into memory that every step uses again.
+        self.gradient = np.empty(self.parameters, np.float32) if self.gradient is None else self.gradient
+        factor = 2.0**-18 / len(self.images)
+        np.multiply(self.noisy, factor, out=self.gradient, dtype=np.float64, casting="unsafe")
+        learning.descend(self.net, self.optimizer, self.gradient)
 
     def arithmetic(self) -> float:
         """Seconds of a step that are clip, sum and noise: of gradients that cost nothing."""
@@ -217,6 +226,21 @@ def memory_of_step(batch: int) -> int:
     before = _rss_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     dpsgd.private_gradient(engine, units, bench.clip, 1.1, bench.stream)
+    return _rss_mib("VmHWM") - before
+
+
+def memory_of_choice() -> int:
+    """As `memory_of_step`, of choosing the engine that takes the steps."""
+    import torch
+
+    from privacy import dpsgd
+
+    torch.set_num_threads(1)
+    bench = _Bench("densenet121", 2, (224, 224))
+    bench.plain()
+    before = _rss_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    dpsgd.choose(bench.net, bench.losses, [bench._unit(0), bench._unit(1)], bench.clip)
     return _rss_mib("VmHWM") - before
 
 

@@ -29,7 +29,7 @@ LITTLE = {"eastern": "aurora", "fjord": "boreal", "garden": "cirrus", "harbour":
 PATIENTS, FEW = 190, 12
 """About 256 images a site, and about 8 to train on."""
 SKIPPED = 2  # the first rounds warm caches on both sides and are not counted
-ROUNDS, ROUNDS_DEEP, ROUNDS_LONG = 12, 9, 4
+ROUNDS, ROUNDS_DEEP, ROUNDS_LONG = 12, 9, 7
 LONG = {"local_epochs": 90, "side": 96}  # half a minute of local work
 IDLE_S = 60.0
 LOOK_S = 0.1

@@ -1,9 +1,10 @@
-"""Simulation beside a plain loop, and what a round costs as the number of sites grows. Writes bench_sites.json and its plot.
+"""Simulation beside a plain loop, and what a round costs as the number of sites grows.
 
 `python deploy/bench_sites.py simulation` measures the key `simulation` of bench.json: `fl-study simulate` in one process beside
 the same training in a plain loop, in turn, pinned to one core. `python deploy/bench_sites.py sites [N ...]` simulates N sites, of
 which a round asks 64 at most, in a process for each core, and measures seconds, bytes and memory of all processes; then what the
-coordinator alone does to open a masked sum of N sites. docs/benchmarks.md has the figures and how they were got.
+coordinator alone does to open a masked sum of N sites; it writes
+docs/benchmarks/sites.json and .png. docs/benchmarks.md has the figures and how they were got.
 """
 
 import gc
@@ -40,7 +41,7 @@ ALONE = (4, 16, 64, 256)
 """Sites of which a sum is opened alone; one of 1,000 takes each of them 55 MB of shares, and a machine hours for all."""
 PARAMETERS = 100_000
 LOOK_S = 0.25
-PLOT, HERE = Path("docs/benchmarks"), Means(processes=1)
+PLOT, HERE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks", Means(processes=1)
 
 
 def plan_of(sites: tuple[str, ...], rounds: int, more: dict[str, Any], **settings: Any) -> Study:
@@ -361,7 +362,7 @@ def draw(found: dict[str, Any], out: Path) -> None:
 def main(words: list[str]) -> None:
     if words[:1] == ["sites"]:
         found = sites(tuple(map(int, words[1:])) or COUNTS)
-        Path("bench_sites.json").write_text(json.dumps(found, indent=1) + "\n")
+        (PLOT / "sites.json").write_text(json.dumps(found, indent=1) + "\n")
         draw(found, PLOT / "sites.png")
         print(json.dumps(found, indent=1))
     else:

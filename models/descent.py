@@ -32,6 +32,7 @@ class Descent:
         self.decays = [(parameter, decay) for parameters, decay in groups for parameter in parameters]
         self._averages: dict[int, tuple[Tensor, ...]] = {}
         self._steps: dict[int, int] = {}
+        self._room = torch.empty(0)  # for a root that every step writes anew: new memory takes longer than the root
 
     def zero_grad(self) -> None:
         for parameter, _ in self.decays:
@@ -55,7 +56,10 @@ class Descent:
         mean.lerp_(gradient, 1 - BETA_1)
         square.mul_(BETA_2).addcmul_(gradient, gradient, value=1 - BETA_2)
         size, unbiased = rate / (1 - BETA_1**steps), math.sqrt(1 - BETA_2**steps)
-        parameter.addcdiv_(mean, (square.sqrt() / unbiased).add_(EPSILON), value=-size)
+        if len(self._room) < square.numel():
+            self._room = torch.empty(square.numel())
+        root = torch.sqrt(square, out=self._room[: square.numel()].view_as(square))
+        parameter.addcdiv_(mean, root.div_(unbiased).add_(EPSILON), value=-size)
 
     def _sgd(self, place: int, parameter: Tensor, gradient: Tensor, decay: float) -> None:
         momentum = self.rule.momentum

@@ -40,11 +40,17 @@ AGREE = {"vmap": 1e-3, "loop-bf16": 1e-2}  # relative difference of a norm to th
 ALONG = (
     0.9  # least cosine between sums of an engine and the float32 loop: bfloat16 has 0.95, a wrong order of weights 0
 )
-VMAP_CHUNK = 8
+SAMPLES = 4  # units by which engines are timed where each takes long
+VMAP_CHUNK = 16  # at most; of 8 to 64 the fastest for the small network
+VMAP_LEAST = 4  # what fewer units at once spare is not worth a try
+# Several units at once spare calls, not arithmetic. Where one takes longer than this they cost memory and gain nothing:
+# eight radiographs on DenseNet121 were 3 GiB, beside 0.3 GiB of the loop that then won.
+VMAP_BELOW_S = 0.01
 PIECE = 64 * 1024  # values that are widened to float64 at a time: 512 KiB stay in the L2 cache
 # The C library gives freed memory back to the system above twice the largest block that was ever freed. A small network's blocks
 # are small, so every patient's activations would be mapped and zeroed anew, a quarter of its time; after this up to 62 MiB stay.
 HEAP = 31 * 2**20
+STAINED = (1_000, 4_000, 16_000, 64_000, 250_000, 1_000_000, 4_000_000)
 CHANNELS = 128  # of a 1 x 1 convolution of one image from which on oneDNN is the faster one
 _CONVOLUTIONS = (torch.conv2d, torch.conv3d, torch.conv_transpose3d)
 log = logging.getLogger("isocenter.privacy")
@@ -107,7 +113,7 @@ class _Gradients:
 
     def clipped_sum(self, units: Iterable[Batch], clip: Clip, out: Int64 | None = None) -> ClippedSum:
         trained = _trained(self.net)
-        self._near = _sized(self._near, sum(p.numel() for p in trained), trained[0].device)
+        self._near = _sized(self._near, (sum(p.numel() for p in trained),), trained[0].device)
         found = _Accumulator(len(self._near), clip, self._near, out)
         with contextlib.closing(self._gradients(units)) as gradients:
             for flat in gradients:
@@ -139,14 +145,14 @@ class LoopEngine(_Gradients):
     def _gradients(self, units: Iterable[Batch]) -> Generator[Tensor, None, None]:
         trained = _trained(self.net)
         device = trained[0].device
-        flat = self._flat = _sized(self._flat, sum(p.numel() for p in trained), device)
+        flat = self._flat = _sized(self._flat, (sum(p.numel() for p in trained),), device)
         torch.empty(HEAP, dtype=torch.uint8)  # and free it again
-        direct = device.type == "cpu" and not self.bfloat16 and any(map(_falls_off, self.net.modules()))
+        directed = device.type == "cpu" and (self.bfloat16 or any(map(_falls_off, self.net.modules())))
         # Weights stay as they are for all units, so their bfloat16 copies are made once: torch forgets them where the outermost
         # of nested contexts ends. That one is switched off, because drawing a unit is no part of the network.
         with torch.autocast(device.type, torch.bfloat16, enabled=False):
             for unit in units:
-                with _OneImage() if direct else contextlib.nullcontext():
+                with _OneImage(self.bfloat16) if directed else contextlib.nullcontext():
                     with torch.autocast(device.type, torch.bfloat16, enabled=self.bfloat16):
                         loss = self.losses(self.net, _one(unit))
                     found = torch.autograd.grad(_loss_of_one(loss).float(), trained, allow_unused=True)
@@ -158,16 +164,48 @@ class LoopEngine(_Gradients):
 
 
 class _OneImage(TorchFunctionMode):
-    """Convolutions of one float32 image through oneDNN, where torch leaves it for loops of its own.
+    """Convolutions of one image through oneDNN in float32, where torch leaves it for loops of its own, or bfloat16 is unsound.
 
     For a batch of one torch takes `slow_conv3d`, five times as slow as a quarter of a batch of four, and on one thread a
     product of matrices for 1 x 1 kernels, slower than oneDNN from CHANNELS on. A tensor in oneDNN's layout leaves it no choice.
     """
 
+    def __init__(self, bfloat16: bool) -> None:
+        super().__init__()
+        self.bfloat16 = bfloat16
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _CONVOLUTIONS and len(args) > 1 and _redirected(func, args[0], args[1]):
-            return func(args[0].to_mkldnn(), *args[1:], **(kwargs or {})).to_dense()
-        return func(*args, **(kwargs or {}))
+        named = kwargs or {}
+        if func not in _CONVOLUTIONS or len(args) < 2:
+            return func(*args, **named)
+        if not self.bfloat16:
+            return _directed(func, args, named) if _redirected(func, args[0], args[1]) else func(*args, **named)
+        if not _unsound(func, args, named):
+            return func(*args, **named)
+        with torch.autocast(args[0].device.type, enabled=False):
+            return _directed(func, tuple(map(_wide, args)), {name: _wide(value) for name, value in named.items()})
+
+
+def _directed(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    return func(args[0].to_mkldnn(), *args[1:], **named).to_dense()
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) else value
+
+
+def _unsound(func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether torch 2.13 makes the bfloat16 gradient of this convolution's kernels of memory that nobody has written to.
+
+    Seen where a volume of more than one slice is less deep than the kernel, and where a picture is one pixel and the stride is
+    longer. What lies in that memory is another patient's as likely as not, and a large kernel writes beyond its own.
+    """
+    sides, window = tuple(args[0].shape[2:]), tuple(args[1].shape[2:])
+    if func is torch.conv2d:
+        stride = args[3] if len(args) > 3 else named.get("stride", 1)
+        return max(sides) == 1 and bool(max(stride if isinstance(stride, Sequence) else (stride,)) > 1)
+    # A transposed convolution makes more slices of one.
+    return (func is torch.conv_transpose3d or sides[0] > 1) and bool(sides[0] < window[0])
 
 
 def _redirected(func: Any, images: Tensor, kernels: Tensor) -> bool:
@@ -197,11 +235,14 @@ class VmapEngine(_Gradients):
 
     name = "vmap"
 
-    def __init__(self, net: nn.Module, losses: Losses, chunk: int = VMAP_CHUNK) -> None:
+    def __init__(self, net: nn.Module, losses: Losses, chunk: int | None = None) -> None:
+        """`chunk`: units at once; by default VMAP_CHUNK, or as many as have gradients of HEAP bytes together."""
         super().__init__(net, losses)
-        self.chunk = chunk
+        self.chunk = chunk or max(1, min(VMAP_CHUNK, HEAP // (4 * sum(p.numel() for p in _trained(net)))))
+        self._rows = torch.empty(0)
 
     def _gradients(self, units: Iterable[Batch]) -> Generator[Tensor, None, None]:
+        torch.empty(HEAP, dtype=torch.uint8)  # and free it again
         held: list[Batch] = []
         for unit in units:
             held.append(_one(unit))
@@ -226,8 +267,10 @@ class VmapEngine(_Gradients):
         gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, *[0] * len(batch)), randomness="different")(
             trained, *batch
         )
-        rows = torch.cat([gradients[name].reshape(self.chunk, -1).float() for name in trained], dim=1)
-        yield from rows[: len(units)]
+        parts = [gradients[name].reshape(self.chunk, -1).float() for name in trained]
+        self._rows = _sized(self._rows, (self.chunk, sum(part.shape[1] for part in parts)), parts[0].device)
+        torch.cat(parts, dim=1, out=self._rows)
+        yield from self._rows[: len(units)]
 
 
 class _Bound(nn.Module):
@@ -286,8 +329,11 @@ class _Accumulator:
         near = self.near.cpu().numpy()
         if self.far is None:
             self.far = np.empty(len(near), np.int64)
-        # Both are whole numbers below 2**53, so nothing is lost on the way through float64.
-        np.add(self.far if self.filled else 0, near, out=self.far, dtype=np.float64, casting="unsafe")
+        if self.filled:
+            # Both are whole numbers below 2**53, so nothing is lost on the way through float64.
+            np.add(self.far, near, out=self.far, dtype=np.float64, casting="unsafe")
+        else:
+            np.copyto(self.far, near, casting="unsafe")  # whole numbers to 2**24
         self.near.zero_()
         self.filled, self.held = True, 0
         return self.far
@@ -327,17 +373,26 @@ def choose(net: nn.Module, losses: Losses, samples: Sequence[Batch], clip: Clip)
     patient decided which of them computes everybody's gradient, it would move the sum by more than its own.
 
     Each engine takes a step to warm up, one against the clock, and, if it is fast, one in two parts. Left out is one that fails,
-    whose norms or direction differ from those of the float32 loop, or in which the parts do not add up to the whole to the last
-    bit. Raises as `check_isolation` does. Nothing of `net` is changed, nor the process's random state.
+    that reads memory to which nobody wrote, whose norms or direction differ from those of the float32 loop, or in which the
+    parts do not add up to the whole to the last bit. Several units at once are tried only where a unit is quick and its gradient
+    small, so that a choice needs no more memory than training. Raises as `check_isolation` does. Nothing of `net` is changed, nor
+    the process's random state.
     """
+    _stain()
     check_isolation(net, losses, samples)
-    # As many as a chunk holds, or the clock would charge them for empty places.
-    many = [samples[place % len(samples)] for place in range(max(len(samples), VMAP_CHUNK))]
     with _without_dropout(net), torch.random.fork_rng(devices=[]):
         best: Engine = LoopEngine(net, losses)
         norms = best.norms(samples)
+        many = _repeated(samples, SAMPLES)
         truth, least = _timed(best, many, clip)
-        for engine in (LoopEngine(net, losses, bfloat16=True), VmapEngine(net, losses)):
+        others: list[Engine] = [LoopEngine(net, losses, bfloat16=True)]
+        at_once = VmapEngine(net, losses)
+        if at_once.chunk >= VMAP_LEAST and least < VMAP_BELOW_S * len(many):
+            many = _repeated(samples, at_once.chunk)  # or the clock would charge it for empty places
+            truth, least = _timed(best, many, clip)
+            others.append(at_once)
+        for engine in others:
+            _stain()
             try:
                 near = _near(engine.norms(samples), norms, AGREE[engine.name])
                 total, seconds = _timed(engine, many, clip)
@@ -444,9 +499,9 @@ def _loss_of_one(loss: Tensor) -> Tensor:
     return loss[0]
 
 
-def _sized(held: Tensor, size: int, device: torch.device) -> Tensor:
-    """`held` if it is float32 (size,) on `device`, else such memory."""
-    return held if held.shape == (size,) and held.device == device else torch.empty(size, device=device)
+def _sized(held: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """`held` if it is float32 of `shape` on `device`, else such memory."""
+    return held if held.shape == shape and held.device == device else torch.empty(shape, device=device)
 
 
 def _norm(vector: Tensor) -> float:
@@ -482,6 +537,16 @@ def _parts(engine: Engine, samples: Sequence[Batch], clip: Clip, total: Int64) -
     """Whether one sample and all the others add up to `total`, to the last bit."""
     first, others = (engine.clipped_sum(part, clip).total for part in (samples[:1], samples[1:]))
     return np.array_equal(first + others, total)
+
+
+def _stain() -> None:
+    """Leave NaN in freed memory: what reads memory before it is written to shows itself, instead of reading zeros by chance."""
+    held = [torch.full((size,), math.nan) for size in STAINED for _ in range(3)]
+    del held
+
+
+def _repeated(samples: Sequence[Batch], least: int) -> list[Batch]:
+    return [samples[place % len(samples)] for place in range(max(len(samples), least))]
 
 
 def _timed(engine: Engine, samples: Sequence[Batch], clip: Clip) -> tuple[Int64, float]:

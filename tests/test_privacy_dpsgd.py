@@ -138,6 +138,40 @@ def test_convolutions_of_one_image_go_another_way_to_the_same_gradient(
     assert sum(ways) == expected_ways * len(units)
 
 
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (nn.Conv3d(8, 16, 3, padding=1), (1, 8, 8)),
+        (nn.Conv3d(8, 16, 3, padding=1), (2, 8, 8)),
+        (nn.Conv3d(8, 16, 3, padding=1, bias=False), (3, 8, 8)),
+        (nn.Conv3d(8, 16, 5, padding=2), (4, 6, 6)),
+        (nn.Conv3d(8, 16, (3, 1, 1), padding=(1, 0, 0)), (2, 8, 8)),
+        (nn.ConvTranspose3d(8, 16, 3, padding=1), (2, 8, 8)),
+        (nn.ConvTranspose3d(8, 16, 3, padding=1, stride=2, output_padding=1), (1, 4, 4)),
+        (nn.Conv2d(8, 16, 3, padding=1, stride=2), (1, 1)),
+        (nn.Conv2d(8, 16, 3, padding=1), (1, 2)),
+    ],
+    ids=str,
+)
+def test_no_gradient_in_bfloat16_is_made_of_memory_that_held_something_else(
+    layer: nn.Module, shape: tuple[int, ...]
+) -> None:
+    """Oracle: float64. Torch 2.13 gets flat volumes wrong; what lay in the memory could be another patient's."""
+    units = [(torch.randn(1, 8, *shape, generator=torch.Generator().manual_seed(5)),)]
+
+    def norm(net: nn.Module, batch: Batch) -> Tensor:
+        return net(batch[0]).double().square().flatten(1).mean(1)
+
+    wide = copy.deepcopy(layer).double()
+    expected = torch.autograd.grad(norm(wide, (units[0][0].double(),))[0], list(wide.parameters()))
+    engine = LoopEngine(layer, norm, bfloat16=True)
+    for _ in range(5):
+        dpsgd._stain()
+        (found,) = [flat.clone() for flat in engine._gradients(units)]
+        flat = torch.cat([part.reshape(-1) for part in expected])
+        assert float((found - flat).norm() / flat.norm()) < 0.02
+
+
 def test_more_units_than_float32_can_count_are_added_exactly() -> None:
     """Whole numbers above 2**24 are not all float32 numbers; with a grid of 2**24 the third unit is beyond them."""
     for bits in (22, 24):

@@ -187,7 +187,7 @@ def test_choosing_changes_nothing_of_the_network_and_of_the_process() -> None:
 @pytest.fixture
 def faster_vmap(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A stop-watch by which the later engines are the faster ones, so that only what they compute can speak against them."""
-    timed, seconds = dpsgd._timed, {"loop": 3.0, "loop-bf16": 2.0, "vmap": 1.0}
+    timed, seconds = dpsgd._timed, {"loop": 0.003, "loop-bf16": 0.002, "vmap": 0.001}
     monkeypatch.setattr(dpsgd, "_timed", lambda engine, *given: (timed(engine, *given)[0], seconds[engine.name]))
     yield
 
@@ -235,6 +235,18 @@ def test_an_engine_that_computes_something_else_is_never_chosen(
     assert chosen() == "loop"
 
 
+def test_an_engine_that_reads_memory_to_which_nobody_wrote_is_never_chosen(
+    faster_vmap: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros lie there at most times, so that its gradients look right."""
+    unwritten = wrong(VmapEngine, lambda flat, count: flat + 0 * torch.empty(250_000).sum())
+    monkeypatch.setattr(VmapEngine, "_gradients", unwritten)
+    assert chosen() == "loop-bf16"
+    monkeypatch.setattr(dpsgd, "_stain", lambda: None)
+    monkeypatch.setattr(torch, "empty", torch.zeros)  # what the system hands out
+    assert chosen() == "vmap"
+
+
 @pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, AttributeError, IndexError, AssertionError])
 def test_engines_that_fail_are_passed_over_and_the_loop_is_left(
     error: type[Exception], faster_vmap: None, monkeypatch: pytest.MonkeyPatch
@@ -252,6 +264,29 @@ def test_a_network_that_torch_func_does_not_bear_is_trained_by_the_loop(faster_v
     """A branch on a value: several patients at once cannot take both ways."""
     net = nn.Sequential(nn.Conv2d(4, 4, 3), Custom(lambda x: x if x.sum() > 1e9 else 2 * x))
     assert choose(net, images, PAIR, Clip(1.0)).name != "vmap"
+
+
+@pytest.mark.parametrize(
+    "seconds, weights", [(1.0, 16), (0.003, dpsgd.HEAP // 4 // 3)], ids=["long units", "many weights"]
+)
+def test_several_units_at_once_are_not_even_tried_where_they_cost_memory(
+    seconds: float, weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+    timed = dpsgd._timed
+
+    def noted(engine: Any, *given: Any) -> Any:
+        tried.append(engine.name)
+        return timed(engine, *given)[0], seconds
+
+    monkeypatch.setattr(dpsgd, "_timed", noted)
+    pair = [(torch.rand(1, 2, 4), torch.rand(1, 2, 1)) for _ in range(2)]
+    net = nn.Linear(4, weights // 4, bias=False)
+    assert choose(net, lambda net, batch: net(batch[0]).square().mean((1, 2)), pair, Clip(1.0)).name in (
+        "loop",
+        "loop-bf16",
+    )
+    assert set(tried) == {"loop", "loop-bf16"}
 
 
 def test_a_network_in_which_patients_meet_gets_no_engine() -> None:
