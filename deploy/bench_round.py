@@ -245,7 +245,7 @@ def memory(bed: Bed) -> dict[str, Any]:
             "all_mib": watching.together,
             "goal_mib": HALF_OF_FLOWER_MIB,
             "floor_mib": floor(),
-            "note": "proportional set size at its highest; floor: as many bare processes, four of which imported torch",
+            "note": "proportional set size at its highest; floor: four bare processes that imported torch, and six flwr",
         }
     }
 
@@ -253,7 +253,7 @@ def memory(bed: Bed) -> dict[str, Any]:
 def floor() -> int:
     """What the interpreters alone take: a process for each of ours, with nothing but torch in workers and flwr in the others."""
     wait = "; import sys; print('ready', flush=True); sys.stdin.read()"
-    programs = ["import flwr.app" + wait] * (2 + len(LARGE)) + ["import torch, flwr.app" + wait] * len(LARGE)
+    programs = ["import flwr.app" + wait] * (2 + len(LARGE)) + ["import torch" + wait] * len(LARGE)
     started = [
         subprocess.Popen([sys.executable, "-c", text], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         for text in programs

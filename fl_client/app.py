@@ -6,20 +6,16 @@ installation's, never a bundle's.
 
 import time
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 from torch import nn
 
 from fl_client import masks, norms, variates
 from fl_client.cohort import Cohort, Split, splits_of
 from fl_client.counting import UNTOLD_S, carry_out_count, countable
-from fl_client.ingest import Index
-from fl_client.orders import answer
+from fl_client.index import Index
 from fl_client.protection import Vault
 from fl_client.site import Site
 from models import learning, networks, regression, subgroups
@@ -132,19 +128,6 @@ def _changed(path: Path) -> int:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return 0
-
-
-def make_app() -> ClientApp:
-    """A ClientApp with a desk of its own."""
-    app, work = ClientApp(), partial(carry_out, Desk())
-
-    def reply(message: Message, context: Context) -> Message:
-        return answer(message, Site.open(Path(str(context.node_config["site"]))), work)
-
-    app.train()(reply)
-    app.evaluate()(reply)
-    app.query()(reply)
-    return app
 
 
 def carry_out(desk: Desk, site: Site, study: Study, order: Order) -> Report:
@@ -352,6 +335,3 @@ def _archive(study: Study, ingested: int) -> int:
 def _seconds(study: Study, began: float) -> float:
     """Time taken; not under differential privacy, because it says how many patients were drawn."""
     return time.monotonic() - began if study.privacy == "none" else 0.0
-
-
-app = make_app()

@@ -22,6 +22,7 @@ from privacy import keys
 from privacy.errors import CacheLost, SealBroken
 
 Array = npt.NDArray[Any]
+SCALE = 65535  # of pixels in 0..1 as they are kept, in 16 bits: finer than any detector, half the size of float32
 KEY_LABEL = b"isocenter/v1/cache-key\n"
 
 

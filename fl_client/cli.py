@@ -529,7 +529,7 @@ def _check_budget(site: Site, study: Study) -> None:
     if study.privacy == "none" or site.name not in study.participation.sites:
         return
     from fl_client.cohort import Cohort
-    from fl_client.ingest import Index
+    from fl_client.index import Index
     from models.labels import LabelTable
 
     try:
@@ -546,7 +546,7 @@ def _check_budget(site: Site, study: Study) -> None:
 
 def _own_data(study: Study, site: Site) -> str:
     """What this site would bring to the study, or what is missing for it; said before anybody approves."""
-    from fl_client.ingest import Index
+    from fl_client.index import Index
     from fl_client.masks import mapped
     from fl_client.observed import unnamed
 

@@ -28,7 +28,7 @@ from fl_client.index import Index, IndexedImage
 from fl_client.masks import Masks, mapped, where
 from fl_client.observed import answered, covariates_of, observe
 from models.covariates import names_of
-from models.imaging import to_grid
+from models.grids import to_grid
 from models.labels import LabelTable
 from models.masks import plane_spacing_mm
 from models.masks import to_grid as to_mask_grid

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from models.study import Study
 from privacy import disk, keys
-from privacy.calls import Decision, Statement
 from privacy.errors import (
     DocumentError,
     IsocenterError,
@@ -25,6 +24,7 @@ from privacy.errors import (
     SignatureInvalid,
     StudyNotApproved,
 )
+from privacy.statements import Decision, Statement
 
 VERSION = 1
 FILE_BYTES_MAX = 2 * 1024 * 1024  # a study is at most 256 KiB; the rest is signatures

@@ -15,11 +15,12 @@ from fl_client.site import SiteFile
 from models.study import Study, parse, read
 from privacy import calls, keys
 from privacy import consortium_pb2 as pb
-from privacy.calls import Decision, Enrolment, InvitationLine, Statement
+from privacy.calls import Enrolment, InvitationLine
 from privacy.errors import DocumentError, IsocenterError, MessageMalformed, RunUnknown, TrustError, Unreachable
 from privacy.greeting import Versions
 from privacy.journal import Journal
 from privacy.reach import Proxy
+from privacy.statements import Decision, Statement
 
 DIGEST_LEAST = 6  # characters of a digest that a person has to type
 FINGERPRINT_CHARACTERS = 16  # few enough to read out for each of twenty sites, too many to find a second key for

@@ -9,8 +9,8 @@ import json
 import re
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +19,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 
+from fl_client.first_look import Header, View
 from fl_client.sources import FILE_BYTES_MAX, Reason
-from models import imaging, volumes
+from models import grids, imaging, volumes
 from privacy.errors import ImageLeftOut
-
-View = Literal["frontal", "lateral", "unknown"]
 
 RADIOGRAPHS = {
     "1.2.840.10008.5.1.4.1.1.1": "CR",  # Computed Radiography Image Storage
@@ -79,35 +78,6 @@ READ = [
 
 
 @dataclass(frozen=True)
-class Header:
-    """What the index keeps of one file; text is "" where the file says nothing.
-
-    `plane`: where a CT slice lies, as position, row, column and spacing; empty for a radiograph. `lossy`: whether the pixels
-    were compressed with loss before they came here. `acquisition`: which passage of the scanner, where a series holds several.
-    `inverted`: a picture whose header says that bright means air; DICOM files say so themselves.
-    """
-
-    patient: str = ""
-    study_uid: str = ""
-    series_uid: str = ""
-    sop_uid: str = ""
-    accession: str = ""
-    modality: str = ""
-    view: View = "unknown"
-    manufacturer: str = ""
-    sex: str = ""
-    age_years: float | None = None
-    lossy: bool = False
-    acquisition: str = ""
-    inverted: bool = False
-    plane: list[float] = field(default_factory=list)
-    size: list[int] = field(default_factory=list)  # of a CT slice: rows, columns
-
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
-
-
-@dataclass(frozen=True)
 class Pixels:
     """One radiograph read: `pixels` float32 (H, W) in 0..1, bright is dense, no side above the limit asked for."""
 
@@ -160,7 +130,7 @@ def read_radiograph(data: bytes, longest_side_px: int, *, display: bool) -> Pixe
     with imaging.quiet_reading():
         image = imaging.decode(_with_pixels(data), display=display)
     found = imaging.scaled(image)
-    small = imaging.reduced(found.pixels, longest_side_px)
+    small = grids.reduced(found.pixels, longest_side_px)
     return Pixels(small, image.spacing_mm, found.low, found.high, image.values.shape)
 
 
@@ -294,7 +264,7 @@ def read_picture(data: bytes, longest_side_px: int, *, inverted: bool = False) -
     except (*imaging.READING_ERRORS, SyntaxError):  # Pillow's PNG reader raises SyntaxError on broken chunks
         raise ImageLeftOut(Reason.UNREADABLE_PIXELS) from None
     found = imaging.scaled(imaging.Radiograph(-values if inverted else values, None, None))
-    small = imaging.reduced(found.pixels, longest_side_px)
+    small = grids.reduced(found.pixels, longest_side_px)
     return Pixels(small, None, found.low, found.high, found.pixels.shape)
 
 

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fl_client.cache import Cache
-from fl_client.headers import Header, View
-from fl_client.readers import SCALE
+from fl_client.cache import SCALE, Cache
+from fl_client.first_look import Header, View
 from fl_client.sources import Item, Reason
 from models.labels import Matches, plain_key
 from privacy.errors import CacheLost, DataError

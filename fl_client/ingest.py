@@ -18,9 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fl_client import masks
+from fl_client import mask_files, masks
 from fl_client.cache import Cache
-from fl_client.headers import SIDECAR_BYTES_MAX, Caption, Header, read_sidecar
+from fl_client.first_look import Header
+from fl_client.headers import SIDECAR_BYTES_MAX, Caption, read_sidecar
 from fl_client.index import Index, IndexedImage, Known, Register
 from fl_client.readers import Answer, Look, Radiograph, Readers, Reading, SlicesOfVolume, Task, VolumeFile, made, seen
 from fl_client.series import Series, Slice, assemble
@@ -175,7 +176,9 @@ def _masks(source: Source, root: Path, index: Index, readers: Readers, progress:
         masks.cache_of(index.state, "").keep(set())
         return None
     return MaskCount.of(
-        masks.ingest(source.masks, root, index, readers, lambda done, total: progress("reading masks", done, total))
+        mask_files.ingest(
+            source.masks, root, index, readers, lambda done, total: progress("reading masks", done, total)
+        )
     )
 
 

@@ -37,17 +37,16 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from google.protobuf.message import DecodeError
 
 from fl_client import orders, sandbox
+from fl_client.fleet import Identity
 from fl_client.site import Site
 from fl_client.upkeep import Upkeep
 from fl_client.vitals import Vitals
 from fl_client.worker import Worker
-from privacy import keys, parcels, reach, tracing
+from privacy import heap, keys, parcels, reach, tracing
 from privacy.errors import (
     CertificateExpired,
     CertificateRevoked,
@@ -174,9 +173,8 @@ def fleet_client(site: Site) -> "_Fleet":
         raise NotEnrolled("site.yaml names no coordinator")
     if keys.ended(keys.load_certificate((site.home / "keys" / "site.pem").read_bytes())):
         raise CertificateExpired("the certificate of this site has ended")
-    identity = NodeAuthHttpInterceptor(site.key, site.key.public_key())
     to = site.settings.coordinator
-    return _Fleet(to.gateway, tls_context(site), identity, to.way(site.home))
+    return _Fleet(to.gateway, tls_context(site), Identity(site.key), to.way(site.home))
 
 
 def _activate(client: FleetHttpClient, public: bytes, memory: Path) -> Node:
@@ -216,11 +214,8 @@ def tls_context(site: Site) -> ssl.SSLContext:
 class _Fleet(FleetHttpClient):
     """Flower's Fleet client over our TLS context: its own constructor knows no client certificates."""
 
-    def __init__(
-        self, gateway: str, context: ssl.SSLContext, identity: NodeAuthHttpInterceptor, way: Way | None = None
-    ) -> None:
-        version = RuntimeVersionHttpInterceptor(component_name="SuperNode")
-        super().__init__(f"https://{gateway}", interceptors=(version, identity), verify=context, timeout=CALL_TIMEOUT_S)
+    def __init__(self, gateway: str, context: ssl.SSLContext, identity: Identity, way: Way | None = None) -> None:
+        super().__init__(f"https://{gateway}", interceptors=(identity,), verify=context, timeout=CALL_TIMEOUT_S)
         # Flower's client goes wherever an answer sends it, and wherever an environment variable says. Ours goes to the gateway.
         self._client.close()
         self._client = httpx.Client(
@@ -247,6 +242,7 @@ def serve(home: Path, tell: Tell, metrics_port: int | None = None) -> None:
     people. Raises what no retry can mend: NotEnrolled, WrongAuthority, NodeRunning, AuditFailed.
     """
     sandbox.keep_private()
+    heap.return_large()
     site = Site.open(home)
     with only_one(site):
         vitals, end_traces = Vitals(site.home), tracing.begin(site.settings.traces, "node")

@@ -7,17 +7,12 @@ public code.
 """
 
 import logging
-from collections.abc import Callable
 
 from flwr.app import Message
 
-from fl_client.site import Seen, Site
-from models.study import Study
+from fl_client.site import Seen, Site, Work
 from privacy.errors import IsocenterError, MessageMalformed
-from privacy.wire import ORDERS, Order, Refusal, Report, UnmaskOrder, decode
-
-Work = Callable[[Site, Study, Order], Report]
-"""Carries out an admitted order; raises an IsocenterError, or reports a Refusal, if that cannot be done."""
+from privacy.wire import ORDERS, Refusal, UnmaskOrder, decode
 
 log = logging.getLogger("isocenter.site")
 

@@ -27,10 +27,10 @@ import numpy as np
 from pydantic import Field, FiniteFloat, StringConstraints, TypeAdapter, model_validator
 
 from fl_client import nifti
-from fl_client.cache import Cache, content_of
+from fl_client.cache import SCALE, Cache, content_of
+from fl_client.first_look import Header
 from fl_client.headers import (
     Caption,
-    Header,
     look_at_dicom,
     look_at_picture,
     read_picture,
@@ -45,7 +45,6 @@ from models.imaging import quiet_reading
 from privacy import annex_e
 from privacy.errors import ImageLeftOut
 
-SCALE = 65535  # 16 bits: finer than any detector, half the size of float32
 FILE_S = 120.0  # for one file; the slowest radiograph takes two seconds
 SLICE_S = 2.0  # more for each slice of a volume
 MEMORY_BYTES = 6 * 1024**3  # beyond what it has when it starts: the largest volume, twice, and a decoder's scratch

@@ -11,6 +11,7 @@ from fl_client.consent import consents
 from fl_client.enrol import greet
 from fl_client.facts import Facts, facts_of
 from fl_client.index import Index
+from fl_client.masks import mapped
 from fl_client.site import Site
 from fl_client.sources import Reason
 from models.labels import LabelTable
@@ -278,8 +279,6 @@ def _leakage(looked: Inspection) -> str:
 
 def previews_of_approved(looked: Inspection) -> "list[Preview]":
     """What each approved study that fits this site's labels takes, by the splits that were pinned."""
-    from fl_client.masks import mapped  # with torch, which takes a second to load
-
     labels = attempt(lambda: looked.labels)
     decided = [c.offer.study for c in consents(looked.home) if c.statement.decision == "approved"]
     approved = [study for study in decided if study.task.kind != "counting"]  # which splits nobody

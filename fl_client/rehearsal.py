@@ -44,7 +44,7 @@ from fl_client.site import Site, Source
 from models.labels import LabelTable
 from models.study import Study
 from privacy import keys, parcels
-from privacy.calls import Statement
+from privacy.statements import Statement
 
 OPEN_MAX = 16  # sites whose images one process keeps in memory
 RECIPE = "rehearsal.json"

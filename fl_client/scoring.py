@@ -20,15 +20,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fl_client.cache import Cache
-from fl_client.headers import Header
+from fl_client.cache import SCALE, Cache
+from fl_client.first_look import Header
 from fl_client.observed import covariates_of
-from fl_client.readers import SCALE, Look, Radiograph, Readers, Reading, SlicesOfVolume, Task, made, seen
+from fl_client.readers import Look, Radiograph, Readers, Reading, SlicesOfVolume, Task, made, seen
 from fl_client.series import Series, Slice, assemble
 from fl_client.sources import Folder, Item, Reason
 from models import exporting, learning
 from models.covariates import AGE, SEX, names_of, words
-from models.imaging import to_grid
+from models.grids import to_grid
 from models.labels import LabelMap, LabelTable
 from models.registry import Package
 from models.study import Regression, Study

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fl_client.headers import Header
+from fl_client.first_look import Header
 from fl_client.sources import Reason
 from models.volumes import Plane, Stack, plane_of, stack
 from privacy.errors import ImageLeftOut

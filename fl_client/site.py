@@ -548,3 +548,7 @@ def _check_room(study: Study, patients: int, sites: int) -> None:
             f"a step of {plan.batch_max(patients)} patients and its noise may not fit into {study.encoding_bits} bits",
             remedy="Ask the researcher for `encoding_bits: 64`, or a smaller sampling_rate.",
         )
+
+
+Work = Callable[[Site, Study, Order], Report]
+"""Carries out an admitted order; raises an IsocenterError, or reports a Refusal, if that cannot be done."""

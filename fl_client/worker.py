@@ -34,20 +34,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from flwr.app import ConfigRecord, RecordDict
-
 from fl_client import sandbox
-from fl_client.orders import Work
 from fl_client.protection import Signing, Vault
-from fl_client.site import Resources, Site, SiteFile
+from fl_client.site import Resources, Site, SiteFile, Work
 from models.study import Study
-from privacy import deidentify, keys, logs, tracing
+from privacy import deidentify, heap, keys, logs, tracing
 from privacy.errors import AuditFailed, DocumentError, IsocenterError, LimitExceeded, MessageMalformed, WorkerDied
-from privacy.wire import BYTES_MAX, ORDERS, RECORD, REPORTS, Crossing, Order, Refusal, Report
+from privacy.wire import BYTES_MAX, ORDERS, REPORTS, Crossing, Order, Refusal, Report
 
 STARTS_MAX = 3  # of a worker in a row: once may be an accident, and so may the memory of another program
 HEAD_BYTES_MAX = 2 * 1024 * 1024  # a study is at most 256 KiB
 LOOK_S, MINUTE_S, GIB = 0.5, 60.0, 1024**3
+IDLE_S = 2.0  # after which free memory goes back: to get it anew costs a short round a tenth of its training
 HIDE = "import sys; from fl_client.sandbox import hide; hidden = hide(sys.argv[1])"  # before numpy starts its threads
 PROGRAM = f"{HIDE}; from fl_client.worker import main; main(hidden, *map(int, sys.argv[2:]))"
 ENVIRONMENT = {"HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "LD_PRELOAD", "PATH", "TMPDIR", "TZ", "XDG_CACHE_HOME"}
@@ -94,19 +92,12 @@ class Line:
         self.writer.close()
 
 
-def facts_of(message: Crossing) -> dict[str, Any]:
-    return dict(message.to_records()[RECORD])
-
-
 def read(facts: dict[str, Any], kinds: tuple[type[M], ...]) -> M:
-    """The message of one of `kinds` whose `facts_of` these are; raises MessageMalformed for anything else."""
+    """The message of one of `kinds` whose facts these are; raises MessageMalformed for anything else."""
     kind = facts.get("kind")
     for candidate in kinds:
         if candidate.kind == kind:
-            try:
-                return candidate.from_records(RecordDict({RECORD: ConfigRecord(facts)}))
-            except (TypeError, ValueError):
-                break  # no facts that a record can hold
+            return candidate.from_facts(facts)
     raise MessageMalformed("what came over the pipe between node and worker is no message")
 
 
@@ -170,7 +161,7 @@ class Worker:
         raise WorkerDied(f"the worker process died {STARTS_MAX} times while it started")
 
     def carry_out(self, site: Site, study: Study, order: Order) -> Report:
-        """The worker's report or refusal of an admitted order: `fl_client.orders.Work`.
+        """The worker's report or refusal of an admitted order: `fl_client.site.Work`.
 
         Raises LimitExceeded, SignatureRefused, or WorkerDied if it ends without an answer or answers something else; it was
         replaced then, and there is a line about it in the journal. What it had reserved in the ledger stays charged.
@@ -198,7 +189,7 @@ class Worker:
         settings, public = site.settings.model_dump_json().encode(), keys.public_pem(site.coordinator)
         told = {"home": str(site.home), "settings": settings, "coordinator": public, "study": study.canonical()}
         self.line.send("work", told)
-        self.line.send("order", facts_of(order))
+        self.line.send("order", order.to_facts())
         while True:
             what, facts = self.line.receive()
             if what == "spans":
@@ -299,7 +290,10 @@ def main(hidden: bool, orders: int, answers: int) -> None:
                 report = _attempt(work, site, study, order)
             if spans:
                 line.send("spans", {"spans": spans})
-            line.send("report", facts_of(report))
+            line.send("report", report.to_facts())
+            del order, report  # each as large as the model; the next order may be long in coming
+            if not line.reader.poll(IDLE_S):
+                heap.give_back()
 
 
 def _log_files(home: Path) -> logs.LogFiles:
@@ -323,6 +317,7 @@ def _warm(line: Line) -> Work:
     from privacy import selftest
 
     selftest.require()
+    heap.give_back()  # the test works on more than a small study does
 
     def ask(label: bytes, body: bytes) -> bytes:
         line.send("sign", {"label": label, "body": body})

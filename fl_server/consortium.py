@@ -37,7 +37,6 @@ from privacy.calls import (
     SERVICE,
     PartyRole,
     Signed,
-    Statement,
     details_of,
     numbers_of,
     versions_in,
@@ -58,6 +57,7 @@ from privacy.errors import (
 )
 from privacy.greeting import Readiness, own
 from privacy.heads import SignedHead
+from privacy.statements import Statement
 
 SKEW_SECONDS = 120
 WATCHERS_MAX = 16  # streams that may hold a thread at once

@@ -37,7 +37,7 @@ from fl_server.control import LOOPBACK, control
 from fl_server.mailbox import Mailbox
 from fl_server.roster import Home
 from fl_server.run import heed_stop, holding, list_runs, mark_stopped, read_facts, stop_asked
-from privacy import logs, tracing
+from privacy import heap, logs, tracing
 from privacy.deidentify import guarded
 from privacy.errors import IsocenterError, RunError
 
@@ -54,7 +54,7 @@ license = "Apache-2.0"
 publisher = "isocenter"
 [tool.flwr.app.components]
 serverapp = "fl_server.app:app"
-clientapp = "fl_client.app:app"
+clientapp = "fl_client.client_app:app"
 """
 """A Flower bundle without code: Flower wants one for each run; nobody ever unpacks it."""
 
@@ -100,7 +100,7 @@ def carry_out(root: Path, run_id: str, port: int, secret: bytes) -> None:
         flower_run = _start_flower_run(root / "runs" / run_id, port)
         token = _acquire(flower_run, port, secret)
     grid = Mailbox(f"{LOOPBACK}:{port}", token, partial(heed_stop, root / "runs" / run_id, within_stage=True))
-    client = grid._runtime_client  # the grid's own connection: Flower has no public door to its task calls
+    client = grid.client  # Flower's task calls go over the same connection
     heartbeat = HeartbeatSender(make_task_heartbeat_fn_http(client))
     heartbeat.start()
     outcome = SubStatus.FAILED
@@ -155,9 +155,7 @@ def _acquire(flower_run: int, port: int, secret: bytes) -> str:
                 return str(answer.token)
             else:
                 stale = Mailbox(f"{LOOPBACK}:{port}", answer.token)
-                stale._runtime_client.PushTaskOutput(
-                    PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="stale")
-                )
+                stale.client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.FAILED, details="stale"))
                 stale.close()
     finally:
         client.close()
@@ -170,6 +168,7 @@ def _end_with_parent() -> None:
 
 
 def main() -> None:
+    heap.return_large()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the coordinator ends us in order
     root, port, secret = (
         Path(sys.argv[1]),

@@ -45,7 +45,7 @@ from fl_server.parcels import Parcels
 from fl_server.roster import Home
 from fl_server.run import Run, list_runs
 from models.study import Study
-from privacy import keys
+from privacy import heap, keys
 from privacy.errors import IsocenterError, RunError, RunStopped
 from privacy.syslog import Forwarder
 
@@ -60,6 +60,7 @@ log = logging.getLogger("isocenter.link")
 
 def serve(home: Home, ready: Callable[[str], None] = print, limits: Limits = Limits()) -> None:  # noqa: B008  frozen
     """Run the coordinator until SIGINT or SIGTERM; `ready` gets one sentence once every door is open."""
+    heap.return_large()
     asyncio.run(_serve(home, ready, limits))
 
 

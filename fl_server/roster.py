@@ -36,7 +36,7 @@ from fl_server.settings import ServerFile
 from fl_server.standings import Told
 from models.study import Study, read
 from privacy import disk, keys
-from privacy.calls import Decision, InvitationLine, PartyRole, Statement, token_hash
+from privacy.calls import InvitationLine, PartyRole, token_hash
 from privacy.errors import (
     CertificateRevoked,
     DiskUnusable,
@@ -52,6 +52,7 @@ from privacy.errors import (
 )
 from privacy.greeting import Readiness, Versions
 from privacy.journal import Journal
+from privacy.statements import Decision, Statement
 
 VERSION = 3  # SQLite's user_version of roster.sqlite
 SECONDS_BUSY = 20.0  # how long a writer waits for another process's transaction

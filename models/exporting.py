@@ -19,7 +19,7 @@ import torch
 from safetensors.numpy import save
 from torch import Tensor, nn
 
-from models import imaging, learning, networks, tasks, volumes
+from models import grids, imaging, learning, networks, tasks, volumes
 from models.registry import Package
 from models.study import Regression, Study
 from privacy.errors import DocumentError, PackageRefused
@@ -202,7 +202,7 @@ def _preparing(package: Package) -> str:
     if images.volume is None:
         constants = {"LOW": imaging.LOW, "HIGH": imaging.HIGH, "SIZE_PX": images.size_px}
         constants["LONGEST_SIDE_PX"] = package.longest_side_px
-        parts: list[Callable[..., Any]] = [imaging.reduced, imaging.to_grid, imaging._resized]
+        parts: list[Callable[..., Any]] = [grids.reduced, grids.to_grid, grids._resized]
         last = _RADIOGRAPHS
     else:
         constants = {"AIR_HU": volumes.AIR_HU, "HU_MAX": volumes.HU_MAX}

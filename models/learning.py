@@ -245,7 +245,7 @@ def private(study: Study) -> Privacy:
     return study.privacy
 
 
-def predict(net: nn.Module, cohort: TrainingCohort, batch: int = 64) -> NDArray[np.float32]:
+def predict(net: nn.Module, cohort: TrainingCohort, batch: int = 32) -> NDArray[np.float32]:
     """Scores float32 (N, T) in [0, 1], in the order of the cohort; the same for any batch size up to rounding.
 
     Raises TrainingDiverged if the network answers with something that is not a number.

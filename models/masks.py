@@ -2,7 +2,7 @@
 
 A mask lies on the pixels of its image, as one bit for each structure that the site names; on the grid of a study it is what the
 voxel of the image says in which the middle of the grid's voxel lies. An outline goes back the same way. The geometry is that of
-`models.imaging.to_grid` and `models.volumes.to_volume_grid`, so a mask is never half a voxel beside its image.
+`models.grids.to_grid` and `models.volumes.to_volume_grid`, so a mask is never half a voxel beside its image.
 """
 
 from collections.abc import Sequence

@@ -145,6 +145,12 @@ def gaussian(sigma: float) -> DiscreteGaussian:
     return DiscreteGaussian(sigma)
 
 
+def forget() -> None:
+    """Give back the memory of all tables that are kept; who asks for a sampler next waits for its tables again."""
+    gaussian.cache_clear()
+    _table.cache_clear()
+
+
 def poisson_sample(units: int, rate: float, stream: Keystream, cap: int | None = None) -> Int64:
     """Which of the units 0 .. units - 1 are drawn, sorted: each by itself, with a chance of `rate` rounded down to 2**-64.
 

@@ -28,16 +28,18 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Self, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import ConfigRecord, Message, RecordDict
 
 from privacy import keys
 from privacy.errors import MessageMalformed, OrderForged, SignatureInvalid, VersionSkew, public_codes
 from privacy.greeting import NUMBER_MAX, WIRE
+
+if TYPE_CHECKING:  # 25 MiB, and the process that trains speaks no Flower
+    from flwr.app import Message, RecordDict
 
 VERSION = WIRE
 ORDER_LABEL = b"isocenter/v1/order"
@@ -121,8 +123,8 @@ class Crossing:
         hints = get_type_hints(cls)
         return MappingProxyType({field.name: hints[field.name] for field in dataclasses.fields(cls)})
 
-    def to_records(self) -> RecordDict:
-        """One record that holds everything, arrays as raw little-endian bytes: Flower sends one request per object and hop."""
+    def to_facts(self) -> dict[str, Any]:
+        """Everything as numbers, words, lists of numbers and bytes: arrays as raw little-endian bytes with their shape."""
         facts: dict[str, Any] = {"version": VERSION, "kind": self.kind}
         for name in self.fields():
             value = getattr(self, name)
@@ -133,15 +135,28 @@ class Crossing:
                 facts[name] = " ".join(value)
             else:
                 facts[name] = value
-        return RecordDict({RECORD: ConfigRecord(facts)})
+        return facts
+
+    def to_records(self) -> "RecordDict":
+        """One record that holds everything: Flower sends one request per object and hop."""
+        from flwr.app import ConfigRecord, RecordDict  # not in the process that trains
+
+        return RecordDict({RECORD: ConfigRecord(self.to_facts())})
 
     @classmethod
-    def from_records(cls, records: RecordDict) -> Self:
+    def from_records(cls, records: "RecordDict") -> Self:
         """The message in `records`; raises MessageMalformed unless it follows the schema to the letter."""
+        from flwr.app import ConfigRecord  # not in the process that trains
+
         record = records.get(RECORD)
         if set(records) != {RECORD} or not isinstance(record, ConfigRecord):
             raise MessageMalformed("a message is exactly one record")
-        given: dict[str, Any] = dict(record)
+        return cls.from_facts(dict(record))
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Self:
+        """The message whose `to_facts()` these are; raises MessageMalformed unless they follow the schema to the letter."""
+        given = dict(facts)
         version, kind = given.pop("version", None), given.pop("kind", None)
         require_spoken(version)
         if kind != cls.kind:
@@ -330,8 +345,10 @@ MESSAGES: tuple[type[Crossing], ...] = (*ORDERS, *REPORTS)
 M = TypeVar("M", bound=Crossing)
 
 
-def decode(message: Message, *kinds: type[M]) -> M:
+def decode(message: "Message", *kinds: type[M]) -> M:
     """The message of one of `kinds` inside a Flower message; raises MessageMalformed for anything else."""
+    from flwr.app import ConfigRecord  # not in the process that trains
+
     if not message.has_content():
         raise MessageMalformed("the Flower message carries an error instead of content")
     record = message.content.get(RECORD)

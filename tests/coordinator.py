@@ -16,7 +16,8 @@ from fl_server.roster import Home
 from fl_server.settings import ServerFile
 from models.study import Study
 from privacy import keys
-from privacy.calls import Caller, Enrolment, PartyRole, Statement, join
+from privacy.calls import Caller, Enrolment, PartyRole, join
+from privacy.statements import Statement
 
 
 def free_port() -> int:

@@ -8,7 +8,7 @@ from flwr.app import Context, Message, RecordDict
 from grid import Answer, FaultyGrid
 from hospital import COORDINATOR, Hospital
 
-from fl_client.app import make_app
+from fl_client.client_app import make_app
 from fl_client.cohort import Cohort
 from fl_client.ingest import Index
 from fl_server import app as coordinator

@@ -89,7 +89,7 @@ class Hospital:
 
     def deliver(self, order: wire.Order | RecordDict, message_type: str = "") -> Message:
         """What the site's ClientApp answers."""
-        from fl_client.app import make_app
+        from fl_client.client_app import make_app
 
         records = order if isinstance(order, RecordDict) else order.to_records()
         kind = message_type or (order.message_type if isinstance(order, wire.Order) else "train")

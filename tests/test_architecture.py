@@ -52,16 +52,16 @@ FLWR_DOORS = {
     "fl_server/simulation.py",
     "fl_server/crew.py",  # its grids
     "fl_client/rehearsal.py",  # the ClientApp of a simulation, and its messages as bytes
-    "fl_client/app.py",
+    "fl_client/client_app.py",
+    "fl_client/fleet.py",  # what a node says on each request
     "fl_client/node.py",
     "fl_client/orders.py",
-    "fl_client/worker.py",
 }
 PYDICOM_DOORS = {
     "fl_client/dimse.py",  # talks to archives, whose answers are data sets
     "fl_client/export.py",
     "fl_client/headers.py",
-    "fl_client/masks.py",  # DICOM segmentations
+    "fl_client/mask_files.py",  # DICOM segmentations
     "fl_client/outlining.py",  # writes them
     "fl_client/landing.py",  # what an archive sent, before it is a file
     "fl_client/phantom.py",
@@ -75,6 +75,9 @@ TORCH_FREE = {
     "fl_client/doctor.py",
     "fl_client/egress.py",
     "fl_client/enrol.py",
+    "fl_client/first_look.py",
+    "fl_client/fleet.py",
+    "fl_client/masks.py",
     "fl_client/node.py",
     "fl_client/orders.py",
     "fl_client/protection.py",
@@ -125,6 +128,7 @@ TORCH_FREE = {
     "privacy/reach.py",
     "privacy/console.py",
     "privacy/errors.py",
+    "privacy/heap.py",
     "privacy/journal.py",
     "privacy/keys.py",
     "privacy/accounting.py",
@@ -132,6 +136,7 @@ TORCH_FREE = {
     "privacy/noise.py",
     "privacy/secagg.py",
     "privacy/sharing.py",
+    "privacy/statements.py",
     "privacy/syslog.py",
     "privacy/wire.py",
 }

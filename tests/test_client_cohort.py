@@ -19,7 +19,7 @@ from fl_client.cohort import SPLITS, Cohort, Split, _place
 from fl_client.ingest import Index, ingest
 from fl_client.phantom import VENDORS, make_hospital
 from fl_client.site import Source
-from models.imaging import to_grid
+from models.grids import to_grid
 from models.labels import LabelMap, LabelTable
 from models.study import Study
 from privacy.errors import CacheLost, CohortTooSmall, DataError, LabelTableError, NewerVersion, PatientInTwoSplits

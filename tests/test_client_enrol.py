@@ -26,7 +26,7 @@ from fl_server.roster import Home
 from models.study import Study, read
 from privacy import calls, disk, keys, reach
 from privacy import consortium_pb2 as pb
-from privacy.calls import Caller, Enrolment, InvitationLine, Statement
+from privacy.calls import Caller, Enrolment, InvitationLine
 from privacy.errors import (
     DocumentError,
     InvitationRefused,
@@ -40,6 +40,7 @@ from privacy.errors import (
     WrongAuthority,
 )
 from privacy.journal import verify
+from privacy.statements import Statement
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from hospital import COORDINATOR
 from pydicom.sr.codedict import codes
 
-from fl_client import masks
+from fl_client import mask_files, masks
 from fl_client.cohort import Cohort
 from fl_client.index import Index
 from fl_client.ingest import ingest
@@ -81,7 +81,7 @@ def again(home: Path, **change: Any) -> Masks:
     assert given is not None and given.masks is not None
     mapping = MaskMap.model_validate(given.masks.model_dump() | change)
     with Readers(0, home) as readers:
-        return masks.ingest(mapping, home, Index.open(home / "state"), readers, lambda done, total: None)
+        return mask_files.ingest(mapping, home, Index.open(home / "state"), readers, lambda done, total: None)
 
 
 def one(home: Path) -> tuple[Path, Any]:
@@ -151,8 +151,8 @@ def test_known_masks_are_not_read_again_and_changed_ones_are(
     home: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[str] = []
-    run = masks.Make.run
-    monkeypatch.setattr(masks.Make, "run", lambda self: ran.append(self.item.name) or run(self))
+    run = mask_files.Make.run
+    monkeypatch.setattr(mask_files.Make, "run", lambda self: ran.append(self.item.name) or run(self))
     before = again(home["dx"]).taken
     assert not ran
     path, image = one(home["dx"])
@@ -430,5 +430,5 @@ def test_segmentations_that_do_not_fit_are_left_out_by_name(home: dict[str, Path
 def test_readers_that_answer_nonsense_are_no_masks(home: dict[str, Path]) -> None:
     readers = SimpleNamespace(run=lambda tasks: ((key, {"sha256": "x"}) for key, _ in tasks))
     mapping = MaskMap.model_validate({"folder": str(home["dx"] / "hospital" / "masks"), "structures": {"lungs": [1]}})
-    found = masks.ingest(mapping, home["dx"], Index.open(home["dx"] / "state"), readers, lambda a, b: None)  # type: ignore[arg-type]
+    found = mask_files.ingest(mapping, home["dx"], Index.open(home["dx"] / "state"), readers, lambda a, b: None)  # type: ignore[arg-type]
     assert not found.taken and set(found.left_out.values()) == {Reason.DECODER_FAILED}

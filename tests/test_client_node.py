@@ -24,12 +24,12 @@ from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from hospital import Hospital
 
 from fl_client import node, sandbox
+from fl_client.fleet import Identity
 from fl_client.node import Connection
-from fl_client.worker import Worker, facts_of
+from fl_client.worker import Worker
 from privacy import keys, parcels, tracing, wire
 from privacy.errors import AuditFailed, DiskUnusable
 
@@ -207,16 +207,17 @@ for facts in orders:
     asked.metadata.__dict__["_message_id"] = "m1"
     kinds.append(wire.decode(node.answer(asked, site, worker), *wire.REPORTS).kind)
 worker.stop()
-print(*kinds, *sorted({name.split(".")[0] for name in sys.modules} & {"torch", "monai", "pydicom", "PIL", "gdcm"}))
+print(*kinds, *sorted({name.split(".")[0] for name in sys.modules} & set(sys.argv[3].split())))
 """
 
 
 def test_the_node_process_never_loads_what_reads_or_learns_from_images(hospital: Hospital, tmp_path: Path) -> None:
     """A real node's half in a process of its own, which answers real orders."""
     kinds = (wire.TrainOrder, wire.EvaluateOrder)
-    orders = [facts_of(hospital.order(kind, run="five", sum=n)) for n, kind in enumerate(kinds, 1)]
+    orders = [hospital.order(kind, run="five", sum=n).to_facts() for n, kind in enumerate(kinds, 1)]
     (tmp_path / "orders").write_bytes(pickle.dumps(orders))
-    command = [sys.executable, "-c", NODE, str(hospital.home), str(tmp_path / "orders")]
+    never = "torch monai pydicom nibabel PIL gdcm scipy fastapi starlette sqlalchemy"
+    command = [sys.executable, "-c", NODE, str(hospital.home), str(tmp_path / "orders"), never]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.split() == ["train-report", "evaluate-report"], done.stderr
 
@@ -247,7 +248,7 @@ def test_only_a_report_may_wait_for_room_while_it_is_written(tmp_path: Path) -> 
         return httpx.Response(200)
 
     key = keys.make_key(tmp_path / "key")
-    fleet = node._Fleet("127.0.0.1:1", ssl.create_default_context(), NodeAuthHttpInterceptor(key, key.public_key()))
+    fleet = node._Fleet("127.0.0.1:1", ssl.create_default_context(), Identity(key))
     fleet._client._transport = httpx.MockTransport(gateway)
     connection, order = Connection(fleet, Node(node_id=5)), message(RecordDict({}), "train")
     connection.send(Message(RecordDict({}), reply_to=order))
@@ -330,7 +331,7 @@ def test_a_gateway_cannot_send_the_node_elsewhere(tmp_path: Path, monkeypatch: p
     for each in (inside, gateway):
         threading.Thread(target=each.serve_forever, daemon=True).start()
     try:
-        identity = NodeAuthHttpInterceptor(tls, tls.public_key())
+        identity = Identity(tls)
         with pytest.raises(httpx.HTTPStatusError, match="307"):
             node._Fleet(f"127.0.0.1:{gateway.server_port}", client, identity).PullMessages(PullMessagesRequest())
     finally:

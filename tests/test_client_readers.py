@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from fl_client import readers
+from fl_client.cache import SCALE
 from fl_client.index import Index
 from fl_client.ingest import Reason, distrust, ingest
 from fl_client.phantom import VENDORS, make_hospital
@@ -391,7 +392,7 @@ def test_a_locked_cache_holds_no_pixel_in_the_clear_and_gives_the_same_images(tm
     assert [image.content for image in open_.images()] == [image.content for image in shut.images()]
     for image in shut.images():
         np.testing.assert_array_equal(shut.pixels(image), open_.pixels(image))
-        row = (shut.pixels(image) * readers.SCALE).astype(np.uint16)[100].tobytes()
+        row = (shut.pixels(image) * SCALE).astype(np.uint16)[100].tobytes()
         assert row not in shut.cache.path(image.cache).read_bytes()
     study = parse(Study, STUDY, "study.yaml")
     table = LabelTable.open(tmp_path, locked.labels)

@@ -1,6 +1,7 @@
 """The process that trains: it holds no key, asks for no more signatures than its order needs, keeps to the site's limits, and
 cannot harm the node that reads its answers."""
 
+import ctypes
 import json
 import os
 import pickle
@@ -20,7 +21,7 @@ from test_client_node import journal, message
 from test_private_round import LOCAL, private
 
 from fl_client import node, worker
-from fl_client.worker import Worker, environment, facts_of
+from fl_client.worker import Worker, environment
 from privacy import keys, wire
 from privacy.errors import WorkerDied
 from privacy.secagg import BUNDLE_BYTES, Place
@@ -40,6 +41,14 @@ def made(hospital: Hospital) -> Iterator[list[Worker]]:
     yield workers
     for each in workers:
         each.stop()
+
+
+# Readers of files, and what speaks with others: other processes of a hospital hold these, and a worker has its memory for itself.
+NEVER_LOADED = {
+    *("pydicom", "nibabel", "gdcm", "_gdcm", "PIL", "openjpeg", "jpeg_ls", "libjpeg"),
+    *("flwr", "grpc", "httpx", "requests", "google", "fastapi", "sqlalchemy"),
+    *("scipy", "monai", "sympy", "dp_accounting", "matplotlib", "pandas", "rich", "typer", "torchvision"),
+}
 
 
 def start(made: list[Worker], hospital: Hospital) -> Worker:
@@ -70,6 +79,32 @@ def replaced(hospital: Hospital) -> list[str]:
 
 
 # One process for all orders ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="this C library is not glibc")
+def test_a_worker_that_waits_gives_its_free_memory_back(
+    hospital: Hospital, made: list[Worker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker_probe.program(monkeypatch, "leaves_free_memory", tmp_path / "held")
+    by = start(made, hospital)
+    ask(hospital, by, keys_order(hospital, "idle"))
+    held, until = json.loads((tmp_path / "held").read_text()), time.monotonic() + 60
+    while worker._resident(by.statm) > held - (48 << 20):
+        assert time.monotonic() < until, "it still holds what it does not need"
+        time.sleep(0.1)
+
+
+def test_a_worker_that_trained_and_evaluated_loaded_no_reader_and_no_network(
+    hospital: Hospital, made: list[Worker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 MiB of each worker, before: its training set was read when it was ingested."""
+    worker_probe.program(monkeypatch, "tells_its_packages", tmp_path / "told")
+    by = start(made, hospital)
+    for number, kind in enumerate((wire.TrainOrder, wire.EvaluateOrder), 1):
+        assert ask(hospital, by, hospital.order(kind, run="light", sum=number)).kind == f"{kind.kind}-report"
+    for line in (tmp_path / "told").read_text().splitlines():
+        loaded = set(json.loads(line))
+        assert {"torch", "fl_client"} <= loaded and not loaded & NEVER_LOADED
 
 
 def test_keys_of_a_sum_stay_in_the_worker_from_order_to_order_and_are_made_once(
@@ -278,9 +313,9 @@ class Runs:
 
 
 def lies(order: wire.Order, mark: Path) -> dict[str, list[bytes]]:
-    refusal = facts_of(wire.Refusal(**order.naming(), site="north", code="internal"))
+    refusal = wire.Refusal(**order.naming(), site="north", code="internal").to_facts()
     good = {**order.naming(), "site": "north", "seconds": 0.0, "vector": b"", "vouch": b"", "keys": b""}
-    other = facts_of(wire.TrainReport(**good | {"run": "another"}))
+    other = wire.TrainReport(**good | {"run": "another"}).to_facts()
     sizes = dict.fromkeys(("vector", "vouch", "keys"), 0)
     plain = {name: value for name, value in other.items() if name not in sizes}
     return {

@@ -20,7 +20,7 @@ from fl_client.index import Index
 from fl_client.observed import covariates_of, unnamed, years_of
 from models import covariates, exporting, learning, networks
 from models.attributes import About
-from models.imaging import to_grid
+from models.grids import to_grid
 from models.labels import LabelMap, LabelTable
 from models.study import Study
 from privacy import dpsgd, wire

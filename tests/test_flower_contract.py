@@ -1,22 +1,30 @@
 """What Isocenter relies on inside Flower 1.41 and no document promises. An upgrade that changes it fails here, by name."""
 
 import inspect
+from base64 import b64decode
 from importlib import metadata
+from typing import Any
 
+import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.protobuf.client import ProtobufClient
+from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import verify_signature
+from flwr.supercore.protobuf.client import ProtobufClient, ProtobufRequestContext
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
-from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fl_client.app import make_app
+from fl_client.client_app import make_app
+from fl_client.fleet import Identity
 from fl_server.gateway import FLEET_PATHS
 from fl_server.link import superlink_app
+from fl_server.mailbox import Mailbox
 from privacy import parcels
 from privacy.wire import ORDERS
 
@@ -48,7 +56,26 @@ def test_the_clients_have_the_calls_that_node_and_executor_make() -> None:
         assert any(path in source for path in FLEET_PATHS), name
     for name in ("AcquireTask", "PullTaskInput", "PushTaskOutput", "SendTaskHeartbeat"):
         assert callable(getattr(RuntimeHttpClient, name))
-    assert isinstance(HttpGrid._runtime_client, property)
+
+
+def test_a_node_says_on_each_request_what_flowers_own_interceptors_say() -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    theirs: list[Any] = [RuntimeVersionHttpInterceptor("SuperNode"), NodeAuthHttpInterceptor(key, key.public_key())]
+    found = []
+    for said in ([Identity(key)], theirs):
+        request = httpx.Request("POST", "https://gateway/v1/fleet/activate-node")
+        for interceptor in said:
+            answer = interceptor.intercept(
+                ProtobufRequestContext("rpc", ObjectTree(), request), lambda _: httpx.Response(204)
+            )
+            assert answer.status_code == 204
+        found.append(dict(request.headers))
+    ours, flowers = found
+    assert ours.keys() == flowers.keys()
+    differ = {name for name in ours if ours[name] != flowers[name]}
+    assert differ == {"flwr-timestamp", "flwr-signature"}
+    signature = b64decode(ours["flwr-signature"])
+    assert verify_signature(key.public_key(), ours["flwr-timestamp"].encode(), signature)
 
 
 def test_the_superlink_is_configured_by_exactly_these_fields() -> None:
@@ -76,8 +103,7 @@ def test_the_superlink_is_configured_by_exactly_these_fields() -> None:
 
 
 def test_the_grid_offers_what_the_mailbox_stands_on() -> None:
-    assert callable(HttpGrid._try_push_messages) and callable(ProtobufClient._send)
-    assert isinstance(HttpGrid._runtime_client, property) and isinstance(HttpGrid.run, property)
+    assert callable(ProtobufClient._send) and not Mailbox.__abstractmethods__
     tree = ObjectTree(object_id="whole", children=[ObjectTree(object_id="part")])
     assert [found.object_id for found in iterate_object_tree(tree)] == ["part", "whole"]
 

@@ -18,9 +18,9 @@ import pytest
 from certificates import authority_of
 from coordinator import free_port, settings
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fl_client import node
+from fl_client.fleet import Identity
 from fl_server.door import listen
 from fl_server.doorbell import Doorbell
 from fl_server.gateway import Gateway, Limits, Standing, gateway_context
@@ -399,8 +399,7 @@ def test_a_node_waits_for_room_longer_than_for_any_answer(
             at.door.body_bytes_max = lambda: 33 * MB
             inside = [await at.sending(name, bytes(33 * MB)) for name in SITES[:2]]
             key = at.own["west"]
-            identity = NodeAuthHttpInterceptor(key, key.public_key())
-            client = node._Fleet(f"127.0.0.1:{at.port}", at.contexts["west"], identity)
+            client = node._Fleet(f"127.0.0.1:{at.port}", at.contexts["west"], Identity(key))
             client._client.timeout = httpx.Timeout(1.0)
             call, content = PushMessagesRequest(), [bytes(size * MB)]
             if size == 32:

@@ -25,9 +25,10 @@ from cryptography.x509 import CertificateSigningRequestBuilder, Name
 from fl_server import consortium
 from privacy import calls, keys
 from privacy import consortium_pb2 as pb
-from privacy.calls import SERVICE, InvitationLine, Signed, Statement, error_of
+from privacy.calls import SERVICE, InvitationLine, Signed, error_of
 from privacy.errors import InvitationRefused, MessageMalformed, SignatureInvalid, TrustError
 from privacy.journal import verify
+from privacy.statements import Statement
 
 ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256, SEC 2, 2.4.2
 PATIENCE_S = 60.0

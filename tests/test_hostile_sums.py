@@ -22,7 +22,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from hospital import COORDINATOR, Hospital, first_model, study
 from oracle import Trained
 
-from fl_client.app import make_app
+from fl_client.client_app import make_app
 from models import contributions, learning
 from models.study import Study, parse
 from privacy import keys, wire

@@ -15,9 +15,9 @@ from fl_client.consent import Consent
 from fl_server.cli import app
 from fl_server.run import Run, read_facts
 from models.study import parse
-from privacy.calls import Statement
 from privacy.errors import StudyNotApproved
 from privacy.journal import verify
+from privacy.statements import Statement
 from privacy.wire import ORDERS, Refusal, decode
 
 FOUR = ["north", "south", "east", "west"]

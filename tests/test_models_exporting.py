@@ -13,7 +13,7 @@ from test_client_evaluating import packaged
 
 from fl_client import headers, nifti
 from models import exporting, tasks
-from models.imaging import to_grid
+from models.grids import to_grid
 from models.registry import Package
 from models.study import Study
 from models.volumes import to_volume_grid

@@ -22,7 +22,8 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from models.imaging import Radiograph, decode, quiet_reading, reduced, scaled, stored_values, to_grid, windowed
+from models.grids import reduced, to_grid
+from models.imaging import Radiograph, decode, quiet_reading, scaled, stored_values, windowed
 from privacy.errors import ImageLeftOut
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "dicom"

@@ -20,7 +20,7 @@ from safetensors.numpy import save
 from test_outlines import TEXT, VOLUMES, study
 from typer.testing import CliRunner
 
-from fl_client import cli, evaluating, masks, outlining, rules, scoring
+from fl_client import cli, evaluating, mask_files, outlining, rules, scoring
 from fl_client.cohort import on_grid
 from fl_client.index import Index
 from fl_client.phantom import VENDORS, make_hospital
@@ -92,7 +92,7 @@ def test_a_segmentation_lies_on_its_ct_and_reads_back_as_what_was_outlined(
     }
     for first, series, _, name, sizes in predicted.ct.rows:
         made = pydicom.dcmread(predicted.out / "ct" / name)
-        assert made.SOPClassUID == masks.SEG_STORAGE and made.Modality == "SEG"
+        assert made.SOPClassUID == mask_files.SEG_STORAGE and made.Modality == "SEG"
         source = pydicom.dcmread(folders["ct"] / first)
         assert (made.PatientID, made.StudyInstanceUID) == (source.PatientID, source.StudyInstanceUID)
         assert made.FrameOfReferenceUID == source.FrameOfReferenceUID
@@ -133,7 +133,7 @@ def test_an_outline_that_comes_back_as_a_mask_is_the_outline(
     from models.masks import to_grid
 
     with Readers(0, home) as readers:
-        found = masks.ingest(
+        found = mask_files.ingest(
             mapping.model_copy(update={"empty": "absent"}), home, index, readers, lambda done, total: None
         )
     assert not found.left_out and len(found.taken) == index.taken

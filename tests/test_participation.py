@@ -20,8 +20,8 @@ from fl_server.results import check
 from fl_server.run import Run, read_facts
 from models.study import Study, parse
 from privacy import journal, wire
-from privacy.calls import Statement
 from privacy.errors import DocumentError, RunUnknown, SitePaused
+from privacy.statements import Statement
 
 
 @pytest.fixture(autouse=True)

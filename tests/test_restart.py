@@ -107,7 +107,7 @@ def test_a_run_restarts_from_a_round_and_ends_with_the_same_model(tmp_path: Path
 
 
 def with_researcher_of(federation: Federation) -> None:
-    from privacy.calls import Statement
+    from privacy.statements import Statement
 
     line = federation.home.invite("ada", "researcher")
     with pytest.MonkeyPatch.context() as patch:

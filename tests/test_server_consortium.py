@@ -34,7 +34,7 @@ from fl_server.roster import Home
 from models.study import Study
 from privacy import calls, keys
 from privacy import consortium_pb2 as pb
-from privacy.calls import SERVICE, Caller, InvitationLine, Signed, Statement, details_of, error_of, join
+from privacy.calls import SERVICE, Caller, InvitationLine, Signed, details_of, error_of, join
 from privacy.errors import (
     ClockSkewed,
     DocumentError,
@@ -53,6 +53,7 @@ from privacy.errors import (
     public_codes,
 )
 from privacy.journal import verify
+from privacy.statements import Statement
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,7 +19,7 @@ import fl_server.executor
 from fl_server.first import first_model
 from models.study import Study
 model = first_model(Path(sys.argv[1]), Study.from_canonical(sys.stdin.buffer.read()))
-assert "torch" not in sys.modules
+assert not {"torch", "sqlalchemy", "alembic", "pydicom", "scipy", "matplotlib"} & set(sys.modules)
 sys.stdout.buffer.write(model.tobytes())
 """
 

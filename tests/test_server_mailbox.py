@@ -22,7 +22,6 @@ from privacy import parcels, wire
 @pytest.fixture
 def mailbox(monkeypatch: pytest.MonkeyPatch) -> Mailbox:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 1
-    monkeypatch.setattr(Mailbox, "_runtime_client", None)
     monkeypatch.setattr(Mailbox, "run", SimpleNamespace(run_id=1))
     return Mailbox("127.0.0.1:1", "token")
 

@@ -88,7 +88,7 @@ def post(superlink: tuple[int, bytes, list[tuple[str, int]], server.Unfetched], 
     (tmp_path / "study.json").write_text("{}")
     run = executor._start_flower_run(tmp_path, port)
     mailbox = Mailbox(f"127.0.0.1:{port}", executor._acquire(run, port, secret))
-    given = mailbox._runtime_client.PullTaskInput(PullTaskInputRequest())
+    given = mailbox.client.PullTaskInput(PullTaskInputRequest())
     TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
     TaskIdentity.node_id = given.context.node_id
     mailbox.set_run(run_from_proto(given.run))
@@ -296,7 +296,7 @@ def test_a_call_that_is_not_signed_by_the_node_it_names_is_refused(post: Post) -
 def test_after_its_end_a_run_takes_no_report_and_gives_no_order(post: Post) -> None:
     post.order(0, 1)
     order = post.received(0)
-    post.mailbox._runtime_client.PushTaskOutput(PushTaskOutputRequest(sub_status="completed", details=""))
+    post.mailbox.client.PushTaskOutput(PushTaskOutputRequest(sub_status="completed", details=""))
     post.sites[0].send(post.reply(order))  # dropped, and said in the log
     assert post.sites[1].receive() is None
     with pytest.raises(RunNotRunningException):

@@ -23,7 +23,7 @@ from fl_server.roster import Home, Party, Roster
 from fl_server.settings import ServerFile
 from models.study import read
 from privacy import keys
-from privacy.calls import InvitationLine, Statement, token_hash
+from privacy.calls import InvitationLine, token_hash
 from privacy.errors import (
     DocumentError,
     InvitationRefused,
@@ -37,6 +37,7 @@ from privacy.errors import (
     TrustError,
 )
 from privacy.journal import verify
+from privacy.statements import Statement
 
 KEY = ec.generate_private_key(ec.SECP256R1())
 OTHER = ec.generate_private_key(ec.SECP256R1())

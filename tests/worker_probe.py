@@ -137,6 +137,21 @@ def takes_memory(*pipes: int) -> None:
     at_work(grow, *pipes, bare=True)
 
 
+def leaves_free_memory(file: str, *pipes: int) -> None:
+    """At work it fills 64 MiB of its heap and lets them go, below something that stays; and notes what it holds then."""
+    kept = []
+
+    def leave(line: worker.Line, order: wire.Order) -> None:
+        first = b"1" * (24 << 20)
+        del first  # from now on glibc keeps blocks of this size on the heap
+        blocks = [b"1" * (4 << 20) for _ in range(16)]
+        kept.append(b"1" * (96 << 10))
+        del blocks
+        note(file, int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+    at_work(leave, *pipes, bare=True)
+
+
 def tells_its_files(file: str, bare: str, *pipes: int) -> None:
     """It notes every file that it opens, from its first line on, and at work what is open and what is in its environment."""
 
@@ -156,6 +171,11 @@ def tells_its_files(file: str, bare: str, *pipes: int) -> None:
 
     sys.addaudithook(opened)
     at_work(describe, *pipes, bare=bare == "bare")
+
+
+def tells_its_packages(file: str, *pipes: int) -> None:
+    """At work it notes what it has loaded until then, by the first part of each module's name."""
+    at_work(lambda line, order: note(file, sorted({name.split(".")[0] for name in sys.modules})), *pipes)
 
 
 def asks_for_signatures(file: str, *pipes: int) -> None:
