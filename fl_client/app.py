@@ -96,7 +96,7 @@ class Desk:
         """The site's images of `split`; CohortTooSmall if this split is smaller than the study's or the site's minimum."""
         source = site.source
         files = (site.state / "index.sqlite", masks.file_of(site.state), *source.labels.files(site.home))
-        seen = tuple(path.stat().st_mtime_ns if path.exists() else 0 for path in files)
+        seen = tuple(map(_changed, files))
         key = (site.home, study.digest, split, seen)
         if key not in self.cohorts:
             mine = [k[1] for k in reversed(self.cohorts) if k[0] == site.home and k[3] == seen]
@@ -120,6 +120,14 @@ class Desk:
         """
         trains = site.name in study.participation.sites
         return {split: self.cohort(site, study, split) for split in splits_of(study, trains=trains)}
+
+
+def _changed(path: Path) -> int:
+    """When `path` was changed last; 0 if there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def carry_out(desk: Desk, site: Site, study: Study, order: Order) -> Report:

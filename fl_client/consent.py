@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from models.study import Study
@@ -81,7 +82,7 @@ class Consent:
             disk.require_known(path, content["version"], VERSION)
             statement = Statement.read(content["statement"].encode())
             offer = Offer(
-                study=Study.from_canonical(content["study"].encode()),
+                study=_study(content["study"].encode()),
                 researcher=content["researcher"],
                 researcher_certificate=content["researcher_certificate"].encode("ascii"),
                 researcher_signature=bytes.fromhex(content["researcher_signature"]),
@@ -143,6 +144,12 @@ def find_consent(home: Path, text: str) -> Consent:
         what = "more than one study" if found else "no study"
         raise RunUnknown(f"{what} that was answered here begins with {text!r}", remedy="See `fl-client studies`.")
     return found[0]
+
+
+@lru_cache(maxsize=4)
+def _study(text: bytes) -> Study:
+    """A study's file is read at each order, its signature verified, and its text seldom another one than before."""
+    return Study.from_canonical(text)
 
 
 def _path(home: Path, digest: str) -> Path:

@@ -10,7 +10,7 @@ node signs for it (`Signing`), for the order that it is working on and nothing e
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from fl_client.site import Site
@@ -26,6 +26,7 @@ from privacy.wire import EvaluateOrder, KeysOrder, Order, TrainOrder, UnmaskOrde
 RUNS_MAX = 16  # runs of a site whose keys are held; the oldest is forgotten, and takes part again with fresh keys
 OPEN_MAX = 2  # sums of a run whose keys are held: the one that is open, and the next
 CONTEXT_BYTES = 32
+_point = lru_cache(maxsize=1024)(keys.load_point)  # the roster of a study, whose keys are wanted in each sum
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Vault:
         for number in [n for n in members if n <= order.sum]:
             members.pop(number).close()
         if site.name in order.members:
-            roster = {name: keys.load_point(point) for name, point in study.roster.items()}
+            roster = {name: _point(point) for name, point in study.roster.items()}
             sealed = self._member(members, order.sum + 1).share(order.keys, roster, order.survivors)
         return revealed, sealed
 

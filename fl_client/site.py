@@ -265,7 +265,7 @@ class Site:
     def source(self) -> Source:
         return self.source_of(self.settings, self.home)
 
-    @property
+    @functools.cached_property
     def journal(self) -> Journal:
         return Journal(self.home / "journal.jsonl")
 

@@ -35,7 +35,7 @@ from fl_server.sums import Nodes, Task, Total
 from models import questions
 from models.contributions import read_figures, read_number
 from models.questions import Counting
-from privacy import journal, tracing
+from privacy import journal, keys, tracing
 from privacy.errors import CertificateRevoked, DiskUnusable, DocumentError, IsocenterError, MessageMalformed, RunStopped
 from privacy.wire import COHORT, EvaluateOrder, TrainOrder
 
@@ -140,25 +140,18 @@ class Desk:
     def __init__(self, home: Home, run: Run, grid: Grid) -> None:
         self.run, self.summing, self.roster = run, sums.build(grid, run, home), home.roster
 
-    def trainers(self, number: int) -> Nodes:
-        """Who is asked in round `number`; after the last round, for the validation of its model."""
-        return self._consenting(self.run.study.asked(number))
+    def _consenting(self, *named: Sequence[str]) -> list[Nodes]:
+        """Of each list of sites those that approved, at the launch or since, and hold to it.
 
-    @property
-    def testers(self) -> Nodes:
-        return self._consenting(self.run.study.tested)
-
-    def _consenting(self, named: Sequence[str]) -> Nodes:
-        """Who approved, at the launch or since, and holds to it. Asked before each sum: who withdrew, was revoked, or has another
-        key than the study names since, gets no further order.
+        Asked before each sum: who withdrew, was revoked, or has another key than the study names since, gets no further order.
         """
-        study, admitted = self.run.study, self.roster.admitted_sites()
-        decisions = self.roster.decisions(study.digest)
+        study, (sites, decisions) = self.run.study, self.roster.standing(self.run.study.digest)
+        admitted = {site.name: keys.point_hex(site.public_key) for site in sites if not site.revoked}
         declined = {site for site, decision in decisions.items() if decision == "declined"}
         self._take_in([site for site, decision in decisions.items() if decision == "approved"])
         keep = {s for s in self.run.facts["sites"] if s in admitted and admitted[s] == study.roster.get(s)} - declined
-        nodes = {site.name: site.node_id for site in self.roster.sites() if site.node_id is not None}
-        return {name: nodes[name] for name in named if name in nodes and name in keep}
+        nodes = {site.name: site.node_id for site in sites if site.node_id is not None and site.name in keep}
+        return [{name: nodes[name] for name in names if name in nodes} for names in named]
 
     def _take_in(self, approved: list[str]) -> None:
         """Sites that the study names and that approved while the run was under way have a part in it from now on."""
@@ -172,7 +165,8 @@ class Desk:
         if self.run.scale is None:
             self.run.scale = sums.first_scale(self.run.study)
         quorum = self.run.study.participation.quorum
-        trainers, afterwards = self.trainers(number), self.trainers(number + 1)
+        study = self.run.study  # after the last round, the sites of one more validate its model
+        trainers, afterwards = self._consenting(study.asked(number), study.asked(number + 1))
         return self.summing.carry_out(Task(TrainOrder, model, number, self.run.scale, trainers, quorum, afterwards))
 
     def combine(self, total: Total) -> Float32:
@@ -187,10 +181,11 @@ class Desk:
 
     def evaluate(self, model: Float32, number: int, split: str) -> Total:
         """The summed scores of `model` on one split: the training sites' validation, or everybody's test."""
-        last, number_after = split == "test", len(self.run.history) + 1
-        sites, afterwards = (self.testers, None) if last else (self.trainers(number_after), self.testers)
+        study, last = self.run.study, split == "test"
+        testers, trainers = self._consenting(study.tested, study.asked(len(self.run.history) + 1))
+        sites, afterwards = (testers, None) if last else (trainers, testers)
         # Under masks no sum of fewer sites than the quorum is opened; unmasked, one site's scores are better than none.
-        least = self.run.study.participation.quorum if self.run.study.protection == "masked" else 1
+        least = study.participation.quorum if study.protection == "masked" else 1
         task = Task(EvaluateOrder, model, number, 0, sites, least, afterwards, {"split": split})
         return self.summing.carry_out(task)
 
@@ -199,7 +194,7 @@ class Desk:
         began, study = time.monotonic(), self.run.study
         blank, quorum = np.zeros(1, np.float32), study.participation.quorum
         total = self.summing.carry_out(
-            Task(EvaluateOrder, blank, 1, 0, self._consenting(study.all_sites), quorum, None, {"split": COHORT})
+            Task(EvaluateOrder, blank, 1, 0, self._consenting(study.all_sites)[0], quorum, None, {"split": COHORT})
         )
         answers = questions.read(task, total.mean.answers)
         missing = self.absent(total, study.all_sites)
@@ -259,7 +254,7 @@ class Desk:
     def absent(self, total: Total, named: Sequence[str]) -> dict[str, str]:
         """Who of `named` is not in `total`, and why."""
         told = {name: "not-consenting" for name in named if name not in total.contributors} | total.missing
-        revoked = self.roster.revoked()
+        revoked = self.roster.revoked() if told else set()
         return {name: CertificateRevoked.code if name in revoked else why for name, why in told.items()}
 
     def summary(self, number: int, began: float, total: Total) -> Round:

@@ -23,9 +23,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -55,6 +56,7 @@ from privacy.statements import Decision, Statement
 
 VERSION = 3  # SQLite's user_version of roster.sqlite
 SECONDS_BUSY = 20.0  # how long a writer waits for another process's transaction
+_PARTY = "name, role, certificate, node_id, joined, last_seen, revoked"
 NONCES_PER_PARTY = 20_000  # of the last minutes: more than 80 calls a second from one party is no honest use
 
 
@@ -460,8 +462,7 @@ class Roster:
 
     def _parties(self, role: PartyRole) -> list[Party]:
         with self._transaction() as db:
-            names = db.execute("SELECT name FROM parties WHERE role = ? ORDER BY name", (role,)).fetchall()
-            return [_party(db, name) for (name,) in names]
+            return _parties(db, role)
 
     def site_keys(self, sites: Sequence[str]) -> dict[str, str]:
         """Each of these sites with its enrolled key as studies name it; raises NotEnrolled naming every one missing."""
@@ -576,7 +577,12 @@ class Roster:
     def decisions(self, digest: str) -> dict[str, Decision]:
         """What each site that answered said."""
         with self._transaction() as db:
-            return dict(db.execute("SELECT site, decision FROM decisions WHERE digest = ? ORDER BY site", (digest,)))
+            return _decisions(db, digest)
+
+    def standing(self, digest: str) -> tuple[list[Party], dict[str, Decision]]:
+        """Enrolled sites by name, and what each that answered said about the study: both of one moment."""
+        with self._transaction() as db:
+            return _parties(db, "site"), _decisions(db, digest)
 
     def approvals(self, digest: str) -> list[str]:
         """Sites, by name, whose present decision about the study is to approve; none that was revoked."""
@@ -647,6 +653,15 @@ def _enrolled(db: sqlite3.Connection, name: str, role: str, certificate: x509.Ce
     return _party(db, name)
 
 
+def _parties(db: sqlite3.Connection, role: PartyRole) -> list[Party]:
+    rows = db.execute(f"SELECT {_PARTY} FROM parties WHERE role = ? ORDER BY name", (role,))  # noqa: S608  fixed columns
+    return [_read(row) for row in rows]
+
+
+def _decisions(db: sqlite3.Connection, digest: str) -> dict[str, Decision]:
+    return dict(db.execute("SELECT site, decision FROM decisions WHERE digest = ? ORDER BY site", (digest,)))
+
+
 def _party(db: sqlite3.Connection, name: str) -> Party:
     found = _find(db, name)
     if found is None:
@@ -655,12 +670,16 @@ def _party(db: sqlite3.Connection, name: str) -> Party:
 
 
 def _find(db: sqlite3.Connection, name: str) -> Party | None:
-    columns = "name, role, certificate, node_id, joined, last_seen, revoked"
-    row = db.execute(f"SELECT {columns} FROM parties WHERE name = ?", (name,)).fetchone()  # noqa: S608  fixed columns
-    if row is None:
-        return None
+    row = db.execute(f"SELECT {_PARTY} FROM parties WHERE name = ?", (name,)).fetchone()  # noqa: S608  fixed columns
+    return None if row is None else _read(row)
+
+
+def _read(row: tuple[Any, ...]) -> Party:
     node_id = None if row[3] is None else int(row[3])  # an unsigned 64-bit number, which SQLite's INTEGER cannot hold
-    return Party(row[0], row[1], keys.load_certificate(row[2]), node_id, *row[4:])
+    return Party(row[0], row[1], _certificate(row[2]), node_id, *row[4:])
+
+
+_certificate = lru_cache(maxsize=1024)(keys.load_certificate)  # all sites' are read before each sum
 
 
 def _iso(moment: float | None = None) -> str:

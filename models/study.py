@@ -10,7 +10,8 @@ import json
 import math
 import unicodedata
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -125,16 +126,27 @@ class Study(Document):
             raise ValueError("expected plain text, without control characters")
         return text
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """64 hex characters: SHA-256 of the label and the canonical form. The identity of the study everywhere."""
         return hashlib.sha256(LABEL + b"\n" + self.canonical()).hexdigest()
 
     def canonical(self) -> bytes:
         """UTF-8 JSON with every default written out, keys sorted, no blanks; equal studies give equal bytes."""
+        return self._canonical
+
+    @cached_property
+    def _canonical(self) -> bytes:
         return json.dumps(
             self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False
         ).encode()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A study with other settings; what was derived from this one's is not taken over."""
+        copied = super().model_copy(update=update, deep=deep)
+        for derived in ("digest", "learned", "_canonical"):
+            copied.__dict__.pop(derived, None)
+        return copied
 
     @classmethod
     def from_canonical(cls, text: bytes) -> "Study":
@@ -180,7 +192,7 @@ class Study(Document):
         """Rounds of training that ε has room for: those of the run, and spare ones."""
         return self.training.rounds + (0 if self.privacy == "none" else self.privacy.spare_rounds)
 
-    @property
+    @cached_property
     def learned(self) -> str:
         """Digest of the study without the sites' keys and its protection: seeds follow from it.
 

@@ -32,6 +32,7 @@ from privacy.errors import JournalDamaged, MessageMalformed
 LABEL = b"isocenter/v1/journal\n"
 BEGINNING = "0" * 64
 LINE_BYTES_MAX = 256 * 1024  # a list of 1000 names, the most a study can have, is about 40 KiB
+TAIL_BYTES = 8 * 1024  # the last line is seldom longer, and it is looked for at each append
 LIST_MAX = 1000
 INT_MAX = 2**63 - 1
 
@@ -122,14 +123,18 @@ class Journal:
     def _end(self, file: int) -> _End:
         """The last whole line, found from the end of the file, so that opening does not depend on its length."""
         size = os.fstat(file).st_size
-        start = max(0, size - 2 * LINE_BYTES_MAX)
-        tail = os.pread(file, size - start, start)
-        stop = tail.rfind(b"\n")
+        start, stop, begin, tail = 0, -1, 0, b""
+        for reach in (TAIL_BYTES, 2 * LINE_BYTES_MAX):
+            start = max(0, size - reach)
+            tail = os.pread(file, size - start, start)
+            stop = tail.rfind(b"\n")
+            begin = tail.rfind(b"\n", 0, max(stop, 0)) + 1
+            if start == 0 or begin > 0:
+                break
         if stop < 0:
             if start > 0:
                 raise JournalDamaged(f"{self.path}: the last line is longer than any line of a journal")
             return _End(0, 0, BEGINNING)
-        begin = tail.rfind(b"\n", 0, stop) + 1
         number, _, own = _read_line(tail[begin:stop], f"{self.path}, last line")
         return _End(start + stop + 1, number, own)
 

@@ -57,6 +57,8 @@ YEAR_S = 365 * 86400
 TOLERANCE_S = 60  # that time synchronisation may put a clock back
 BUSY_S = 30.0  # an order of the largest legal site is charged in a second or two; whoever waits longer waits for something else
 POLL_S = 0.01
+SETTLED_S = 1.0  # after a change of a file, until a later one is sure to bear another time
+FOUND_MAX = 64  # runs whose notes a process remembers to have found
 
 _SCHEMA = (
     "CREATE TABLE entries (seq INTEGER PRIMARY KEY, body TEXT NOT NULL, hash TEXT NOT NULL)",
@@ -79,6 +81,7 @@ _FACTS: Mapping[str, Mapping[str, type]] = {
 }
 _MECHANISM = ("noise_multiplier", "sampling_rate", "steps", "delta_extra", "batch_max", "patients")
 _BUSY = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}
+_found: dict[tuple[Path, str, str], tuple[int, ...]] = {}
 # What SQLite says when the file may be as good as ever and something around it is not.
 _UNUSABLE = {
     sqlite3.SQLITE_FULL,
@@ -179,10 +182,41 @@ class Ledger:
             book.append("commit", {"hold": hold} | _naming(held[0].name))
 
     def unbounded(self, study: str, run: str) -> None:
-        """Note, once for each run, that a study without differential privacy trained here."""
+        """Note, once for each run, that a study without differential privacy trained here.
+
+        It is asked for at each order. Files that are those in which this process found the note last time are not read again.
+        """
+        name, before = (self.path, study, run), self._stamp()
+        if before is not None and _found.get(name) == before:
+            return
         with self._opened() as book:
             if (study, run) not in book.unprotected:
                 book.append("unbounded", {"study": study, "run": run})
+        if before is not None and before == self._stamp():
+            _found[name] = before
+            for oldest in [*_found][:-FOUND_MAX]:
+                del _found[oldest]
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        """What changes with every change of the ledger, or when it or the journal is another file.
+
+        None if one is missing, or if the ledger was changed just now: a second change may bear the same time.
+        """
+        try:
+            book, journal = self.path.lstat(), self.journal.path.lstat()
+        except OSError:
+            return None
+        if time.time_ns() - book.st_ctime_ns < SETTLED_S * 1e9:
+            return None
+        return (
+            book.st_dev,
+            book.st_ino,
+            book.st_mtime_ns,
+            book.st_ctime_ns,
+            book.st_size,
+            journal.st_dev,
+            journal.st_ino,
+        )
 
     def accept_clock(self) -> None:
         """Go on from the present time although later entries exist: a person has looked, and it was wrong when they were made.

@@ -528,6 +528,25 @@ def test_a_study_put_in_place_without_the_coordinators_signature_is_forged(tmp_p
         approved(tmp_path, asked.digest, served.home.coordinator_key.public_key())
 
 
+def test_the_coordinators_signature_is_looked_at_each_time_also_of_a_study_that_was_read_before(
+    tmp_path: Path, served: Coordinator
+) -> None:
+    """The text of a study is parsed once in a process; that the coordinator stands for it is never remembered."""
+    asked, trusted = study("north"), served.home.coordinator_key
+    consent(tmp_path, asked, trusted).store(tmp_path)
+    assert approved(tmp_path, asked.digest, trusted.public_key()) == asked
+    consent(tmp_path, asked, ec.generate_private_key(ec.SECP256R1())).store(tmp_path)
+    with pytest.raises(OrderForged):
+        approved(tmp_path, asked.digest, trusted.public_key())
+    consent(tmp_path, asked, trusted).store(tmp_path)
+    with pytest.raises(OrderForged):
+        approved(tmp_path, asked.digest, ec.generate_private_key(ec.SECP256R1()).public_key())
+    declined = consent(tmp_path, asked, trusted)
+    replace(declined, statement=replace(declined.statement, decision="declined")).store(tmp_path)
+    with pytest.raises(StudyNotApproved):
+        approved(tmp_path, asked.digest, trusted.public_key())
+
+
 def test_a_changed_or_exchanged_consent_file_is_damaged(tmp_path: Path, served: Coordinator) -> None:
     one, two = study("north"), study("north", "south")
     for asked in (one, two):

@@ -1,7 +1,11 @@
 """The local loop: repeatable to the bit, learns what is there, stops when told, and never passes a broken update on."""
 
 import math
+import platform
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -362,3 +366,36 @@ def test_weights_that_are_not_trained_are_not_pulled() -> None:
     frozen = [parameter.clone() for parameter in net[1].parameters()]
     update = learning.learn(net, made_cohort(), study, round_number=1)
     assert update.delta.any() and all(map(torch.equal, frozen, net[1].parameters()))
+
+
+FAULTS = """
+import resource
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_models_learning import Patients, made_study
+
+from models import learning, networks
+
+torch.set_num_threads(1)
+study = made_study(batch_size=32)
+net, images = networks.build(study), torch.rand(96, 1, 64, 64)
+targets = (torch.arange(96)[:, None] % 2).float()
+cohort = Patients(images, targets, torch.ones_like(targets), torch.arange(96))
+faults = []
+for number in range(9):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    learning.learn(net, cohort, study, round_number=1)
+    learning.predict(net, cohort)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults[4:])[2])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps freed memory by other rules")
+def test_memory_of_one_step_is_not_mapped_anew_at_the_next() -> None:
+    """A round of three batches maps some thousand pages anew if the C library gives back what each step frees."""
+    words = [sys.executable, "-c", FAULTS, str(Path(__file__).parent)]
+    told = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert int(told.stdout) < 1500

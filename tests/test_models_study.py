@@ -249,6 +249,19 @@ def test_what_is_learned_does_not_depend_on_keys_or_protection_but_on_everything
     assert len({study(MASKED.replace(*other)).learned for other in others} | {plan.learned}) == len(others) + 1
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_copy_with_other_settings_has_an_identity_of_its_own(deep: bool) -> None:
+    """Identities are computed once for each study; a copy must not keep those of its original."""
+    plan = study(MASKED)
+    before = (plan.digest, plan.learned, plan.canonical())
+    other = plan.model_copy(update={"title": "Another"}, deep=deep)
+    written = study(MASKED.replace("title: Opacity", "title: Another"))
+    assert (other.digest, other.learned, other.canonical()) == (written.digest, written.learned, written.canonical())
+    assert other == written and other != plan
+    assert (plan.digest, plan.learned, plan.canonical()) == before
+    assert (other.digest, other.learned) != before[:2]
+
+
 MALFORMED: list[tuple[str, str]] = [
     ("", "line 1"),
     ("- a\n- b", "expected keys and values"),

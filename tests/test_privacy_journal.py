@@ -314,3 +314,19 @@ def test_whatever_is_accepted_comes_back(tmp_path_factory: pytest.TempPathFactor
     for kind, facts in dict(entries).items():  # the later of two of one kind
         assert journal.last(kind) == facts == journal.lines(kind)[-1]
     shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("names", [1, 60, 61, 62, 63, 1000])
+def test_a_last_line_of_any_permitted_length_is_found_from_the_end(tmp_path: Path, names: int) -> None:
+    """Beyond some 8 KiB the short look at the end of the file does not reach the beginning of the line."""
+    journal = Journal(tmp_path / "journal.jsonl")
+    for number in range(3):
+        journal.append("order", round=number)
+        head = journal.append("asked", sites=["s" * 126] * names)
+        assert Journal(journal.path).position == (2 * number + 2, head)
+    assert verify(journal.path, head) == 6
+    with journal.path.open("ab") as file:  # a torn line that is longer than the short look
+        file.write(b"x" * 9000)
+    assert journal.position == (6, head)
+    journal.append("order", round=9)
+    assert verify(journal.path, head) == 8

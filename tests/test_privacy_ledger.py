@@ -29,6 +29,7 @@ from ledger_cast import (
     charged,
     entries,
     epsilon_of,
+    forge,
     kept,
     opened,
     order,
@@ -42,10 +43,11 @@ from privacy.accounting import PrivacyEvent
 from privacy.errors import (
     BudgetExceeded,
     ClockSetBack,
+    LedgerDamaged,
     MessageMalformed,
     PrivacyError,
 )
-from privacy.journal import verify
+from privacy.journal import Journal, verify
 from privacy.ledger import Charge, Ledger, Spending
 
 DAY_S = 86400
@@ -529,3 +531,49 @@ def test_charged_never_decreases_and_no_order_exceeds_a_cap(
         assert found.charged == pytest.approx(site.worst, abs=1e-6)
         before = found.charged
     shutil.rmtree(home)
+
+
+@pytest.mark.parametrize("after", ["forged", "swapped", "removed", "another journal", "no journal"])
+def test_a_note_that_was_found_is_not_looked_for_again_until_anything_is_another_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    monkeypatch.setattr(ledger_module, "SETTLED_S", 0.0)
+    ledger, looks, connect = opened(tmp_path), list[object](), sqlite3.connect
+    ledger.reserve(order(1), patients(1), WIDE)
+    older = ledger.path.read_bytes()
+    ledger.unbounded(study("open"), "run-1")
+    time.sleep(0.05)  # the clock of the file system ticks more slowly than this test runs
+    ledger.unbounded(study("open"), "run-1")
+    monkeypatch.setattr(sqlite3, "connect", lambda *told, **more: looks.append(told) or connect(*told, **more))
+    ledger.unbounded(study("open"), "run-1")
+    opened(tmp_path).unbounded(study("open"), "run-1")
+    assert not looks
+    ledger.unbounded(study("open"), "run-2")  # another run is another question
+    assert looks
+    if after == "forged":
+        forge(ledger.path, lambda db: db.execute("UPDATE entries SET hash = 'x' WHERE seq = 1"))
+    elif after == "swapped":
+        (tmp_path / "copy").write_bytes(older)
+        (tmp_path / "copy").replace(ledger.path)
+    elif after == "removed":
+        ledger.path.unlink()
+    elif after == "another journal":
+        ledger.journal.path.unlink()
+        Journal(ledger.journal.path).append("settings", digest="ab" * 32)
+    else:
+        ledger.journal.path.unlink()
+    with pytest.raises(LedgerDamaged):
+        opened(tmp_path).unbounded(study("open"), "run-1")
+
+
+def test_a_ledger_that_was_changed_a_moment_ago_is_looked_into_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two changes within one tick of the file system's clock bear the same time."""
+    ledger, looks, connect = opened(tmp_path), list[object](), sqlite3.connect
+    monkeypatch.setattr(ledger_module, "SETTLED_S", 3600.0)
+    ledger.unbounded(study("open"), "run-1")
+    monkeypatch.setattr(sqlite3, "connect", lambda *told, **more: looks.append(told) or connect(*told, **more))
+    for _ in range(3):
+        ledger.unbounded(study("open"), "run-1")
+    assert len(looks) == 3

@@ -17,10 +17,10 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from secagg_cast import ORDER, PLACE, SITES, Sum, check_uniform, refused, signed_by, stream
+from secagg_cast import ORDER, PLACE, SITES, Sum, check_uniform, refused, roster, signed_by, stream
 
 from privacy import keys, secagg
-from privacy.errors import TooFewSurvivors
+from privacy.errors import PeerUntrusted, TooFewSurvivors
 from privacy.secagg import SEALED_BYTES, Bundle, Circle, Member, Place
 from privacy.sharing import Encoding, Vector, degree, threshold
 
@@ -362,3 +362,35 @@ def test_memory_of_the_coordinator_does_not_grow_with_the_sites() -> None:
         assert not total.values.any()
     assert peaks[4] < 3 * 800_000  # the sum, the vector that arrives, and room for one block
     assert peaks[40] < peaks[4] + 800_000
+
+
+def test_each_signature_under_keys_is_verified_once_by_the_coordinator_and_by_every_site(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What the coordinator checked as it came it knows; a site has only the coordinator's word for what it is shown."""
+    verified, verify = list[bytes](), keys.verify
+
+    def counted(key: keys.PublicKey, label: bytes, body: bytes, signature: bytes) -> None:
+        verified.append(label)
+        verify(key, label, body, signature)
+
+    monkeypatch.setattr(keys, "verify", counted)
+    run = Sum(5).keys()
+    assert verified.count(keys.SUM_KEYS) == 5
+    run.share()
+    assert verified.count(keys.SUM_KEYS) == 5 + 5 * 5
+
+
+def test_keys_that_were_checked_are_those_bytes_and_no_others() -> None:
+    run = Sum(4)
+    for site in run.names:
+        run.aggregator.add_keys(site, run.members[site].public)
+    data, other = (
+        b"".join(run.members[site].public for site in run.names),
+        Sum(4, place=Place("b6" * 32, "run-1", 1, 1)),
+    )
+    checked = {run.members[site].public for site in run.names}
+    assert Circle(run.place, data, roster(run.names), (), checked).names == run.names
+    foreign = b"".join(other.members[site].public for site in run.names)
+    with pytest.raises(PeerUntrusted):
+        Circle(run.place, foreign, roster(run.names), (), checked)

@@ -526,3 +526,17 @@ def test_certificates_last_as_long_as_the_settings_say(tmp_path: Path) -> None:
     party = enrol(Home.open(home.root), "north")
     left = party.certificate.not_valid_after_utc - dt.datetime.now(dt.UTC)
     assert dt.timedelta(days=6, hours=23) < left <= dt.timedelta(days=7)
+
+
+def test_who_is_enrolled_and_what_each_said_is_told_of_one_moment(home: Home, offered: str) -> None:
+    decide(home, offered, "north", "approved", 5)
+    decide(home, offered, "south", "declined", 5)
+    sites, decisions = home.roster.standing(offered)
+    assert sites == home.roster.sites() and decisions == {"north": "approved", "south": "declined"}
+    home.roster.revoke("north")
+    decide(home, offered, "south", "approved", 6)
+    sites, decisions = home.roster.standing(offered)
+    assert [(site.name, bool(site.revoked)) for site in sites] == [
+        (site.name, site.name == "north") for site in home.roster.sites()
+    ]
+    assert decisions["south"] == "approved"
