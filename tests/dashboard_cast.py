@@ -19,6 +19,7 @@ from fl_server.run import Run
 from models.study import Study
 from privacy import calls, keys
 from privacy.greeting import Readiness, Versions, own
+from privacy.statements import Statement
 
 EVIL = "<img src=x onerror=alert(1)>\x1b[2J"
 SITES = ("north", "south", "west")
@@ -41,7 +42,7 @@ def furnished(folder: Path) -> tuple[Home, Study, Run]:
     signature = keys.sign(secret["ada"], keys.STUDY_SUBMIT, plan.canonical())
     home.roster.add_study(plan, "ada", signature, keys.sign(home.coordinator_key, keys.STUDY_OFFER, plan.canonical()))
     for name, decision in (("north", "approved"), ("west", "declined")):
-        statement = calls.Statement(plan.digest, name, decision, int(time.time() * 1000))  # type: ignore[arg-type]
+        statement = Statement(plan.digest, name, decision, int(time.time() * 1000))  # type: ignore[arg-type]
         home.roster.decide(statement, keys.sign(secret[name], keys.STUDY_DECISION, statement.body()))
     here = own()
     home.roster.tell("north", here, Readiness(True))

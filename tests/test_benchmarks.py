@@ -60,7 +60,9 @@ def test_a_result_at_the_goal_is_met_and_one_that_is_missing_is_no_success(table
     at = {"ratio": 1.8, "limit_s": 1.0, "ours_s": 1.8}
     (line,) = [row for row in tables.figures({"round_small": at}).splitlines() if "`round_small`" in row]
     assert "| 1.80 s | 1.00 s | 1.80 | 1.8 |" in line
-    (line,) = [row for row in tables.figures({"round_small": at | {"ratio": 1.81}}).splitlines() if "`round_small`" in row]
+    (line,) = [
+        row for row in tables.figures({"round_small": at | {"ratio": 1.81}}).splitlines() if "`round_small`" in row
+    ]
     assert "1.81, **missed**" in line
     assert tables.figures({}).count("not measured") == len(tables.FIGURES)
 

@@ -305,7 +305,7 @@ def killed_while_training(node: subprocess.Popen[str], folder: Path) -> None:
 
 def test_a_site_killed_hard_between_two_steps_uses_no_mask_twice(stage: Shared) -> None:
     """Killed as soon as its journal says that a report is about to leave, then started again; twice in one run."""
-    digest = submit(stage, "killed site", rounds=5, timeout_s=8)
+    digest = submit(stage, "killed site", rounds=25, timeout_s=8)  # it comes back before they are over
     known = {after: len(sent(stage, "west", after)) for after in ("keys-report", "train-report")}
     folder = launch(stage, digest)
     for after, before in known.items():

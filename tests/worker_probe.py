@@ -145,7 +145,9 @@ def leaves_free_memory(file: str, *pipes: int) -> None:
         first = b"1" * (24 << 20)
         del first  # from now on glibc keeps blocks of this size on the heap
         blocks = []
-        for _ in range(16):  # one thing above them all could find a place further down, and glibc shortens a heap by itself
+        for _ in range(
+            16
+        ):  # one thing above them all could find a place further down, and glibc shortens a heap by itself
             blocks.append(b"1" * (4 << 20))
             kept.append(b"1" * (1 << 20))
         del blocks
