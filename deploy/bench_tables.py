@@ -52,7 +52,7 @@ FIGURES = (
     Figure("dp_step_densenet", "its bfloat16 engine", 0.9, lambda entry: entry["ratio_bf16"]),
     Figure(
         "dp_step_densenet",
-        "its memory above the weights, at 4 to 64 units and while the engine is chosen",
+        "its memory above the weights, at 4 to 64 units",
         410,
         lambda entry: max(entry["memory_mib_above"].values()),
         " MiB",

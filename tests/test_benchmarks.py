@@ -45,7 +45,8 @@ def test_each_part_says_when_it_was_measured_and_how_busy_the_machine_was() -> N
 
 
 def test_a_line_says_missed_where_the_result_is_above_the_goal_and_nowhere_else() -> None:
-    rows = [line.strip("|").split("|") for line in PAGE.splitlines() if re.match(r"\| `\w+` \|.*\|.*\|.*\|.*\|", line)]
+    table = PAGE.split("<!-- begin figures -->")[1].split("<!-- end figures -->")[0]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if re.match(r"\| `\w+` \|.*\|.*\|.*\|.*\|", line)]
     judged = 0
     for *_, result, goal in rows:
         found = re.match(r" ([\d.,]+)", result)
