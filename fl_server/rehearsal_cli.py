@@ -2,8 +2,10 @@
 
 import json
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -126,11 +128,42 @@ class Rehearsal:
         self.out.mkdir(parents=True, exist_ok=True)
         logging.basicConfig(filename=self.out / log, level=logging.WARNING)
         try:
-            with progress() as tell:
-                return simulation.simulate(self.study, self.homes, self.patients, self.out, tell, self.means)
+            with stopping() as stop, progress() as tell:
+
+                def heard(event: dict[str, Any]) -> None:
+                    stop()
+                    tell(event)
+
+                return simulation.simulate(self.study, self.homes, self.patients, self.out, heard, self.means)
         except KeyboardInterrupt:
             _line(f"Stopped. What was finished until then lies in {self.out}; every process of it has ended.")
             raise typer.Exit(130) from None
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], None]]:
+    """Ctrl-C is not lost while this is entered: what it gives raises KeyboardInterrupt if one came before.
+
+    Where Python cannot raise, in a destructor or in what a library calls back, it drops the exception and goes on.
+    """
+    came = list[int]()
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield check
+        return
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _simulate(rehearsal: Rehearsal, progress: Watched, *, compare: bool, as_json: bool) -> None:

@@ -19,7 +19,7 @@ from hospital import study
 from typer.testing import CliRunner
 
 from fl_client import rehearsal
-from fl_server import crew, simulation
+from fl_server import crew, rehearsal_cli, simulation
 from fl_server.crew import CrewGrid, Processes
 from fl_server.means import PAYS_FROM, Means
 from fl_server.research import app
@@ -275,6 +275,22 @@ def test_what_cannot_be_simulated_is_said_before_anything_is_made(
 
     assert re.search(sentence, command(tmp_path, *words))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_comes_where_python_cannot_raise_is_raised_later() -> None:
+    class Going:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with rehearsal_cli.stopping() as stop:
+        stop()
+        going = Going()
+        del going  # the exception ends there
+        with pytest.raises(KeyboardInterrupt):
+            stop()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.deploy
