@@ -36,7 +36,7 @@ check: env ## everything that must hold before a commit: format, lint, types, te
 	@$(PYTHON) -m mypy
 	@$(PYTHON) -m pytest -n 2 --dist loadfile
 
-bench: env ## measure everything beside its least, an hour alone on the machine; writes bench.json and docs/benchmarks.md
+bench: env ## measure everything beside its least, 35 minutes alone on the machine; writes bench.json and docs/benchmarks.md
 	@$(PYTHON) deploy/bench.py
 
 profile: env ## flame graphs of both sides of a round, in profile/ (as root: py-spy looks into the process that trains)

@@ -98,16 +98,17 @@ class Line:
             raise ValueError("no size")
         if size == 0:
             return b""
-        whole = io.BytesIO()
-        whole.seek(size - 1)
-        whole.write(b"\0")
-        with whole.getbuffer() as place:
-            come = 0
-            while come < size:
-                step = os.readv(self.reader.fileno(), [place[come:]])
-                if step == 0:
-                    raise EOFError
-                come += step
+        whole, come, room = io.BytesIO(), 0, 0
+        while come < size:
+            if come == room:  # what is announced and never comes takes no memory
+                room = min(size, max(2 * room, PIPE_BYTES))
+                whole.seek(room - 1)
+                whole.write(b"\0")
+            with whole.getbuffer() as place:
+                step = os.readv(self.reader.fileno(), [place[come:room]])
+            if step == 0:
+                raise EOFError
+            come += step
         return whole.getvalue()  # its own memory, not a copy
 
     def close(self) -> None:

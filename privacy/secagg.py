@@ -81,9 +81,8 @@ SHARE_KEY, PAIR_MASK, SELF_MASK = (
     b"isocenter/v1/sum/self-mask",
 )
 SURVIVORS = b"isocenter/v1/sum/survivors"
-_PROBE = (
-    X25519PrivateKey.generate()
-)  # agrees with every usable key, and with no point of low order, whichever key it is
+# Whichever key it is, it agrees with every usable one and with no point of low order. It is no secret and agrees on nothing else.
+_PROBE = X25519PrivateKey.generate()
 
 Entropy = Callable[[int], bytes]
 Signer = Callable[[bytes, bytes], bytes]
