@@ -40,7 +40,7 @@ def checks(home: Path, line: str | None = None, proxy: Proxy | None = None) -> l
     else:
         found += [("membership", partial(standing.membership, home)), ("certificate", partial(_certificate, home))]
     found += _way_out(home, settings, enrolled, invitation, proxy)
-    found.append(("confinement", partial(_confinement, home)))
+    found += [("node program", _program), ("confinement", partial(_confinement, home))]
     if settings is not None and enrolled is not None:
         found += [
             ("data", partial(_data, home)),
@@ -97,6 +97,17 @@ def _caller(home: Path, enrolled: calls.Enrolment, service: str, way: Way | None
     """Without the renewal on the way that other commands make: nothing is changed by looking."""
     key = keys.load_key(home / "keys" / "site.key")
     return calls.Caller(service, (home / "keys" / "ca.pem").read_bytes(), enrolled.name, key, way)
+
+
+def _program() -> str:
+    """Loads what `fl-client start` loads and no other command does: what is missing there would be told by nothing else."""
+    try:
+        from fl_client import node, worker
+    except ImportError as error:
+        raise IsocenterError(
+            f"a package that the node needs cannot be loaded: {error}", remedy=doctor.REINSTALL
+        ) from None
+    return f"{node.__name__} and {worker.__name__} can be loaded"
 
 
 def _without_words(look: Callable[[], str]) -> str:

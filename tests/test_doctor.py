@@ -187,6 +187,17 @@ def test_a_missing_package_is_a_sentence_and_doctor_looks_as_far_as_it_gets(
     }
 
 
+def test_a_package_that_only_the_node_needs_is_missed_by_doctor(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['httpx'] = None; from isocenter import fl_client; "
+    words = f"sys.argv = ['x', 'doctor', '--json', '--home', {str(tmp_path)!r}]; fl_client()"
+    told = subprocess.run(
+        [sys.executable, "-c", code + words], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
+    )
+    assert told.returncode == 1 and "Traceback" not in told.stderr
+    (found,) = [each for each in json.loads(told.stdout)["findings"] if each["subject"] == "node program"]
+    assert found["state"] == "trouble" and "httpx" in found["sentence"] and "pip install" in found["remedy"]
+
+
 def test_a_full_disk_and_a_narrow_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, state in ((10**9, "trouble"), (5 * 10**9, "advice"), (10**12, "ok")):
         monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
